@@ -1,0 +1,295 @@
+"""The alignment loss of CREPA (arXiv 2506.09229, Eq. 6), with memory that does not grow with the clip.
+
+For the hidden states h of one block, teacher features y, and the projector g (LayerNorm, then Linear):
+
+    s(f, k) = mean over patches p of cos(g(h[f, p]), y[k, p])
+    S(f)    = s(f, f) + sum over the neighbors k of f of exp(-|k - f| / tau) * s(f, k)
+    loss    = - mean over clips of the sum over f of S(f)
+
+With unit-length features Y, S(f) = mean over p of <P[f, p], (W Y)[f, p]> for the unit-length projections P and a banded
+matrix W `[T, T]` of the neighbors' weights: one product, whatever the distance.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from crepa_cli.alignment.grid import (
+    TokenGrid,
+    coarser_grid,
+    interpolation_matrix,
+    matching_frames,
+    row_window,
+)
+
+CHUNK_TOKENS = 4096
+"""Tokens worked on at a time: large enough to keep a GPU busy, 25 MB for each float32 copy at width 1536."""
+
+
+class Alignment(NamedTuple):
+    """What one batch says of its alignment: 0-d tensors.
+
+    `loss` is unscaled and carries the gradient. The similarities carry none and lie within [-1, 1]: `similarity` weighs
+    each frame's neighbors as the loss does, `self_similarity` is of each frame with its own features.
+    """
+
+    loss: Tensor
+    similarity: Tensor
+    self_similarity: Tensor
+
+
+class Crepa(nn.Module):
+    """Cross-frame Representation Alignment of one block's hidden states with a frozen teacher's features.
+
+    Args:
+        hidden_size: width H of the block's hidden states.
+        feature_size: width D of the teacher's features.
+        adjacent_distance: frames f - d and f + d are the neighbors of frame f; 0 aligns each frame alone (REPA*).
+        adjacent_tau: a neighbor at distance k weighs exp(-k / tau).
+        cumulative_neighbors: all frames within the distance are neighbors, not only those at it.
+        spatial_align: compare patch by patch; otherwise the mean over each frame's patches.
+        normalize_by_frames: divide the loss by the number of frames.
+
+    Attributes:
+        projector: LayerNorm(H), then Linear(H, D), in float32. It is trained with the model and never exported.
+
+    Raises:
+        ValueError: for a negative distance or a tau that is not positive.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        feature_size: int,
+        *,
+        adjacent_distance: int = 1,
+        adjacent_tau: float = 1.0,
+        cumulative_neighbors: bool = False,
+        spatial_align: bool = True,
+        normalize_by_frames: bool = True,
+    ) -> None:
+        super().__init__()
+        if adjacent_distance < 0 or adjacent_tau <= 0:
+            raise ValueError(
+                f"adjacent_distance is at least 0 and adjacent_tau above 0, got {adjacent_distance} and {adjacent_tau}"
+            )
+        self.adjacent_distance = adjacent_distance
+        self.adjacent_tau = adjacent_tau
+        self.cumulative_neighbors = cumulative_neighbors
+        self.spatial_align = spatial_align
+        self.normalize_by_frames = normalize_by_frames
+        norm = nn.LayerNorm(hidden_size, dtype=torch.float32)
+        linear = nn.Linear(hidden_size, feature_size, dtype=torch.float32)
+        self.projector = nn.Sequential(norm, linear)
+
+    def forward(self, hidden: Tensor, features: Tensor, student_grid: TokenGrid, teacher_grid: TokenGrid) -> Alignment:
+        """Compare hidden states with features where their grids place them.
+
+        Args:
+            hidden: `[B, T, N, H]`, any floating dtype, tokens row-major on `student_grid`.
+            features: `[B, T', N', D]`, any floating dtype, row-major on `teacher_grid`. They get no gradient.
+            student_grid: T frames of N tokens.
+            teacher_grid: T' frames of N' tokens.
+
+        Raises:
+            ValueError: if a tensor does not have the shape that its grid says, or not the width of the projector.
+        """
+        norm, linear = cast(tuple[nn.LayerNorm, nn.Linear], tuple(self.projector))
+        _check_shape("hidden", hidden, student_grid, norm.normalized_shape[0])
+        _check_shape("features", features, teacher_grid, linear.out_features)
+        weights = neighbor_weights(
+            student_grid.frames, self.adjacent_distance, self.adjacent_tau, self.cumulative_neighbors
+        ).to(hidden.device, linear.weight.dtype)
+        plan = _Plan.make(student_grid, teacher_grid, self.spatial_align, weights, norm.eps)
+        similarities, self_similarities = cast(
+            tuple[Tensor, Tensor],
+            _FrameSimilarities.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
+                hidden, features, plan, norm.weight, norm.bias, linear.weight, linear.bias
+            ),
+        )
+        loss = -similarities.sum(1).mean()
+        if self.normalize_by_frames:
+            loss = loss / student_grid.frames
+        similarity = (similarities.detach() / weights.sum(1)).mean()
+        # Rounding may carry a mean of cosines past 1 by a few last digits; thresholds must not see that.
+        return Alignment(loss, similarity.clamp(-1, 1), self_similarities.mean().clamp(-1, 1))
+
+
+def neighbor_weights(frames: int, distance: int, tau: float, cumulative: bool) -> Tensor:
+    """W: what frame k weighs in S(f), as a banded float64 matrix `[T, T]` with ones on its diagonal.
+
+    A neighbor outside the clip does not exist: its weight is left out, not moved to the nearest frame.
+    """
+    offsets = (torch.arange(frames)[:, None] - torch.arange(frames)).abs()
+    neighbors = (offsets > 0) & ((offsets <= distance) if cumulative else (offsets == distance))
+    return torch.eye(frames, dtype=torch.float64) + neighbors * torch.exp(-offsets.double() / tau)
+
+
+def _check_shape(name: str, tensor: Tensor, grid: TokenGrid, width: int) -> None:
+    expected = (grid.frames, grid.tokens, width)
+    if tensor.ndim != 4 or tuple(tensor.shape[1:]) != expected:
+        raise ValueError(f"{name} has shape {list(tensor.shape)}; {grid} and width {width} need [B, {expected}]")
+
+
+class _Chunk(NamedTuple):
+    """A part of one clip that fits in memory: some frames and some rows of the grid of comparison."""
+
+    clip: int
+    frames: slice
+    rows: slice
+
+
+class _Resampling(NamedTuple):
+    """Linear maps from a grid to the grid of comparison: `[rows, source rows]` and `[columns, source columns]`."""
+
+    rows: Tensor
+    columns: Tensor
+
+    @classmethod
+    def make(cls, source: TokenGrid, target: TokenGrid | None) -> _Resampling:
+        """To the target by bilinear interpolation; with no target, to the mean over all patches."""
+        if target is None:
+            rows, columns = (torch.full((1, n), 1 / n, dtype=torch.float64) for n in (source.rows, source.columns))
+            return cls(rows, columns)
+        return cls(
+            interpolation_matrix(source.rows, target.rows),
+            interpolation_matrix(source.columns, target.columns),
+        )
+
+    def window(self, rows: slice) -> slice:
+        """The source rows that these rows of the result are made of."""
+        return row_window(self.rows[rows])
+
+    def __call__(self, values: Tensor, rows: slice) -> Tensor:
+        """`[T, source rows of the window, source columns, C]` to `[T, rows * columns, C]`."""
+        for axis, weights in ((1, self.rows[rows, self.window(rows)]), (2, self.columns)):
+            if not torch.equal(weights, torch.eye(*weights.shape, dtype=weights.dtype)):
+                weights = weights.to(values)
+                values = torch.movedim(torch.tensordot(weights, values, dims=([1], [axis])), 0, axis)
+        return values.flatten(1, 2)
+
+
+class _Plan(NamedTuple):
+    """Everything about the comparison that is not a tensor of the batch."""
+
+    student_grid: TokenGrid
+    teacher_grid: TokenGrid
+    student: _Resampling
+    teacher: _Resampling
+    teacher_frames: list[int]
+    weights: Tensor
+    patches: int
+    spatial_align: bool
+    norm_eps: float
+
+    @classmethod
+    def make(
+        cls, student: TokenGrid, teacher: TokenGrid, spatial_align: bool, weights: Tensor, norm_eps: float
+    ) -> _Plan:
+        target = coarser_grid(student, teacher) if spatial_align else None
+        return cls(
+            student,
+            teacher,
+            _Resampling.make(student, target),
+            _Resampling.make(teacher, target),
+            matching_frames(teacher.frames, student.frames),
+            weights,
+            target.tokens if target else 1,
+            spatial_align,
+            norm_eps,
+        )
+
+    def chunks(self, clips: int) -> list[_Chunk]:
+        """Rows of all frames, so that neighbors meet within a chunk; frames, where a frame is one pooled patch."""
+        grid, frames = self.student_grid, self.student_grid.frames
+        if self.spatial_align:
+            rows = len(self.student.rows)
+            size = max(1, CHUNK_TOKENS // (frames * len(self.student.columns)))
+            parts = [(slice(0, frames), slice(at, min(at + size, rows))) for at in range(0, rows, size)]
+        else:
+            size = max(1, CHUNK_TOKENS // grid.tokens)
+            parts = [(slice(at, min(at + size, frames)), slice(0, 1)) for at in range(0, frames, size)]
+        return [_Chunk(clip, *part) for clip in range(clips) for part in parts]
+
+    def hidden_of(self, hidden: Tensor, chunk: _Chunk) -> Tensor:
+        """The view of hidden states that a chunk reads: `[T, rows, columns, H]`."""
+        grid = self.student_grid
+        clip: Tensor = hidden[chunk.clip].unflatten(1, (grid.rows, grid.columns))
+        return clip[chunk.frames, self.student.window(chunk.rows)]
+
+    def targets(self, features: Tensor, chunk: _Chunk) -> tuple[Tensor, Tensor]:
+        """W Y and Y of a chunk's frames, `[T, N, D]` each, in the projector's dtype."""
+        grid = self.teacher_grid
+        values = features[chunk.clip].unflatten(1, (grid.rows, grid.columns))
+        if self.spatial_align:
+            values = self._unit_features(values, self.teacher_frames, chunk.rows)
+        else:  # One pooled frame at a time: all frames in float32 at once would grow with the clip.
+            pooled = [self._unit_features(values, [frame], chunk.rows) for frame in self.teacher_frames]
+            values = torch.cat(pooled)
+        mixed = torch.tensordot(self.weights[chunk.frames], values, dims=1)
+        return mixed, values[chunk.frames]
+
+    def _unit_features(self, values: Tensor, frames: list[int], rows: slice) -> Tensor:
+        if frames != list(range(len(values))):
+            values = values[frames]
+        window = values[:, self.teacher.window(rows)].to(self.weights.dtype)
+        return F.normalize(self.teacher(window, rows), dim=-1)
+
+    def project(self, hidden: Tensor, chunk: _Chunk, parameters: tuple[Tensor, ...]) -> Tensor:
+        """Unit-length projections `[T, N, D]` of the hidden states of a chunk.
+
+        Interpolation weights sum to 1, so interpolating before the Linear gives what interpolating after it gives, and
+        the Linear runs on the smaller of the two grids.
+        """
+        norm_weight, norm_bias, weight, bias = parameters
+        normed = F.layer_norm(hidden.to(weight.dtype), norm_weight.shape, norm_weight, norm_bias, self.norm_eps)
+        return F.normalize(F.linear(self.student(normed, chunk.rows), weight, bias), dim=-1)
+
+
+class _FrameSimilarities(torch.autograd.Function):
+    """S(f) and s(f, f) of every frame, chunk by chunk; the backward computes each chunk anew.
+
+    Between the two passes it keeps its inputs alone.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, features: Tensor, plan: _Plan, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.plan = plan
+        ctx.save_for_backward(hidden, features, *parameters)
+        similarities = plan.weights.new_zeros(hidden.shape[:2])
+        self_similarities = torch.zeros_like(similarities)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for chunk in plan.chunks(len(hidden)):
+                mixed, own = plan.targets(features, chunk)
+                projections = plan.project(plan.hidden_of(hidden, chunk), chunk, parameters)
+                at = chunk.clip, chunk.frames
+                similarities[at] += (projections * mixed).sum((1, 2)) / plan.patches
+                self_similarities[at] += (projections * own).sum((1, 2)) / plan.patches
+        ctx.mark_non_differentiable(self_similarities)
+        return similarities, self_similarities
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, similarity_gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        plan: _Plan = ctx.plan
+        hidden, features, *parameters = ctx.saved_tensors
+        hidden_gradient = torch.zeros_like(hidden)
+        gradients = [torch.zeros_like(parameter) for parameter in parameters]
+        with torch.autocast(hidden.device.type, enabled=False):
+            for chunk in plan.chunks(len(hidden)):
+                mixed, _ = plan.targets(features, chunk)
+                leaves = [plan.hidden_of(hidden, chunk), *parameters]
+                leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+                with torch.enable_grad():
+                    projections = plan.project(leaves[0], chunk, tuple(leaves[1:]))
+                upstream = similarity_gradient[chunk.clip, chunk.frames, None, None] / plan.patches
+                part, *rest = torch.autograd.grad(projections, leaves, upstream * mixed)
+                plan.hidden_of(hidden_gradient, chunk).add_(part)
+                for total, gradient in zip(gradients, rest, strict=True):
+                    total.add_(gradient)
+        return hidden_gradient, None, None, *gradients

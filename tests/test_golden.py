@@ -1,0 +1,52 @@
+"""The alignment loss against worked cases: explicit loops over frames and patches in float64."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from crepa_cli.alignment import Crepa, TokenGrid
+
+GOLDEN = Path(__file__).parent / "golden_alignment.safetensors"
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
+
+with safe_open(GOLDEN, "pt") as file:
+    CASES = json.loads(file.metadata()["cases"])
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual.double() - expected).norm() / expected.norm().clamp(min=1e-12)).item()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_loss_similarities_and_gradients_equal_the_worked_case(name: str, dtype: torch.dtype) -> None:
+    settings = dict(CASES[name])
+    student_grid = TokenGrid(*settings.pop("student_grid"))
+    teacher_grid = TokenGrid(*settings.pop("teacher_grid"))
+    with safe_open(GOLDEN, "pt") as file:
+        case = {key.removeprefix(f"{name}/"): file.get_tensor(key) for key in file.keys() if key.startswith(f"{name}/")}  # noqa: SIM118 (safe_open has keys() alone)
+    hidden = case["hidden"].to(dtype).requires_grad_()
+    crepa = Crepa(hidden.shape[-1], case["features"].shape[-1], **settings).to(dtype)
+    norm, linear = crepa.projector
+    parameters = {
+        "norm.weight": norm.weight,
+        "norm.bias": norm.bias,
+        "linear.weight": linear.weight,
+        "linear.bias": linear.bias,
+    }
+    with torch.no_grad():
+        for key, parameter in parameters.items():
+            parameter.copy_(case[key])
+
+    alignment = crepa(hidden, case["features"].to(dtype), student_grid, teacher_grid)
+    alignment.loss.backward()
+
+    for key in ("loss", "similarity", "self_similarity"):
+        assert relative_error(getattr(alignment, key), case[f"expected/{key}"]) <= TOLERANCE[dtype], key
+    for key, tensor in {"hidden": hidden, **parameters}.items():
+        assert tensor.grad is not None
+        assert relative_error(tensor.grad, case[f"grad/{key}"]) <= TOLERANCE[dtype], key
