@@ -1,0 +1,479 @@
+"""What a run is: settings and their ranges, layers and their order, presets, files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from crepa_cli.errors import UserError
+from crepa_cli.profile import (
+    Profile,
+    ResolvedProfile,
+    allowed_values,
+    description,
+    dump_toml,
+    json_schema,
+    known_keys,
+    preset_purpose,
+    presets,
+    resolve_profile,
+)
+
+# The keys that flags, scripts and other trainers' files rely on, and the defaults that are promised.
+CREPA_DEFAULTS = {
+    "enabled": True,
+    "block_index": None,
+    "lambda": 0.5,
+    "adjacent_distance": 1,
+    "adjacent_tau": 1.0,
+    "cumulative_neighbors": False,
+    "normalize_by_frames": True,
+    "spatial_align": True,
+    "encoder": "dinov2_vitg14",
+    "encoder_image_size": 518,
+    "use_backbone_features": False,
+    "teacher_block_index": None,
+    "drop_vae_encoder": False,
+    "teacher_cache": True,
+    "scheduler": "constant",
+    "warmup_steps": 0,
+    "decay_steps": 0,
+    "cutoff_step": 0,
+    "lambda_end": 0.0,
+    "power": 1.0,
+    "similarity_threshold": None,
+    "similarity_ema_decay": 0.99,
+    "threshold_mode": "permanent",
+}
+KEYS = {
+    "model": "family task checkpoint revision dtype variant",
+    "adapter": "kind rank alpha dropout target_modules export",
+    "data": "path width height frames fps repeats caption_dropout cache",
+    "train": "steps batch_size gradient_accumulation learning_rate optimizer weight_decay lr_scheduler "
+    "lr_warmup_steps max_grad_norm activation_checkpointing compile ema timestep_sampling timestep_shift "
+    "loss_weighting seed output",
+    "validation": "every prompts images steps guidance_scale frames",
+    "checkpoints": "every keep",
+    "report": "every trackers",
+    "crepa": " ".join(CREPA_DEFAULTS),
+    "layersync": "enabled student_block teacher_block lambda",
+}
+OUT_OF_RANGE = [
+    "model.task=v2v",
+    "model.dtype=int8",
+    "adapter.kind=dora",
+    "adapter.rank=0",
+    "adapter.alpha=0",
+    "adapter.dropout=1.0",
+    "adapter.export=['safetensors']",
+    "adapter.export=[]",
+    "data.width=0",
+    "data.frames=0",
+    "data.fps=0",
+    "data.repeats=0",
+    "data.caption_dropout=1.1",
+    "train.steps=0",
+    "train.steps=1.5",
+    "train.steps=true",
+    "train.steps=99999999999999999999",
+    "train.batch_size=0",
+    "train.learning_rate=0",
+    "train.learning_rate=nan",
+    "train.optimizer=sgd",
+    "train.compile=1",
+    "train.ema=1",
+    "train.seed=-1",
+    "train.lr_scheduler=step",
+    "train.loss_weighting=min_snr",
+    "validation.every=-1",
+    "validation.prompts=[1]",
+    "checkpoints.keep=0",
+    "report.trackers=['excel']",
+    "crepa.block_index=-1",
+    "crepa.lambda=-0.1",
+    "crepa.lambda=inf",
+    "crepa.adjacent_distance=-1",
+    "crepa.adjacent_tau=0",
+    "crepa.cumulative_neighbors='yes'",
+    "crepa.encoder_image_size=500",
+    "crepa.encoder_image_size=0",
+    "crepa.encoder_image_size=square",
+    "crepa.teacher_block_index=-1",
+    "crepa.scheduler=step",
+    "crepa.warmup_steps=-1",
+    "crepa.decay_steps=-1",
+    "crepa.cutoff_step=-1",
+    "crepa.lambda_end=-1",
+    "crepa.power=0",
+    "crepa.similarity_threshold=0",
+    "crepa.similarity_threshold=1.01",
+    "crepa.similarity_ema_decay=1",
+    "crepa.threshold_mode=never",
+    "layersync.lambda=-1",
+]
+
+
+def family_defaults(family: str, task: str) -> dict[str, dict[str, object]]:
+    if family != "wan":
+        raise UserError("the families with CREPA support are wan and ltxvideo")
+    return {"crepa": {"block_index": 8}, "data": {"width": 832, "height": 480, "frames": 81 if task == "t2v" else 49}}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "project" / "sub"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def resolve(folder: Path, *sets: str, **arguments: Any) -> ResolvedProfile:
+    defaults = {"profile": None, "flags": {"model.family": "wan"}, "family_defaults": family_defaults}
+    return resolve_profile(folder=folder, sets=sets, **{**defaults, **arguments})
+
+
+def mistakes(folder: Path, *sets: str, **arguments: Any) -> list[str]:
+    with pytest.raises(UserError) as error:
+        resolve(folder, *sets, **arguments)
+    return str(error.value).splitlines()
+
+
+def test_the_tables_have_the_promised_keys_and_no_others():
+    assert {table: set(keys) for table, keys in known_keys().items()} == {
+        table: set(keys.split()) for table, keys in KEYS.items()
+    }
+
+
+def test_the_alignment_defaults_are_the_promised_ones():
+    profile = Profile.model_validate({"model": {"family": "wan"}})
+    assert profile.model_dump()["crepa"] == CREPA_DEFAULTS
+    assert profile.crepa.lambda_ == 0.5
+    assert profile.model.task == "t2v"
+
+
+def test_every_key_has_a_description_and_allowed_values():
+    for table, keys in known_keys().items():
+        for key in keys:
+            assert description(table, key).endswith(".")
+            assert allowed_values(table, key)
+    assert allowed_values("crepa", "similarity_threshold") == "a number > 0 and <= 1, or none"
+    assert allowed_values("crepa", "encoder_image_size") == 'a whole number >= 1, or "grid"'
+    assert allowed_values("model", "task") == "one of t2v, i2v"
+
+
+@pytest.mark.parametrize("setting", OUT_OF_RANGE)
+def test_a_value_out_of_range_is_refused_with_its_key_and_what_is_allowed(folder: Path, setting: str):
+    (message,) = mistakes(folder, setting)
+    assert message.startswith("--set: " + setting.partition("=")[0] + " = ")
+    assert " must " in message
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "crepa.lambda=0",
+        "crepa.similarity_threshold=1",
+        "crepa.similarity_ema_decay=0",
+        "crepa.encoder_image_size=224",
+        "crepa.encoder_image_size=grid",
+        "adapter.export=comfyui",
+        "adapter.target_modules=['to_q', 'to_k']",
+        "validation.prompts=a cat, walking",
+        "train.max_grad_norm=0",
+        "model.checkpoint=org/name",
+    ],
+)
+def test_the_edges_of_the_ranges_are_taken(folder: Path, setting: str):
+    assert resolve(folder, setting)
+
+
+def test_a_profile_cannot_be_changed(folder: Path):
+    with pytest.raises(ValueError, match="frozen"):
+        resolve(folder).profile.train.steps = 3
+
+
+def test_later_layers_win_and_every_value_knows_its_source(folder: Path):
+    (folder / "given.toml").write_text(
+        "[crepa]\nlambda = 0.1\npower = 2.0\nblock_index = 3\nadjacent_tau = 3.0\n[train]\nsteps = 1\nseed = 1\n"
+    )
+    (folder / "crepa.toml").write_text(
+        "[crepa]\nlambda = 0.2\npower = 3.0\nadjacent_tau = 4.0\n[train]\nsteps = 2\nseed = 2\n"
+    )
+    resolved = resolve(
+        folder,
+        "train.steps=5",
+        profile="given.toml",
+        flags={"model.family": "wan", "train.steps": 4, "train.seed": 4, "data.path": "clips", "train.output": None},
+        demo=lambda *_: {"crepa": {"lambda": 0.3}, "train": {"steps": 3, "seed": 3}},
+    )
+    found = {
+        (table, key): (value, source) for table, key, value, source in resolved.rows() if source != "built-in default"
+    }
+    assert found == {
+        ("model", "family"): ('"wan"', "--model"),
+        ("data", "path"): ('"clips"', "--data"),
+        ("data", "width"): ("832", "family wan"),
+        ("data", "height"): ("480", "family wan"),
+        ("data", "frames"): ("81", "family wan"),
+        ("crepa", "block_index"): ("3", "given.toml"),
+        ("crepa", "adjacent_tau"): ("4.0", "crepa.toml"),
+        ("crepa", "power"): ("3.0", "crepa.toml"),
+        ("crepa", "lambda"): ("0.3", "--demo"),
+        ("train", "seed"): ("4", "--seed"),
+        ("train", "steps"): ("5", "--set"),
+    }
+    assert resolved.profile.train.steps == 5
+    assert set(resolved.sources) == {f"{table}.{key}" for table, keys in known_keys().items() for key in keys}
+
+
+def test_the_family_may_be_named_in_any_layer_and_its_defaults_follow_the_resolved_task(folder: Path):
+    (folder / "crepa.toml").write_text('[model]\nfamily = "wan"\n')
+    resolved = resolve(folder, profile="i2v", flags={})
+    assert resolved.sources["model.family"] == "crepa.toml"
+    assert resolved.sources["model.task"] == "preset i2v"
+    assert resolved.profile.data.frames == 49
+
+
+def test_a_preset_wins_over_the_family_and_loses_against_crepa_toml(folder: Path):
+    (folder / "crepa.toml").write_text("[crepa]\nlambda_end = 0.2\n")
+    resolved = resolve(folder, profile="t2v")
+    assert resolved.sources["crepa.scheduler"] == "preset t2v"
+    assert (resolved.profile.crepa.lambda_end, resolved.sources["crepa.lambda_end"]) == (0.2, "crepa.toml")
+
+
+def test_crepa_toml_of_a_parent_counts_and_its_paths_start_there(folder: Path):
+    (folder.parent / "crepa.toml").write_text(
+        '[model]\ncheckpoint = "weights"\n[crepa]\nencoder = "dinov2_vits14"\n'
+        '[data]\npath = "clips"\ncache = "/cache"\n[validation]\nprompts = ["a"]\nimages = ["a.png"]\n'
+    )
+    (folder.parent / "weights").mkdir()
+    resolved = resolve(folder)
+    assert resolved.profile.data.path == str(Path("../clips"))
+    assert resolved.profile.data.cache == "/cache"
+    assert resolved.profile.validation.images == (str(Path("../a.png")),)
+    assert resolved.profile.model.checkpoint == str(Path("../weights"))
+    assert resolved.profile.crepa.encoder == "dinov2_vits14"
+    assert resolved.sources["data.path"] == str(Path("../crepa.toml"))
+
+
+def test_the_nearest_crepa_toml_is_the_only_one(folder: Path):
+    (folder.parent / "crepa.toml").write_text("[train]\nsteps = 1\nseed = 1\n")
+    (folder / "crepa.toml").write_text("[train]\nsteps = 2\n")
+    assert (resolve(folder).profile.train.steps, resolve(folder).profile.train.seed) == (2, 42)
+
+
+def test_none_takes_back_what_a_lower_layer_has_set(folder: Path):
+    resolved = resolve(folder, "crepa.similarity_threshold=none", "train.loss_weighting=none", profile="t2v")
+    assert resolved.profile.crepa.similarity_threshold is None
+    assert resolved.profile.train.loss_weighting == "none"
+
+
+@pytest.mark.parametrize("name", ["i2v", "t2v", "solid-background"])
+def test_each_preset_resolves_and_says_what_it_is_for(folder: Path, name: str):
+    resolved = resolve(folder, profile=name)
+    crepa = resolved.profile.crepa
+    assert resolved.profile.model.task == ("i2v" if name == "i2v" else "t2v")
+    assert crepa.lambda_ == 0.5
+    if name == "i2v":
+        assert (crepa.scheduler, crepa.similarity_threshold) == ("constant", None)
+    else:
+        assert (crepa.scheduler, crepa.warmup_steps, crepa.decay_steps, crepa.lambda_end) == ("cosine", 100, 0, 0.1)
+        assert (crepa.similarity_threshold, crepa.threshold_mode) == (0.85, "permanent")
+    assert crepa.cutoff_step == (2000 if name == "solid-background" else 0)
+    assert len(preset_purpose(presets()[name])) > 20
+
+
+def test_there_are_three_presets():
+    assert list(presets()) == ["i2v", "solid-background", "t2v"]
+
+
+def test_all_mistakes_are_listed_at_once_each_with_its_place(folder: Path):
+    (folder / "given.toml").write_text(
+        "[crepp]\nx = 1\n[crepa]\nadjacent_distnace = 2\nlambda = -1\nuse_backbone_features = true\n"
+    )
+    (folder / "crepa.toml").write_text(
+        'steps = 3\ntrain = 4\n[data]\nfamily = "wan"\n[layersync]\nenabled = true\n'
+        "student_block = 5\nteacher_block = 4\n"
+    )
+    heading, *found = mistakes(
+        folder,
+        "crepa.threshold_mode=off",
+        "lambda=1",
+        "no equals sign",
+        profile="given.toml",
+        flags={"model.family": "hunyuan", "train.steps": 0},
+    )
+    assert heading == f"{len(found)} mistakes in the settings:"
+    expected = [
+        "given.toml: unknown table [crepp]; did you mean [crepa]?",
+        "given.toml: unknown key crepa.adjacent_distnace; did you mean crepa.adjacent_distance?",
+        "given.toml: crepa.lambda = -1: must be a number >= 0",
+        "given.toml: crepa.use_backbone_features = true: needs crepa.teacher_block_index, the block that teaches",
+        "crepa.toml: 'steps' is not a table; it is a key of [train] and of [validation]",
+        "crepa.toml: train = 4: must be a table, [train]",
+        "crepa.toml: unknown key data.family; did you mean model.family?",
+        "crepa.toml: layersync.teacher_block = 4: must be deeper than layersync.student_block, which is 5",
+        '--model: model.family = "hunyuan": the families with CREPA support are wan and ltxvideo',
+        "--steps: train.steps = 0: must be a whole number >= 1",
+        '--set: crepa.threshold_mode = "off": must be one of permanent, recoverable',
+        "--set lambda=1: must be table.key=value, for example --set crepa.lambda=0.3",
+        "--set no equals sign: must be table.key=value, for example --set crepa.lambda=0.3",
+    ]
+    assert sorted(line.strip() for line in found) == sorted(expected)
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        (["use_backbone_features=true"], "needs crepa.teacher_block_index"),
+        (["use_backbone_features=true", "teacher_block_index=8"], "must differ from crepa.block_index, which is 8 too"),
+        (["encoder_image_size=100"], "must be a multiple of 14, the patch size of dinov2_vitg14, such as 98"),
+    ],
+)
+def test_broken_rules_of_alignment_are_explained(folder: Path, sets: list[str], message: str):
+    assert message in mistakes(folder, *(f"crepa.{one}" for one in sets))[0]
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        (["layersync.enabled=true", "layersync.student_block=1"], "needs layersync.student_block and"),
+        (["validation.images=a.png"], "needs one image per prompt: 1 images, 0 prompts"),
+    ],
+)
+def test_broken_rules_of_other_tables_are_explained(folder: Path, sets: list[str], message: str):
+    assert message in mistakes(folder, *sets)[0]
+
+
+def test_another_encoder_may_have_another_patch_size(folder: Path):
+    assert resolve(folder, "crepa.encoder=org/teacher", "crepa.encoder_image_size=256")
+
+
+def test_a_missing_family_points_to_its_flag(folder: Path):
+    assert mistakes(folder, flags={}) == ["no model family is chosen: give --model, for example --model wan"]
+
+
+def test_an_unknown_profile_names_the_presets_and_the_nearest(folder: Path):
+    (message,) = mistakes(folder, profile="solid-backgruond")
+    assert "did you mean solid-background?" in message
+    assert "i2v, solid-background, t2v" in message
+
+
+@pytest.mark.parametrize("name", ["", "a\0b", "a" * 5000, ".", "/dev/zero", "missing.toml"])
+def test_a_profile_that_is_no_file_is_refused(folder: Path, name: str):
+    assert len(mistakes(folder, profile=name)) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[crepa]\nlambda = \n", "crepa.toml: not valid TOML: Invalid value (at line 2, column 10)"),
+        (b"[crepa]\nlambda = 1\nlambda = 2\n", "at line 3"),
+        (b"\xff\xfe\x00", "crepa.toml: is not UTF-8 text"),
+        (b"#" * (2**20 + 1), "crepa.toml: is larger than 1 MiB"),
+        (b"x = " + b"[" * 10_000, "too deeply nested"),
+        (b"x = " + b"9" * 5000, "not valid TOML"),
+        (b"[data]\nwidth = 0x" + b"f" * 5000, "must have at most 64 bits"),
+    ],
+)
+def test_an_unreadable_crepa_toml_is_explained_without_blaming_the_missing_family(
+    folder: Path, content: bytes, message: str
+):
+    (folder / "crepa.toml").write_bytes(content)
+    assert message in mistakes(folder)[0]
+    assert len(mistakes(folder)) == 1
+
+
+def test_a_folder_named_crepa_toml_is_explained(folder: Path):
+    (folder / "crepa.toml").mkdir()
+    assert mistakes(folder) == ["crepa.toml: is not a file"]
+
+
+def test_a_dumped_profile_loads_back_equal_and_needs_nothing_else(folder: Path):
+    first = resolve(folder, "validation.prompts=['Ein \"Zitat\" — naïve']", "data.frames=none", profile="t2v").profile
+    (folder / "profile.toml").write_text(dump_toml(first), encoding="utf-8")
+    (folder / "crepa.toml").write_text("[crepa]\nlambda = 0.9\n")
+    again = resolve(folder, profile="profile.toml", flags={})
+    assert again.profile == first
+    assert again.sources["crepa.lambda"] == "profile.toml"
+    assert resolve(folder, "train.steps=7", profile="profile.toml", flags={}).profile.train.steps == 7
+
+
+def test_the_schema_follows_the_settings():
+    schema = json_schema()
+    crepa = schema["$defs"]["Crepa"]["properties"]
+    assert crepa["lambda"]["minimum"] == 0
+    assert crepa["similarity_threshold"]["anyOf"][1] == {"const": "none"}
+    assert set(schema["properties"]) == set(KEYS)
+    assert "null" not in json.dumps(schema)
+    assert all(definition["additionalProperties"] is False for definition in schema["$defs"].values())
+
+
+def test_importing_the_profiles_loads_no_heavy_library():
+    heavy = "{'torch', 'diffusers', 'transformers', 'peft'}"
+    script = f"import sys, crepa_cli.profile; print(sorted({heavy} & set(sys.modules)))"
+    assert subprocess.check_output([sys.executable, "-c", script], text=True) == "[]\n"
+
+
+# Values near what people write: every known key, with values of every TOML type.
+SCALARS = st.one_of(
+    st.integers(), st.floats(), st.booleans(), st.text(max_size=10), st.sampled_from(["none", "grid", "t2v", "cosine"])
+)
+VALUES = st.one_of(SCALARS, st.lists(SCALARS, max_size=3), st.dictionaries(st.text(max_size=3), SCALARS, max_size=2))
+NAMES = st.one_of(st.sampled_from(sorted(f"{t}.{k}" for t, keys in known_keys().items() for k in keys)), st.text())
+FUZZ = settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def survives(folder: Path, *sets: str, **arguments: Any) -> None:
+    """Only a resolved profile that can be written and read again, or a UserError, may come out."""
+    try:
+        resolved = resolve(folder, *sets, **arguments)
+    except UserError:
+        return
+    assert Profile.model_validate(tomllib.loads(dump_toml(resolved.profile))) == resolved.profile
+    assert list(resolved.rows())
+
+
+@FUZZ
+@given(st.lists(st.builds(lambda name, value: f"{name}={value}", NAMES, st.one_of(st.text(), VALUES.map(str)))))
+@example(["data.path=\ud800"])
+@example(["data.width=0x" + "f" * 5000])
+@example(["data.path=" + "[" * 5000])
+@example(["data.path=1\n[crepa]\nx=2"])
+@example(["train.learning_rate=1e-400"])
+def test_no_set_string_ends_in_a_traceback(folder: Path, sets: list[str]):
+    survives(folder, *sets)
+
+
+def test_no_depth_of_nesting_ends_in_a_traceback(folder: Path):
+    for depth in range(100, 1100, 20):
+        survives(folder, "crepa.lambda=" + "[" * depth + "]" * depth)
+
+
+@FUZZ
+@given(st.dictionaries(NAMES, VALUES, max_size=6))
+def test_no_values_end_in_a_traceback(folder: Path, values: dict[str, object]):
+    survives(folder, flags={"model.family": "wan", **values})
+
+
+@FUZZ
+@given(
+    st.one_of(st.text(), st.lists(st.sampled_from([*"[]=\"'\n{},. \\#", "crepa", "lambda", "0x1", "nan"])).map("".join))
+)
+def test_no_toml_text_ends_in_a_traceback(folder: Path, text: str):
+    (folder / "crepa.toml").write_text(text, encoding="utf-8", newline="")
+    survives(folder, profile="crepa.toml")
+
+
+@FUZZ
+@given(st.binary())
+def test_no_bytes_end_in_a_traceback(folder: Path, content: bytes):
+    (folder / "crepa.toml").write_bytes(content)
+    survives(folder)
