@@ -1,0 +1,303 @@
+"""The preparation: everything that depends on the clips alone is computed once, stored, and found again.
+
+Three stages in turn, so that text encoder, VAE and teacher are never in memory together: prompts, latents, features.
+A stage whose entries are all in the cache loads no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import torch
+from diffusers.training_utils import free_memory
+from torch import Tensor
+
+from crepa_cli.alignment.grid import matching_frames
+from crepa_cli.data.buckets import Bucket, bucket_sizes, nearest_bucket, valid_frames
+from crepa_cli.data.cache import Cache, cache_key
+from crepa_cli.data.clips import Clip, ClipError, file_digest, find_clips
+from crepa_cli.data.video import decode, frames_available, probe
+from crepa_cli.errors import UserError
+from crepa_cli.events import ClipSkipped, Event, Progress
+from crepa_cli.models.checkpoint import fetch, fingerprint, read_config
+from crepa_cli.models.family import Family, Tensors
+from crepa_cli.profile import Crepa
+from crepa_cli.teachers.dinov2 import ENCODERS, Dinov2Teacher, input_size
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class ClipForm(NamedTuple):
+    """What clips are trained on: the size whose area every bucket has, most frames, and frames per second."""
+
+    width: int
+    height: int
+    frames: int
+    fps: float
+
+
+@dataclass(frozen=True)
+class PreparedClip:
+    """A clip and the keys of its cache entries; no features where no encoder is the teacher."""
+
+    clip: Clip
+    bucket: Bucket
+    digest: str
+    prompt_key: str = ""
+    latents_key: str = ""
+    features_key: str | None = None
+
+
+def prepare(
+    family: Family,
+    folder: Path,
+    form: ClipForm,
+    crepa: Crepa | None,
+    prompts: Iterable[str],
+    cache: Cache,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Generator[Event, None, list[PreparedClip]]:
+    """Fill the cache for a folder of clips; yields what happens and returns the usable clips.
+
+    Args:
+        family: encodes captions and clips.
+        folder: where the clips are.
+        form: how they are trained on.
+        crepa: its encoder; None where features are not stored.
+        prompts: further prompts to encode: the empty one, and those of the validation.
+        cache: where entries are stored.
+        device: where the models run.
+        dtype: of the text encoder.
+
+    Raises:
+        UserError: if no clip is usable.
+    """
+    cache.remove_leftovers()
+    clips = yield from scan(family, folder, form)
+    clips = yield from _prepare_prompts(family, clips, prompts, cache, device, dtype)
+    clips = yield from _prepare_latents(family, clips, form.fps, cache, device)
+    if crepa is not None:
+        clips = yield from _prepare_features(family, crepa, clips, form.fps, cache, device)
+    if not clips:
+        raise UserError(f"no clip in {folder} is usable; the messages above say why each was skipped")
+    return clips
+
+
+def prompt_key(family: Family, caption: str, dtype: torch.dtype) -> str:
+    """The cache key of a caption's tensors."""
+    return cache_key(
+        kind="prompts",
+        family=family.name,
+        caption=caption,
+        dtype=str(dtype),
+        encoder=_digests(family.text_components, family),
+    )
+
+
+def scan(family: Family, folder: Path, form: ClipForm) -> Generator[Event, None, list[PreparedClip]]:
+    """Find the clips of a folder and the bucket of each; yields progress and the clips that are skipped.
+
+    Raises:
+        UserError: if there is no folder, or no usable clip in it.
+    """
+    found = find_clips(folder)
+    for skipped in found.skipped:
+        yield ClipSkipped(skipped.name, skipped.reason)
+
+    def place(clip: Clip) -> PreparedClip:
+        return PreparedClip(clip, bucket_of(clip, family, form), file_digest(clip.path))
+
+    clips = yield from _each("scanning", found.clips, place, name=lambda clip: clip.path.name)
+    if not clips:
+        raise UserError(
+            f"no usable clip in {folder}: {len(found.clips) + len(found.skipped)} were found and all were skipped "
+            "for the reasons given above"
+        )
+    return clips
+
+
+def bucket_of(clip: Clip, family: Family, form: ClipForm) -> Bucket:
+    """The size and frame count that a clip is trained at.
+
+    Raises:
+        ClipError: if it cannot be read or is too short.
+    """
+    info = probe(clip.path)
+    available = frames_available(info, form.fps)
+    frames = valid_frames(available, form.frames, family.frame_multiple)
+    if frames is None:
+        raise ClipError(
+            f"too short: {available} frames at {form.fps:g} frames per second, "
+            f"at least {min(form.frames, family.frame_multiple + 1)} are needed"
+        )
+    sizes = bucket_sizes(form.width, form.height, family.size_multiple)
+    size = nearest_bucket(info.width, info.height, sizes)
+    return Bucket(frames, size.height, size.width)
+
+
+def clip_pixels(clip: PreparedClip, fps: float) -> Tensor:
+    """The frames of a clip as they are trained on: uint8 `[F, 3, H, W]`."""
+    bucket = clip.bucket
+    return decode(clip.clip.path, frames=bucket.frames, fps=fps, width=bucket.width, height=bucket.height)
+
+
+def load_teacher(crepa: Crepa, device: torch.device) -> Dinov2Teacher:
+    """The encoder of the settings."""
+    return Dinov2Teacher(encoder_folder(crepa), device)
+
+
+def encoder_folder(crepa: Crepa) -> Path:
+    """The local folder of the encoder, downloaded where it is not local yet."""
+    return fetch(ENCODERS.get(crepa.encoder, crepa.encoder))
+
+
+def _prepare_prompts(
+    family: Family,
+    clips: list[PreparedClip],
+    prompts: Iterable[str],
+    cache: Cache,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Generator[Event, None, list[PreparedClip]]:
+    texts = sorted({clip.clip.caption for clip in clips} | set(prompts))
+    keys = {text: prompt_key(family, text, dtype) for text in texts}
+    missing = [text for text in texts if not cache.has("prompts", keys[text])]
+    if missing:
+        yield from _encode_prompts(family, {text: keys[text] for text in missing}, cache, device, dtype)
+        free_memory()
+    return [replace(clip, prompt_key=keys[clip.clip.caption]) for clip in clips]
+
+
+def _encode_prompts(
+    family: Family, keys: dict[str, str], cache: Cache, device: torch.device, dtype: torch.dtype
+) -> Generator[Event, None, None]:
+    pipeline = family.load_text_pipeline(dtype).to(device)
+
+    def encode(text: str) -> None:
+        cache.write("prompts", keys[text], _to_cpu(family.encode_prompt(pipeline, text)))
+
+    yield from _each("prompts", list(keys), encode, name=repr)
+
+
+def _prepare_latents(
+    family: Family, clips: list[PreparedClip], fps: float, cache: Cache, device: torch.device
+) -> Generator[Event, None, list[PreparedClip]]:
+    vae = _digests(("vae", *family.image_components), family)
+
+    def key(clip: PreparedClip) -> str:
+        return cache_key(kind="latents", family=family.name, task=family.task, vae=vae, **_content(clip, fps))
+
+    clips = [replace(clip, latents_key=key(clip)) for clip in clips]
+    missing = [clip for clip in clips if not cache.has("latents", clip.latents_key)]
+    if not missing:
+        return clips
+    encoded = yield from _encode_latents(family, missing, fps, cache, device)
+    free_memory()
+    return _without_failed(clips, missing, encoded)
+
+
+def _encode_latents(
+    family: Family, clips: list[PreparedClip], fps: float, cache: Cache, device: torch.device
+) -> Generator[Event, None, list[PreparedClip]]:
+    pipeline = family.load_vae_pipeline().to(device)
+
+    def encode(clip: PreparedClip) -> PreparedClip:
+        video = clip_pixels(clip, fps).transpose(0, 1).float() / 127.5 - 1
+        cache.write("latents", clip.latents_key, _to_cpu(family.encode_clip(pipeline, video)))
+        return clip
+
+    return (yield from _each("latents", clips, encode, name=_clip_name))
+
+
+def _prepare_features(
+    family: Family, crepa: Crepa, clips: list[PreparedClip], fps: float, cache: Cache, device: torch.device
+) -> Generator[Event, None, list[PreparedClip]]:
+    folder = encoder_folder(crepa)
+    encoder = fingerprint(folder)
+    patch_size = read_config(str(folder), "config.json")["patch_size"]
+    inputs: dict[str, tuple[list[int], tuple[int, int]]] = {}
+    keyed = []
+    for clip in clips:
+        grid = family.token_grid(cache.read("latents", clip.latents_key)["latents"][None])
+        frames = matching_frames(clip.bucket.frames, grid.frames)
+        size = input_size(crepa.encoder_image_size, grid, patch_size)
+        key = cache_key(kind="features", encoder=encoder, chosen=frames, size=size, **_content(clip, fps))
+        inputs[key] = frames, size
+        keyed.append(replace(clip, features_key=key))
+    missing = [clip for clip in keyed if not cache.has("features", str(clip.features_key))]
+    if not missing:
+        return keyed
+    encoded = yield from _encode_features(crepa, missing, inputs, fps, cache, device)
+    free_memory()
+    return _without_failed(keyed, missing, encoded)
+
+
+def _encode_features(
+    crepa: Crepa,
+    clips: list[PreparedClip],
+    inputs: dict[str, tuple[list[int], tuple[int, int]]],
+    fps: float,
+    cache: Cache,
+    device: torch.device,
+) -> Generator[Event, None, list[PreparedClip]]:
+    teacher = load_teacher(crepa, device)
+
+    def encode(clip: PreparedClip) -> PreparedClip:
+        frames, size = inputs[str(clip.features_key)]
+        features = teacher.features(clip_pixels(clip, fps)[frames], size)
+        cache.write("features", str(clip.features_key), {"features": features})
+        return clip
+
+    return (yield from _each("features", clips, encode, name=_clip_name))
+
+
+def _each(
+    stage: str, items: Sequence[Item], work: Callable[[Item], Result], *, name: Callable[[Item], str]
+) -> Generator[Event, None, list[Result]]:
+    """Work on each item, yield the progress, and return the results; items whose clip is unreadable are skipped."""
+    results = []
+    for done, item in enumerate(items, start=1):
+        try:
+            with torch.no_grad():
+                results.append(work(item))
+        except ClipError as error:
+            yield ClipSkipped(name(item), str(error))
+        yield Progress(stage, done, len(items))
+    return results
+
+
+def _clip_name(clip: PreparedClip) -> str:
+    return clip.clip.path.name
+
+
+def _without_failed(
+    clips: list[PreparedClip], tried: list[PreparedClip], succeeded: list[PreparedClip]
+) -> list[PreparedClip]:
+    failed = {clip.clip.path for clip in tried} - {clip.clip.path for clip in succeeded}
+    return [clip for clip in clips if clip.clip.path not in failed]
+
+
+def _content(clip: PreparedClip, fps: float) -> dict[str, object]:
+    """What a clip's pixels depend on."""
+    bucket = clip.bucket
+    return {
+        "digest": clip.digest,
+        "fps": fps,
+        "frames": bucket.frames,
+        "height": bucket.height,
+        "width": bucket.width,
+    }
+
+
+def _digests(components: Iterable[str], family: Family) -> list[str]:
+    folder = family.fetch()
+    return [fingerprint(folder / name) for name in components]
+
+
+def _to_cpu(tensors: Tensors) -> Tensors:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

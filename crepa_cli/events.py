@@ -1,0 +1,109 @@
+"""What happens in a run, as small frozen dataclasses: the preparation and the trainer yield them, reports listen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The preparation finished `done` of `total` pieces of a stage: scanning, prompts, latents or features."""
+
+    stage: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class ClipSkipped:
+    """A clip is left out of the training, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something that the user should know, such as a cache entry that was damaged and is made again."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class TrainingStarted:
+    """Everything is loaded; the first step comes next.
+
+    `step` is the first step of this session, above 0 when a run goes on.
+    """
+
+    output: Path
+    step: int
+    steps: int
+    clips: int
+    batches_per_epoch: int
+    trainable_parameters: int
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """One optimizer step, counted from zero: the fields of `metrics.jsonl`; None where a value does not exist."""
+
+    step: int
+    loss: float
+    diffusion_loss: float
+    crepa_loss: float | None
+    crepa_similarity: float | None
+    crepa_similarity_ema: float | None
+    crepa_coefficient: float
+    crepa_cutoff: bool
+    learning_rate: float
+    grad_norm: float
+    step_seconds: float
+    samples_per_second: float
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class AlignmentDropped:
+    """Alignment can never come back from this step on; hook, projector and features are gone."""
+
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class CheckpointSaved:
+    """A checkpoint after this many steps is complete on disk."""
+
+    step: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class ValidationSampled:
+    """Validation videos after this many steps are on disk."""
+
+    step: int
+    paths: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class TrainingEnded:
+    """The last event. `weights` is None where the run was stopped before its last step."""
+
+    step: int
+    weights: Path | None
+
+
+Event = (
+    Progress
+    | ClipSkipped
+    | Notice
+    | TrainingStarted
+    | StepDone
+    | AlignmentDropped
+    | CheckpointSaved
+    | ValidationSampled
+    | TrainingEnded
+)

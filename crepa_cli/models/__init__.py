@@ -1,0 +1,31 @@
+"""The families of video diffusion transformers that crepa trains, one file each.
+
+Importing this package loads no torch: a family's file is imported when it is asked for.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from crepa_cli.errors import UserError
+
+if TYPE_CHECKING:
+    from crepa_cli.models.family import Family
+
+FAMILIES = {
+    "wan": "Wan",
+}
+"""Name of each family, which is also its module here, and the class in it."""
+
+
+def load_family(name: str) -> type[Family]:
+    """The class of a family.
+
+    Raises:
+        UserError: if there is no such family; the message names those there are.
+    """
+    if name not in FAMILIES:
+        raise UserError(f"there is no CREPA support for the family {name!r}; choose one of: {', '.join(FAMILIES)}")
+    family: type[Family] = getattr(import_module(f"crepa_cli.models.{name}"), FAMILIES[name])
+    return family

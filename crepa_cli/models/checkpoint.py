@@ -1,0 +1,129 @@
+"""Checkpoints: where their files are, what their configuration says, and what identifies their content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from crepa_cli.errors import UserError
+
+
+def read_config(checkpoint: str, filename: str, revision: str | None = None) -> dict[str, Any]:
+    """A JSON file of a checkpoint, of which nothing else is downloaded.
+
+    Args:
+        checkpoint: a local folder or a Hub id.
+        filename: path inside the checkpoint, such as `transformer/config.json`.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        UserError: if the checkpoint or the file is not there, not reachable or not JSON.
+    """
+    if Path(checkpoint).is_dir():
+        path = Path(checkpoint, filename)
+        if not path.is_file():
+            raise UserError(f"{checkpoint} has no {filename}; is it a checkpoint in the layout of diffusers?")
+    else:
+        path = Path(_from_hub(hf_hub_download, checkpoint, filename=filename, revision=revision))
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+    return config
+
+
+def fetch(checkpoint: str, revision: str | None = None, folders: tuple[str, ...] = ()) -> Path:
+    """The local folder of a checkpoint; from the Hub only configurations, tokenizers and safetensors are fetched.
+
+    Args:
+        checkpoint: a local folder or a Hub id.
+        revision: branch, tag or commit on the Hub.
+        folders: the sub-folders that are needed beside the files at the top; all of them by default.
+
+    Raises:
+        UserError: if the checkpoint is not there or not reachable.
+    """
+    if Path(checkpoint).is_dir():
+        return Path(checkpoint)
+    kinds = ("*.json", "*.safetensors", "*.model", "*.txt")
+    patterns = [f"{folder}/{kind}" for folder in folders for kind in kinds] + ["*.json"] if folders else list(kinds)
+    return Path(_from_hub(snapshot_download, checkpoint, revision=revision, allow_patterns=patterns))
+
+
+def _from_hub(download: Any, repository: str, **arguments: Any) -> str:
+    try:
+        return str(download(repository, **arguments))
+    except HFValidationError as error:
+        raise UserError(f"no folder {repository!r}, and it is not a Hub id (owner/name) either") from error
+    except GatedRepoError as error:
+        raise UserError(
+            f"{repository} asks you to accept its terms: do so on its page of the Hub, then `hf auth login`"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"{repository} has no revision {arguments['revision']!r}") from error
+    except LocalEntryNotFoundError as error:
+        raise UserError(
+            f"{repository} is not on this machine and the Hub cannot be reached; "
+            "connect to the network, or name a local folder"
+        ) from error
+    except (RepositoryNotFoundError, EntryNotFoundError) as error:
+        raise UserError(f"no folder {repository!r}, and the Hub does not have it either: {error}") from error
+    except OSError as error:
+        raise UserError(f"{repository} could not be fetched from the Hub: {error}") from error
+
+
+def fingerprint(folder: Path) -> str:
+    """A short digest of a checkpoint's folder, which changes when its configuration or weights do.
+
+    Of large files the size, the first and the last MiB are read: a fine-tune changes those too, and a text encoder of
+    20 GB is identified in a moment.
+    """
+    edge = 2**20
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in {".json", ".safetensors", ".model"}):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder)}:{size};".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(edge))
+            if size > edge:
+                file.seek(max(edge, size - edge))
+                digest.update(file.read(edge))
+    return digest.hexdigest()[:32]
+
+
+def require_index(name: str, index: int, blocks: int) -> None:
+    """Check a block index of the settings against this very checkpoint.
+
+    Raises:
+        UserError: if there is no such block.
+    """
+    if not 0 <= index < blocks:
+        raise UserError(
+            f"{name} = {index}: this checkpoint's transformer has {blocks} blocks; choose one of 0 to {blocks - 1}"
+        )
+
+
+def require_class(checkpoint: str, config: Mapping[str, Any], expected: str, family: str) -> None:
+    """Check that a checkpoint is of the family it is used for.
+
+    Raises:
+        UserError: if its transformer is of another class.
+    """
+    found = config.get("_class_name")
+    if found != expected:
+        raise UserError(
+            f"{checkpoint} holds a {found}, the family {family} needs a {expected}; check --model and --checkpoint"
+        )

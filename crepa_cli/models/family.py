@@ -1,0 +1,233 @@
+"""What training needs to know of a family of video diffusion transformers.
+
+A family is one subclass in one file. It states facts (classes, defaults, compression) and adapts four things: how a
+prompt and a clip become tensors, how these become the transformer's inputs and target, and where its tokens are.
+All of them are trained by flow matching: `noisy = (1 - sigma) * latents + sigma * noise`, and the transformer predicts
+the velocity `noise - latents` (arXiv 2209.03003, 2403.03206).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from torch import Tensor, nn
+
+from crepa_cli.alignment import TokenGrid
+from crepa_cli.errors import UserError
+from crepa_cli.models import checkpoint as checkpoints
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class TransformerStep:
+    """One forward pass to train on: the transformer's keyword arguments, and what it should return.
+
+    `target` has the shape of the prediction; `weight` broadcasts to it and leaves out of the loss what the transformer
+    is given, such as the first frame of image to video.
+    """
+
+    inputs: Mapping[str, Any]
+    target: Tensor
+    weight: Tensor | None = None
+
+
+class Family(ABC):
+    """A checkpoint of one family, used for one task.
+
+    Args:
+        checkpoint: a local folder in diffusers' layout, or a Hub id. Only its configuration is read here.
+        task: `t2v` or `i2v`.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        UserError: if the family does not have the task, or the checkpoint is of another family.
+    """
+
+    name: ClassVar[str]
+    transformer_class: ClassVar[str]
+    blocks_attribute: ClassVar[str]
+    pipelines: ClassVar[Mapping[str, str]]
+    """The diffusers pipeline that generates each task."""
+    checkpoints: ClassVar[Mapping[str, str]]
+    """The default checkpoint of each task."""
+    settings: ClassVar[Mapping[str, Mapping[str, object]]]
+    """Defaults of settings, by table and key, as they stand in a profile."""
+    frame_multiple: ClassVar[int]
+    """A clip has this many frames times k, plus one: the temporal compression of the VAE."""
+    vae_dtype: ClassVar[torch.dtype] = torch.float32
+
+    def __init__(self, checkpoint: str, task: str, revision: str | None = None) -> None:
+        if task not in self.pipelines:
+            raise UserError(f"{self.name} is trained for {' and '.join(self.pipelines)}, not for {task!r}")
+        self.checkpoint = checkpoint
+        self.task = task
+        self.revision = revision
+        self.config = checkpoints.read_config(checkpoint, "transformer/config.json", revision)
+        checkpoints.require_class(checkpoint, self.config, self.transformer_class, self.name)
+
+    @classmethod
+    def defaults(cls, task: str) -> dict[str, dict[str, object]]:
+        """The layer of settings that this family puts over the built-in defaults."""
+        layer = {table: dict(keys) for table, keys in cls.settings.items()}
+        if task in cls.checkpoints:
+            layer.setdefault("model", {})["checkpoint"] = cls.checkpoints[task]
+        return layer
+
+    @classmethod
+    @abstractmethod
+    def write_tiny(cls, folder: Path, task: str) -> None:
+        """Write a tiny checkpoint for a task, with random weights, in the published layout."""
+
+    # Facts of this checkpoint, from its configuration alone.
+
+    @property
+    @abstractmethod
+    def block_count(self) -> int:
+        """Blocks of the transformer."""
+
+    @property
+    @abstractmethod
+    def hidden_size(self) -> int:
+        """Width of the blocks' hidden states."""
+
+    @property
+    @abstractmethod
+    def size_multiple(self) -> int:
+        """Width and height of a clip in pixels are multiples of this: the VAE's compression times the patch."""
+
+    @property
+    def timestep_shift(self) -> float:
+        """The shift of sigmas that the checkpoint's scheduler samples with; 1 leaves them as they are."""
+        config = checkpoints.read_config(self.checkpoint, "scheduler/scheduler_config.json", self.revision)
+        return float(config.get("flow_shift") or config.get("shift") or 1.0)
+
+    # Loading.
+
+    def fetch(self) -> Path:
+        """The checkpoint's local folder, downloaded where it is not local yet."""
+        return checkpoints.fetch(self.checkpoint, self.revision)
+
+    def load_transformer(self, dtype: torch.dtype) -> ModelMixin:
+        """The transformer, on the CPU, with parameters that require no gradient."""
+        transformer = getattr(diffusers, self.transformer_class).from_pretrained(
+            self.fetch(), subfolder="transformer", dtype=dtype, use_safetensors=True
+        )
+        return transformer.requires_grad_(False)
+
+    def blocks(self, transformer: nn.Module) -> nn.ModuleList:
+        """The transformer's blocks, in order."""
+        blocks = getattr(transformer, self.blocks_attribute)
+        assert isinstance(blocks, nn.ModuleList)
+        return blocks
+
+    def load_pipeline(self, *, dtype: torch.dtype, without: tuple[str, ...], **components: Any) -> DiffusionPipeline:
+        """The family's pipeline for the task.
+
+        Args:
+            dtype: of the components that are loaded.
+            without: the components that are left out, and cost nothing.
+            components: those that are at hand already.
+        """
+        pipeline_class = getattr(diffusers, self.pipelines[self.task])
+        given = dict.fromkeys(without) | components
+        pipeline = pipeline_class.from_pretrained(self.fetch(), dtype=dtype, use_safetensors=True, **given)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    text_components: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
+    image_components: ClassVar[tuple[str, ...]] = ()
+
+    def load_text_pipeline(self, dtype: torch.dtype) -> DiffusionPipeline:
+        """The pipeline with what `encode_prompt` needs."""
+        return self.load_pipeline(dtype=dtype, without=("transformer", "vae", *self.image_components))
+
+    def load_vae_pipeline(self) -> DiffusionPipeline:
+        """The pipeline with what `encode_clip` needs."""
+        return self.load_pipeline(dtype=self.vae_dtype, without=("transformer", *self.text_components))
+
+    def load_sampling_pipeline(self, transformer: nn.Module) -> DiffusionPipeline:
+        """The pipeline that samples videos from prompts encoded before; its VAE is in `vae_dtype`."""
+        return self.load_pipeline(dtype=self.vae_dtype, without=self.text_components, transformer=transformer)
+
+    # Preparation: once per clip, before training.
+
+    @abstractmethod
+    def encode_prompt(self, pipeline: DiffusionPipeline, caption: str) -> Tensors:
+        """The tensors of a caption, each without a batch dimension, as the pipeline's own call has them."""
+
+    @abstractmethod
+    def encode_clip(self, pipeline: DiffusionPipeline, video: Tensor) -> Tensors:
+        """The tensors of a clip, each without a batch dimension; `latents` `[C, T, h, w]` are among them.
+
+        Args:
+            pipeline: from `load_vae_pipeline`.
+            video: `[3, F, H, W]` in [-1, 1].
+        """
+
+    @abstractmethod
+    def decode_latents(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
+        """The video of a clip's latents `[C, T, h, w]`: `[3, F, H, W]` in [-1, 1]."""
+
+    # Training.
+
+    @abstractmethod
+    def token_grid(self, latents: Tensor) -> TokenGrid:
+        """Where the tokens of latents `[B, C, T, h, w]` are."""
+
+    @abstractmethod
+    def step(self, batch: Tensors, noise: Tensor, sigmas: Tensor) -> TransformerStep:
+        """The transformer's inputs and target for a batch of clips.
+
+        Args:
+            batch: tensors of clips and captions with a batch dimension: `latents` `[B, C, T, h, w]` and the others.
+            noise: like `latents`, standard normal.
+            sigmas: `[B]` in [0, 1], already shifted.
+        """
+
+    def row_major(self, hidden: Tensor, grid: TokenGrid) -> Tensor:
+        """Hidden states of a block as `[B, T, N, H]`, each frame's tokens row-major, whatever order the block uses."""
+        return hidden.view(len(hidden), grid.frames, grid.tokens, -1)
+
+    # Sampling.
+
+    @abstractmethod
+    def sampling_arguments(self, prompt: Tensors, negative_prompt: Tensors) -> dict[str, Any]:
+        """The arguments of the pipeline's call that stand for the prompts, from the tensors of `encode_prompt`."""
+
+
+def add_noise(latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
+    """`(1 - sigma) * latents + sigma * noise`; sigmas broadcast from the left."""
+    sigmas = sigmas.view(-1, *[1] * (latents.ndim - 1))
+    return (1 - sigmas) * latents + sigmas * noise
+
+
+def normalized_latents(vae: Any, video: Tensor) -> Tensor:
+    """The mode of a VAE's posterior, normalized with the mean and std of its configuration: `[C, T, h, w]`, float32.
+
+    Args:
+        vae: with `latents_mean` and `latents_std` in its configuration, per channel.
+        video: `[3, F, H, W]` in [-1, 1].
+    """
+    latents: Tensor = vae.encode(video[None].to(vae.device, vae.dtype)).latent_dist.mode()[0].float()
+    mean, std = _latent_statistics(vae, latents)
+    return (latents - mean) / std
+
+
+def decoded_video(vae: Any, latents: Tensor) -> Tensor:
+    """The video of normalized latents `[C, T, h, w]`: `[3, F, H, W]` in [-1, 1], float32."""
+    mean, std = _latent_statistics(vae, latents)
+    video: Tensor = vae.decode((latents * std + mean)[None].to(vae.device, vae.dtype), return_dict=False)[0][0]
+    return video.float().clamp(-1, 1)
+
+
+def _latent_statistics(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
+    mean, std = (latents.new_tensor(values) for values in (vae.config.latents_mean, vae.config.latents_std))
+    return mean.view(-1, 1, 1, 1), std.view(-1, 1, 1, 1)

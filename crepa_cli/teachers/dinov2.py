@@ -1,0 +1,92 @@
+"""DINOv2 (arXiv 2304.07193) as the frozen teacher: one feature for each patch of each frame."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModel, Dinov2Config, Dinov2Model
+
+from crepa_cli.alignment import TokenGrid
+from crepa_cli.errors import UserError
+
+ENCODERS = {
+    f"dinov2_vit{letter}14{suffix}": f"facebook/dinov2-{registers}{size}"
+    for letter, size in {"s": "small", "b": "base", "l": "large", "g": "giant"}.items()
+    for suffix, registers in {"": "", "_reg": "with-registers-"}.items()
+}
+"""Names of the encoders and where they are on the Hub."""
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+FRAMES_AT_ONCE = 8
+
+
+def input_size(image_size: int | str, grid: TokenGrid, patch_size: int) -> tuple[int, int]:
+    """Height and width of the encoder's input in pixels.
+
+    Args:
+        image_size: the side of a square input, or `"grid"` for one whose patches are the tokens of `grid`.
+        grid: the student's tokens.
+        patch_size: the encoder's patch in pixels.
+
+    Raises:
+        UserError: if the side is not a multiple of the patch.
+    """
+    if isinstance(image_size, str):
+        return grid.rows * patch_size, grid.columns * patch_size
+    if image_size % patch_size:
+        lower = image_size // patch_size * patch_size
+        raise UserError(
+            f"crepa.encoder_image_size = {image_size} is not a multiple of the encoder's patch size {patch_size}; "
+            f"take {lower or patch_size} or {lower + patch_size}"
+        )
+    return image_size, image_size
+
+
+class Dinov2Teacher:
+    """A DINOv2 encoder, with or without registers.
+
+    Args:
+        folder: its local folder, in the layout of transformers.
+        device: where it runs; on a GPU in float16, on the CPU in float32.
+    """
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        dtype = torch.float16 if device.type == "cuda" else torch.float32
+        self.model = AutoModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        self.model.requires_grad_(False).eval().to(device)
+
+    @torch.no_grad()
+    def features(self, frames: Tensor, size: tuple[int, int]) -> Tensor:
+        """Final-norm patch features of frames, without class and register tokens.
+
+        Args:
+            frames: uint8 `[F, 3, H, W]`.
+            size: height and width of the encoder's input in pixels; frames are resized to it.
+
+        Returns:
+            float16 `[F, rows, columns, D]` on the CPU.
+        """
+        return torch.cat([self._features(part, size) for part in frames.split(FRAMES_AT_ONCE)])
+
+    def _features(self, frames: Tensor, size: tuple[int, int]) -> Tensor:
+        device, dtype = self.model.device, self.model.dtype
+        pixels = frames.to(device, torch.float32) / 255
+        pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 1)
+        mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        tokens = self.model(((pixels - mean) / std).to(dtype)).last_hidden_state
+        patch = self.model.config.patch_size
+        rows, columns = size[0] // patch, size[1] // patch
+        features: Tensor = tokens[:, -rows * columns :].unflatten(1, (rows, columns))
+        return features.half().cpu()
+
+
+def write_tiny_dinov2(folder: Path) -> None:
+    """A DINOv2 of two layers and width 48, with random weights, in the published layout."""
+    config = Dinov2Config(
+        hidden_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=56, patch_size=14, layerscale_value=1.0
+    )
+    Dinov2Model(config).save_pretrained(folder)

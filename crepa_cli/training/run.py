@@ -1,0 +1,180 @@
+"""A run from its settings to its weights: checks, preparation, training."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+
+from crepa_cli.data.cache import Cache
+from crepa_cli.data.dataset import ClipDataset
+from crepa_cli.data.prepare import ClipForm, prepare, prompt_key
+from crepa_cli.errors import UserError
+from crepa_cli.events import Event, Notice
+from crepa_cli.models import load_family
+from crepa_cli.models.checkpoint import require_index
+from crepa_cli.models.family import Family
+from crepa_cli.profile import Data, Profile
+from crepa_cli.training.checkpoints import complete_checkpoints
+from crepa_cli.training.trainer import Trainer
+
+PRECISION = {"bfloat16": "bf16", "float32": "no"}
+CACHE_FOLDER = ".crepa-cache"
+
+
+def open_family(profile: Profile) -> Family:
+    """The family of the settings with its checkpoint, checked against what the settings ask of it.
+
+    Raises:
+        UserError: lists all that does not fit: family, checkpoint, task, block indices, sizes.
+    """
+    model, crepa = profile.model, profile.crepa
+    assert model.checkpoint is not None, "the family's defaults give a checkpoint"
+    family = load_family(model.family)(model.checkpoint, model.task, model.revision)
+    indices = {"crepa.block_index": crepa.block_index} if crepa.enabled else {}
+    if crepa.enabled and crepa.use_backbone_features:
+        indices["crepa.teacher_block_index"] = crepa.teacher_block_index
+    sizes = {"data.width": profile.data.width, "data.height": profile.data.height}
+    mistakes = []
+    for name, index in indices.items():
+        try:
+            require_index(name, index or 0, family.block_count)
+        except UserError as error:
+            mistakes.append(str(error))
+    for name, size in sizes.items():
+        if size and size % family.size_multiple:
+            lower = size // family.size_multiple * family.size_multiple
+            mistakes.append(
+                f"{name} = {size}: {family.name} takes multiples of {family.size_multiple}, "
+                f"such as {lower or family.size_multiple} or {lower + family.size_multiple}"
+            )
+    if mistakes:
+        raise UserError("\n".join(mistakes))
+    return family
+
+
+def clip_form(data: Data) -> ClipForm:
+    """The size, length and frame rate of the settings."""
+    assert data.width is not None, "the family's defaults give a width"
+    assert data.height is not None, "and a height"
+    assert data.frames is not None, "and a number of frames"
+    assert data.fps is not None, "and a frame rate"
+    return ClipForm(data.width, data.height, data.frames, data.fps)
+
+
+def clips_folder(data: Data) -> Path:
+    """The folder of clips of the settings.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if data.path is None:
+        raise UserError("no clips: name their folder with --data DIR, or as path in [data] of crepa.toml")
+    return Path(data.path)
+
+
+def make_accelerator(profile: Profile, output: Path) -> Accelerator:
+    """Device, precision, processes and trackers."""
+    return Accelerator(
+        mixed_precision=PRECISION[profile.model.dtype],
+        log_with=list(profile.report.trackers) or None,
+        project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "trackers")),
+        step_scheduler_with_optimizer=False,
+    )
+
+
+def train(
+    profile: Profile,
+    family: Family,
+    output: Path,
+    accelerator: Accelerator,
+    *,
+    resume: bool,
+    cache_only: bool,
+    should_stop: Callable[[], bool],
+) -> Iterator[Event]:
+    """Prepare the clips, then train; yields what happens.
+
+    Args:
+        profile: the resolved settings.
+        family: from `open_family`.
+        output: the run's folder.
+        accelerator: from `make_accelerator`.
+        resume: go on from the newest checkpoint of the folder.
+        cache_only: prepare, and stop before training.
+        should_stop: asked after each step.
+
+    Raises:
+        UserError: if no clip is usable, or there is nothing to go on from.
+        RunError: if the training fails.
+    """
+    folder, form = clips_folder(profile.data), clip_form(profile.data)
+    checkpoints = complete_checkpoints(output / "checkpoints")
+    if resume and not checkpoints:
+        raise UserError(f"nothing to resume: {output} has no complete checkpoint; leave --resume out to start anew")
+    damaged: list[str] = []
+    cache = Cache(
+        Path(profile.data.cache) if profile.data.cache else folder / CACHE_FOLDER,
+        on_damage=lambda path, reason: damaged.append(f"{path.name} in the cache is made again: {reason}"),
+    )
+    crepa = profile.crepa
+    dtype = getattr(torch, profile.model.dtype)
+    texts = [*profile.validation.prompts, ""]
+    encoder = crepa if crepa.enabled and not crepa.use_backbone_features else None
+    clips = yield from prepare(family, folder, form, encoder, texts, cache, accelerator.device, dtype)
+    for message in damaged:
+        yield Notice(message)
+    if cache_only:
+        return
+    prompts = [cache.read("prompts", prompt_key(family, text, dtype)) for text in texts]
+    feature_size = family.hidden_size
+    if clips[0].features_key:
+        feature_size = cache.read("features", clips[0].features_key)["features"].shape[-1]
+    trainer = Trainer(
+        profile,
+        family,
+        ClipDataset(clips, cache, prompt_key(family, "", dtype)),
+        prompts,
+        form,
+        output,
+        accelerator,
+        feature_size,
+        checkpoints[-1] if resume else None,
+    )
+    yield from trainer.run(should_stop)
+
+
+def new_run_folder(profile: Profile) -> Path:
+    """The folder of a new run: `train.output`, or the next free one of `runs/<family>-<task>-<number>`.
+
+    Raises:
+        UserError: if `train.output` holds a run already.
+    """
+    if profile.train.output is None:
+        stem = f"{profile.model.family}-{profile.model.task}"
+        numbers = [int(match[1]) for path in Path("runs").glob("*") if (match := _numbered(stem, path))]
+        return Path("runs") / f"{stem}-{max(numbers, default=0) + 1}"
+    output = Path(profile.train.output)
+    if (output / "profile.toml").exists():
+        raise UserError(f"{output} holds a run already: add --resume to go on with it, or choose another --output")
+    return output
+
+
+def newest_run() -> Path:
+    """The run in `runs/` that was worked on last.
+
+    Raises:
+        UserError: if there is none.
+    """
+    runs = list(Path("runs").glob("*/profile.toml"))
+    if not runs:
+        raise UserError("nothing to resume: there is no run in runs/; name its folder with --output")
+    return max((path.parent for path in runs), key=lambda run: (run / "metrics.jsonl").stat().st_mtime)
+
+
+def _numbered(stem: str, path: Path) -> re.Match[str] | None:
+    return re.fullmatch(rf"{re.escape(stem)}-(\d+)", path.name)

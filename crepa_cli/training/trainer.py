@@ -1,0 +1,423 @@
+"""The trainer: it owns the model, the optimizer and the schedules, and yields what happens."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+from crepa_cli.alignment import CoefficientSchedule, Crepa
+from crepa_cli.data.dataset import Batch, ClipDataset, prefetched
+from crepa_cli.data.prepare import ClipForm
+from crepa_cli.data.sampler import BatchOrder
+from crepa_cli.errors import RunError
+from crepa_cli.events import (
+    AlignmentDropped,
+    CheckpointSaved,
+    Event,
+    StepDone,
+    TrainingEnded,
+    TrainingStarted,
+    ValidationSampled,
+)
+from crepa_cli.models.family import Family, Tensors
+from crepa_cli.profile import Profile
+from crepa_cli.training.adapter import export_weights, make_trainable
+from crepa_cli.training.aligned import AlignedTransformer
+from crepa_cli.training.checkpoints import (
+    checkpoint_path,
+    load_checkpoint,
+    read_progress,
+    remove_old_checkpoints,
+    save_checkpoint,
+)
+from crepa_cli.training.flow import diffusion_loss, sample_sigmas, seeded_generator
+from crepa_cli.training.sampling import sample_videos
+
+
+class _Losses(NamedTuple):
+    """Of a micro-batch or, averaged, of a step: 0-d tensors; not a number where there is no alignment."""
+
+    total: Tensor
+    diffusion: Tensor
+    crepa: Tensor
+    similarity: Tensor
+
+
+class Trainer:
+    """Trains a family's transformer on prepared clips.
+
+    Args:
+        profile: the resolved settings.
+        family: of the checkpoint.
+        dataset: the prepared clips.
+        prompts: the cached tensors of the validation prompts, and last those of the empty prompt.
+        form: the size, length and frame rate of the clips, for validation videos.
+        output: the run's folder.
+        accelerator: device, precision and processes.
+        feature_size: width of the teacher's features; None where a block is the teacher.
+        resume: the checkpoint to go on from.
+    """
+
+    def __init__(
+        self,
+        profile: Profile,
+        family: Family,
+        dataset: ClipDataset,
+        prompts: list[Tensors],
+        form: ClipForm,
+        output: Path,
+        accelerator: Accelerator,
+        feature_size: int | None,
+        resume: Path | None = None,
+    ) -> None:
+        self.profile = profile
+        self.family = family
+        self.dataset = dataset
+        self.prompts = prompts
+        self.form = form
+        self.output = output
+        self.accelerator = accelerator
+        train = profile.train
+        progress = read_progress(resume) if resume else {}
+        self.start: int = progress.get("step", 0)
+        self.order = BatchOrder(
+            dataset.buckets(), batch_size=train.batch_size, seed=train.seed, repeats=profile.data.repeats
+        )
+        self.shift = train.timestep_shift or family.timestep_shift
+        self.schedule = coefficient_schedule(profile)
+        if progress:
+            self.schedule.load_state_dict(progress["schedule"])
+        torch.manual_seed(train.seed)
+        aligned = self._build_model(None if self._alignment_finished(self.start) else feature_size)
+        groups = [_trainable(aligned.transformer), _trainable(aligned.crepa) if aligned.crepa else []]
+        optimizer = make_optimizer(train.optimizer, groups, train.learning_rate, train.weight_decay)
+        self.lr_scheduler = get_scheduler(
+            train.lr_scheduler,
+            optimizer,
+            num_warmup_steps=train.lr_warmup_steps,
+            num_training_steps=train.steps,
+        )
+        self.average = EMAModel(groups[0], decay=train.ema) if train.ema else None
+        self.model, self.optimizer = accelerator.prepare(aligned, optimizer)
+        if self.average:
+            self.average.to(accelerator.device)
+        if resume:
+            self._restore(resume, progress)
+
+    @property
+    def aligned(self) -> AlignedTransformer:
+        """The trained module, without what Accelerate wraps around it."""
+        aligned = self.accelerator.unwrap_model(self.model)
+        assert isinstance(aligned, AlignedTransformer)
+        return aligned
+
+    def run(self, should_stop: Callable[[], bool]) -> Iterator[Event]:
+        """Train to the last step, or until `should_stop` is true after one; a checkpoint is saved either way.
+
+        Raises:
+            RunError: if a loss is not finite.
+        """
+        profile, steps = self.profile, self.profile.train.steps
+        yield TrainingStarted(
+            self.output,
+            self.start,
+            steps,
+            len(self.dataset.clips),
+            math.ceil(self.order.batches_per_epoch / profile.train.gradient_accumulation),
+            sum(parameter.numel() for parameter in _trainable(self.aligned)),
+        )
+        batches = prefetched(self._read_batch, self.start * profile.train.gradient_accumulation)
+        done = self.start
+        for step in range(self.start, steps):
+            if self.aligned.crepa is not None and self._alignment_finished(step):
+                self._drop_alignment()
+                yield AlignmentDropped(step, self._reason_of_cutoff(step))
+            yield self._optimizer_step(step, batches)
+            done = step + 1
+            stopped = done < steps and should_stop()
+            if stopped or done == steps or _due(done, profile.checkpoints.every):
+                yield self._save_checkpoint(done)
+            if stopped:
+                yield TrainingEnded(done, None)
+                return
+            if profile.validation.prompts and _due(done, profile.validation.every):
+                yield self._sample(done)
+        yield TrainingEnded(done, self._export())
+
+    # One step.
+
+    def _optimizer_step(self, step: int, batches: Iterator[Batch]) -> StepDone:
+        started = time.perf_counter()
+        train = self.profile.train
+        torch.manual_seed(seeded_generator(train.seed, "dropout", step, self._rank).initial_seed())
+        coefficient = self.schedule.coefficient(step) if self.aligned.crepa else 0.0
+        learning_rate = self.lr_scheduler.get_last_lr()[0]
+        losses = []
+        for micro in range(train.gradient_accumulation):
+            last = micro == train.gradient_accumulation - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                index = step * train.gradient_accumulation + micro
+                losses.append(self._backward(next(batches), index, step, coefficient))
+        parameters = _trainable(self.aligned)
+        norm = self.accelerator.clip_grad_norm_(parameters, train.max_grad_norm or math.inf)
+        self.optimizer.step()
+        self.lr_scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average:
+            self.average.step(_trainable(self.aligned.transformer))
+        mean = torch.stack([torch.stack(part) for part in losses]).mean(0)
+        total, diffusion, crepa, similarity = self.accelerator.reduce(mean, "mean").tolist()
+        aligned = not math.isnan(similarity)
+        if aligned:
+            self.schedule.observe(similarity)
+        seconds = time.perf_counter() - started
+        clips = train.batch_size * train.gradient_accumulation * self.accelerator.num_processes
+        return StepDone(
+            step=step,
+            loss=total,
+            diffusion_loss=diffusion,
+            crepa_loss=crepa if aligned else None,
+            crepa_similarity=similarity if aligned else None,
+            crepa_similarity_ema=self.schedule.similarity_ema,
+            crepa_coefficient=coefficient,
+            crepa_cutoff=self.schedule.cut_off or self._alignment_finished(step),
+            learning_rate=learning_rate,
+            grad_norm=float(norm),
+            step_seconds=seconds,
+            samples_per_second=clips / seconds,
+            peak_memory_bytes=peak_memory(self.accelerator.device),
+        )
+
+    def _backward(self, batch: Batch, index: int, step: int, coefficient: float) -> _Losses:
+        """Accumulate the gradients of one micro-batch."""
+        train, device = self.profile.train, self.accelerator.device
+        generator = seeded_generator(train.seed, "noise", index, self._rank)
+        sigmas = sample_sigmas(train.batch_size, train.timestep_sampling, self.shift, generator).to(device)
+        noise = torch.randn(batch.tensors["latents"].shape, generator=generator).to(device)
+        tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.tensors.items()}
+        target = self.family.step(tensors, noise, sigmas)
+        features = None if batch.features is None else batch.features.to(device, non_blocking=True)
+        grid = self.family.token_grid(tensors["latents"])
+        output = self.model(target.inputs, grid, features, batch.teacher_grid)
+        diffusion = diffusion_loss(output.prediction, target, sigmas, train.loss_weighting)
+        crepa = similarity = torch.full_like(diffusion, math.nan)
+        loss = diffusion
+        if output.alignment is not None:
+            crepa, similarity = output.alignment.loss, output.alignment.similarity
+            loss = diffusion + coefficient * crepa
+        losses = _Losses(*(value.detach() for value in (loss, diffusion, crepa, similarity)))
+        _require_finite(losses, step, batch.clips, aligned=output.alignment is not None)
+        self.accelerator.backward(loss / train.gradient_accumulation)
+        return losses
+
+    def _read_batch(self, index: int) -> Batch:
+        """Read the micro-batch of this process with this index, counted over the whole run."""
+        indices = self.order.batch(index * self.accelerator.num_processes + self._rank)
+        generator = seeded_generator(self.profile.train.seed, "captions", index, self._rank)
+        drop = torch.rand(len(indices), generator=generator) < self.profile.data.caption_dropout
+        return self.dataset.batch(indices, drop.tolist(), with_features=self.aligned.crepa is not None)
+
+    @property
+    def _rank(self) -> int:
+        return int(self.accelerator.process_index)
+
+    # Alignment.
+
+    def _build_model(self, feature_size: int | None) -> AlignedTransformer:
+        profile, family = self.profile, self.family
+        settings = profile.crepa
+        trained_dtype = torch.float32 if profile.adapter.kind == "full" else getattr(torch, profile.model.dtype)
+        transformer = family.load_transformer(trained_dtype)
+        make_trainable(transformer, profile.adapter)
+        if profile.train.activation_checkpointing:
+            transformer.enable_gradient_checkpointing()
+        blocks = family.blocks(transformer)
+        if profile.train.compile:
+            for block in blocks:
+                block.forward = torch.compile(block.forward)
+        teacher_block = settings.teacher_block_index if settings.use_backbone_features else None
+        crepa = None
+        if feature_size is not None:
+            crepa = Crepa(
+                family.hidden_size,
+                feature_size,
+                adjacent_distance=settings.adjacent_distance,
+                adjacent_tau=settings.adjacent_tau,
+                cumulative_neighbors=settings.cumulative_neighbors,
+                spatial_align=settings.spatial_align,
+                normalize_by_frames=settings.normalize_by_frames,
+            )
+        aligned = AlignedTransformer(
+            transformer,
+            crepa,
+            blocks=blocks,
+            student_block=settings.block_index or 0,
+            teacher_block=teacher_block,
+            row_major=family.row_major,
+        )
+        return aligned.train()
+
+    def _alignment_finished(self, step: int) -> bool:
+        return not self.profile.crepa.enabled or self.schedule.finished(step)
+
+    def _drop_alignment(self) -> None:
+        projector = self.optimizer.param_groups[1]["params"]
+        for parameter in projector:
+            self.optimizer.state.pop(parameter, None)
+        projector.clear()
+        self.aligned.drop_alignment()
+
+    def _reason_of_cutoff(self, step: int) -> str:
+        settings = self.profile.crepa
+        if self.schedule.cut_off:
+            average, threshold = self.schedule.similarity_ema, settings.similarity_threshold
+            return f"similarity average {average:.3f} >= {threshold}"
+        if settings.cutoff_step and step >= settings.cutoff_step:
+            return f"cutoff_step {settings.cutoff_step} reached"
+        return "the coefficient has decayed to 0"
+
+    # Files.
+
+    def _save_checkpoint(self, step: int) -> Event:
+        path = checkpoint_path(self.output / "checkpoints", step)
+        progress = {
+            "step": step,
+            "schedule": self.schedule.state_dict(),
+            "lr_scheduler": _plain_state(self.lr_scheduler),
+            "average_steps": self.average.optimization_step if self.average else 0,
+        }
+        average = self.average.shadow_params if self.average else None
+        save_checkpoint(path, self.aligned, self.optimizer.optimizer, average, progress)
+        remove_old_checkpoints(path.parent, self.profile.checkpoints.keep)
+        return CheckpointSaved(step, path)
+
+    def _restore(self, path: Path, progress: dict[str, object]) -> None:
+        average = self.average.shadow_params if self.average else None
+        load_checkpoint(path, self.aligned, self.optimizer.optimizer, average)
+        self.lr_scheduler.load_state_dict(progress["lr_scheduler"])
+        if self.average:
+            self.average.optimization_step = progress["average_steps"]
+
+    def _sample(self, step: int) -> Event:
+        validation = self.profile.validation
+        folder = self.output / "samples" / f"step-{step:06d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        guidance = {} if validation.guidance_scale is None else {"guidance_scale": validation.guidance_scale}
+        with self._averaged_weights(), torch.no_grad(), self.accelerator.autocast():
+            paths = sample_videos(
+                self.family,
+                self.aligned.transformer,
+                self.prompts[:-1],
+                self.prompts[-1],
+                folder,
+                fps=self.form.fps,
+                seed=self.profile.train.seed,
+                device=self.accelerator.device,
+                width=self.form.width,
+                height=self.form.height,
+                num_frames=validation.frames or self.form.frames,
+                num_inference_steps=validation.steps,
+                **guidance,
+            )
+        return ValidationSampled(step, paths)
+
+    def _export(self) -> Path:
+        folder = self.output / "weights"
+        with self._averaged_weights():
+            export_weights(self.family, self.aligned.transformer, self.profile.adapter, folder)
+        return folder
+
+    @contextmanager
+    def _averaged_weights(self) -> Iterator[None]:
+        """The moving average in place of the weights, where there is one."""
+        if self.average is None:
+            yield
+            return
+        parameters = _trainable(self.aligned.transformer)
+        self.average.store(parameters)
+        self.average.copy_to(parameters)
+        try:
+            yield
+        finally:
+            self.average.restore(parameters)
+
+
+def coefficient_schedule(profile: Profile) -> CoefficientSchedule:
+    """The schedule that the settings describe."""
+    crepa = profile.crepa
+    return CoefficientSchedule(
+        peak=crepa.lambda_,
+        total_steps=profile.train.steps,
+        scheduler=crepa.scheduler,
+        end=crepa.lambda_end,
+        warmup_steps=crepa.warmup_steps,
+        decay_steps=crepa.decay_steps,
+        power=crepa.power,
+        cutoff_step=crepa.cutoff_step,
+        similarity_threshold=crepa.similarity_threshold,
+        similarity_ema_decay=crepa.similarity_ema_decay,
+        threshold_mode=crepa.threshold_mode,
+    )
+
+
+def make_optimizer(
+    name: str, groups: list[list[nn.Parameter]], learning_rate: float | None, weight_decay: float
+) -> torch.optim.Optimizer:
+    """The optimizer over groups of parameters, of which some may be empty.
+
+    Raises:
+        RunError: if its package is not installed.
+    """
+    assert learning_rate is not None, "the family's defaults give a learning rate"
+    parameters = [{"params": group} for group in groups]
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise RunError("optimizer adamw8bit needs bitsandbytes: pip install 'crepa[bnb]'") from error
+    optimizer: torch.optim.Optimizer = AdamW8bit(parameters, lr=learning_rate, weight_decay=weight_decay)
+    return optimizer
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes in use so far: allocated on the GPU, or resident in the process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _trainable(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _require_finite(losses: _Losses, step: int, clips: tuple[str, ...], aligned: bool) -> None:
+    terms = {"diffusion loss": losses.diffusion} | ({"alignment loss": losses.crepa} if aligned else {})
+    bad = [term for term, value in terms.items() if not torch.isfinite(value)]
+    if bad:
+        raise RunError(
+            f"step {step}: the {' and the '.join(bad)} of {', '.join(clips)} is not finite; nothing was written, the "
+            "last checkpoint is good. Lower train.learning_rate or look at the clip, then go on with --resume"
+        )
+
+
+def _plain_state(scheduler: torch.optim.lr_scheduler.LRScheduler) -> dict[str, object]:
+    """The JSON values of a scheduler's state; its functions come from the settings."""
+    return {key: value for key, value in scheduler.state_dict().items() if key != "lr_lambdas"}

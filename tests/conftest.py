@@ -1,0 +1,51 @@
+"""Tiny checkpoints in the published layout and small clips, made once for the whole session."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from crepa_cli.models import load_family
+from crepa_cli.models.family import Family
+from crepa_cli.models.tiny import write_once
+from crepa_cli.teachers.dinov2 import write_tiny_dinov2
+
+OpenTiny = Callable[[str, str], Family]
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for tiny checkpoints."""
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="session")
+def open_tiny(checkpoints: Path) -> OpenTiny:
+    """Opens the tiny checkpoint of a family for a task."""
+
+    def open_family(name: str, task: str) -> Family:
+        family = load_family(name)
+        folder = write_once(checkpoints / f"{name}-{task}", lambda path: family.write_tiny(path, task))
+        return family(str(folder), task)
+
+    return open_family
+
+
+@pytest.fixture(scope="session")
+def tiny_dinov2(checkpoints: Path) -> Path:
+    """A tiny teacher."""
+    return write_once(checkpoints / "dinov2", write_tiny_dinov2)
+
+
+def moving_pattern(frames: int, height: int, width: int) -> Tensor:
+    """A video `[3, F, H, W]` in [-1, 1] of colored waves that drift."""
+    time = torch.arange(frames).view(1, -1, 1, 1) / 8
+    rows = torch.arange(height).view(1, 1, -1, 1) / height
+    columns = torch.arange(width).view(1, 1, 1, -1) / width
+    color = torch.arange(3).view(-1, 1, 1, 1)
+    return torch.sin(2 * math.pi * (2 * columns + (1 + color) * rows + 0.3 * color) + time * (1 + color))
