@@ -1,0 +1,55 @@
+"""The command line. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from crepa_cli import __version__
+from crepa_cli.cli.init import init
+from crepa_cli.cli.train import train
+from crepa_cli.errors import RunError, UserError
+
+app = typer.Typer(
+    name="crepa",
+    help="Fine-tune video diffusion transformers with Cross-frame Representation Alignment.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.command()(init)
+app.command()(train)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"crepa {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _crepa(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line; a mistake of the user's ends with exit code 2, a failure of the run with 1."""
+    try:
+        app()
+    except UserError as error:
+        _fail(str(error), code=2)
+    except RunError as error:
+        _fail(str(error), code=1)
+
+
+def _fail(message: str, code: int) -> None:
+    console = Console(stderr=True, highlight=False)
+    console.print("[bold red]error:[/]", end=" ")
+    console.print(message, markup=False, soft_wrap=True)
+    sys.exit(code)

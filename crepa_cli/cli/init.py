@@ -1,0 +1,190 @@
+"""`crepa init`: a crepa.toml for this folder."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from crepa_cli.errors import UserError
+
+if TYPE_CHECKING:
+    from crepa_cli.profile.simpletuner import Imported
+
+
+@dataclass
+class _Choices:
+    """What flags or answers have said."""
+
+    model: str | None
+    task: str | None
+    profile: str | None
+    data: str | None
+    vram: float | None
+
+
+def family_names() -> list[str]:
+    """The names of the model families, for completion."""
+    from crepa_cli.models import FAMILIES
+
+    return list(FAMILIES)
+
+
+def preset_names() -> list[str]:
+    """The names of the presets, for completion."""
+    from crepa_cli.profile import presets
+
+    return list(presets())
+
+
+def init(
+    model: Annotated[
+        str | None, typer.Option(help="Model family.", metavar="FAMILY", autocompletion=family_names)
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="Text to video or image to video.", metavar="t2v|i2v")] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(help="Preset or TOML file to start from.", metavar="NAME|FILE", autocompletion=preset_names),
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Folder of clips.", metavar="FOLDER")] = None,
+    vram: Annotated[
+        float | None, typer.Option(min=1, help="Memory of the GPU in GiB, to choose settings that fit.", metavar="GIB")
+    ] = None,
+    from_json: Annotated[
+        Path | None, typer.Option("--from", help="Start from SimpleTuner's JSON configuration.", metavar="FILE")
+    ] = None,
+    to_json: Annotated[
+        Path | None,
+        typer.Option("--to", help="Write the crepa_* keys of this folder's settings as JSON.", metavar="FILE"),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over files that are there.")] = False,
+    list_presets: Annotated[bool, typer.Option("--list", help="Show the presets and what each is for.")] = False,
+) -> None:
+    """Write a crepa.toml for this folder, from a preset or from another trainer's JSON.
+
+    In a terminal it asks for what no flag has said.
+    """
+    if list_presets:
+        _show_presets()
+    elif to_json is not None:
+        _export(to_json, profile, {"model.family": model, "model.task": task}, force=force)
+    else:
+        _create(_Choices(model, task, profile, data, vram), from_json, force=force)
+
+
+def _show_presets() -> None:
+    from crepa_cli.profile import preset_purpose, presets
+
+    for name, path in presets().items():
+        typer.echo(f"{name:<18}{preset_purpose(path)}")
+
+
+def _create(choices: _Choices, from_json: Path | None, *, force: bool) -> None:
+    from crepa_cli.profile import presets
+    from crepa_cli.profile.project import SCHEMA_FILE, project_profile, refuse_to_overwrite, write_project
+
+    folder = Path()
+    if not force:
+        refuse_to_overwrite(folder)
+    imported = None if from_json is None else _imported(from_json)
+    if sys.stdin.isatty():
+        try:
+            _ask(choices, imported)
+        except EOFError as error:
+            raise UserError("not all questions were answered; nothing is written") from error
+    if choices.profile is None and imported is None:
+        choices.profile = choices.task if choices.task in presets() else "t2v"
+    profile = project_profile(
+        profile=choices.profile,
+        vram=choices.vram,
+        imported=imported.settings if imported else (),
+        flags={"model.family": choices.model, "model.task": choices.task, "data.path": choices.data},
+        folder=folder,
+        families=family_names(),
+    )
+    write_project(profile, folder)
+    typer.echo(f"Wrote crepa.toml and {SCHEMA_FILE}.")
+    if imported and imported.without_counterpart:
+        _show_without_counterpart(imported.without_counterpart, from_json)
+    if profile.data.path is None:
+        typer.echo("Where are the clips? Set path in [data], or give --data to crepa train.")
+    elif not Path(profile.data.path).is_dir():
+        typer.echo(f"{profile.data.path} is no folder yet: put clips there before training.")
+    typer.echo("Next: crepa doctor, then crepa train.")
+
+
+def _imported(path: Path) -> Imported:
+    from crepa_cli.profile.files import read_text
+    from crepa_cli.profile.simpletuner import import_config, read_config
+
+    return import_config(read_config(read_text(path, str(path)), str(path)), str(path))
+
+
+def _show_without_counterpart(options: Mapping[str, object], path: Path | None) -> None:
+    from crepa_cli.profile.describe import shown
+
+    typer.echo(f"These options of {path} have no counterpart here and are left out:")
+    for name, value in options.items():
+        typer.echo(f"  {name} = {shown(value)}")
+
+
+def _ask(choices: _Choices, imported: Imported | None) -> None:
+    """Asks for what is still open; an imported configuration leaves open at most the family and the clips."""
+    from rich.prompt import FloatPrompt, Prompt
+
+    from crepa_cli.profile import presets
+
+    said = {f"{one.table}.{one.key}" for one in imported.settings} if imported else set()
+    if choices.model is None and "model.family" not in said:
+        choices.model = Prompt.ask("Model family", choices=family_names(), default=family_names()[0])
+    if imported is None and choices.profile is None:
+        if choices.task is None:
+            choices.task = Prompt.ask("Text to video or image to video", choices=["t2v", "i2v"], default="t2v")
+        _show_presets()
+        choices.profile = Prompt.ask("Preset", choices=list(presets()), default=choices.task)
+    if choices.data is None and "data.path" not in said:
+        choices.data = Prompt.ask("Folder of clips", default="clips")
+    if imported is None and choices.vram is None:
+        name, memory = detected_gpu() or ("no NVIDIA GPU found here", 24.0)
+        choices.vram = FloatPrompt.ask(f"GPU memory in GiB ({name})", default=memory)
+
+
+def detected_gpu() -> tuple[str, float] | None:
+    """Name and memory in GiB of the first NVIDIA GPU, if its driver tells."""
+    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        output = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+        name, _, mebibytes = output.splitlines()[0].rpartition(",")
+        return name, round(float(mebibytes) / 1024, 1)
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
+
+
+def _export(path: Path, profile: str | None, flags: Mapping[str, object], *, force: bool) -> None:
+    from crepa_cli.files import write_whole
+    from crepa_cli.models import load_family
+    from crepa_cli.profile import resolve_profile
+    from crepa_cli.profile.files import exists, read_text
+    from crepa_cli.profile.simpletuner import export_crepa, read_config
+
+    config = {}
+    if exists(path):
+        if not force:
+            raise UserError(f"{path}: already there; --force changes its crepa_* options and leaves the others")
+        config = read_config(read_text(path, str(path)), str(path))
+    resolved = resolve_profile(
+        profile=profile,
+        flags=flags,
+        sets=(),
+        folder=Path(),
+        family_defaults=lambda family, task: load_family(family).defaults(task),
+    )
+    text = json.dumps(export_crepa(resolved.profile, config), indent=4, ensure_ascii=False)
+    write_whole(path, f"{text}\n".encode())
+    typer.echo(f"Wrote the crepa_* options to {path}.")

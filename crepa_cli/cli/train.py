@@ -1,0 +1,198 @@
+"""`crepa train`."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from crepa_cli.events import Event
+    from crepa_cli.profile import Profile, ResolvedProfile
+
+Flag = typer.Option
+Listener = Callable[["Event"], None]
+
+
+def train(
+    profile: Annotated[str | None, Flag(help="Name of a preset, or a TOML file.")] = None,
+    model: Annotated[str | None, Flag(help="Model family, such as wan.")] = None,
+    checkpoint: Annotated[str | None, Flag(help="Hub id or local folder of a checkpoint.")] = None,
+    task: Annotated[str | None, Flag(help="t2v (text to video) or i2v (image to video).")] = None,
+    data: Annotated[str | None, Flag(help="Folder of clips with captions.")] = None,
+    steps: Annotated[int | None, Flag(help="Optimizer steps.")] = None,
+    output: Annotated[str | None, Flag(help="Folder of the run; a new one in runs/ by default.")] = None,
+    resume: Annotated[bool, Flag("--resume", help="Go on from the newest checkpoint of the run.")] = False,
+    demo: Annotated[bool, Flag("--demo", help="Train a tiny model on generated clips; downloads nothing.")] = False,
+    plain: Annotated[bool, Flag("--plain", help="Plain lines instead of the dashboard.")] = False,
+    quiet: Annotated[bool, Flag("--quiet", help="Print nothing but errors.")] = False,
+    print_profile: Annotated[bool, Flag("--print-profile", help="Show the settings, and train nothing.")] = False,
+    cache_only: Annotated[bool, Flag("--cache-only", help="Prepare the clips, and train nothing.")] = False,
+    sets: Annotated[list[str] | None, Flag("--set", help="Any setting, as table.key=value; repeatable.")] = None,
+) -> None:
+    """Fine-tune a video diffusion transformer with cross-frame alignment."""
+    from rich.console import Console
+
+    if resume and profile is None:
+        profile, output = _run_to_resume(output)
+    flags = {
+        "model.family": model,
+        "model.checkpoint": checkpoint,
+        "model.task": task,
+        "data.path": data,
+        "train.steps": steps,
+        "train.output": output,
+    }
+    resolved = _resolve(profile, flags, sets or [], demo)
+    console = Console()
+    if print_profile:
+        _print_profile(resolved, console)
+    else:
+        _train(resolved.profile, console, resume=resume, cache_only=cache_only, demo=demo, plain=plain, quiet=quiet)
+
+
+def _run_to_resume(output: str | None) -> tuple[str | None, str]:
+    """The settings and the folder of the run to go on with."""
+    from crepa_cli.training.run import newest_run
+
+    run = Path(output) if output else newest_run()
+    settings = run / "profile.toml"
+    return (str(settings) if settings.exists() else None), str(run)
+
+
+def _resolve(profile: str | None, flags: Mapping[str, object], sets: list[str], demo: bool) -> ResolvedProfile:
+    from crepa_cli.models import load_family
+    from crepa_cli.profile import resolve_profile
+
+    if demo:
+        from crepa_cli.training.demo import demo_settings
+    return resolve_profile(
+        profile=profile,
+        flags=flags,
+        sets=sets,
+        folder=Path(),
+        family_defaults=lambda family, task: load_family(family).defaults(task),
+        demo=demo_settings if demo else None,
+    )
+
+
+def _print_profile(resolved: ResolvedProfile, console: Console) -> None:
+    from rich.table import Table
+
+    table = Table("setting", "value", "from", box=None)
+    for section, key, value, source in resolved.rows():
+        table.add_row(f"{section}.{key}", value, source)
+    console.print(table)
+
+
+def _train(
+    profile: Profile, console: Console, *, resume: bool, cache_only: bool, demo: bool, plain: bool, quiet: bool
+) -> None:
+    from crepa_cli.report.card import write_model_card
+    from crepa_cli.report.metrics import MetricsFile
+    from crepa_cli.report.trackers import Trackers
+    from crepa_cli.training import run
+
+    _silence_libraries()
+    if demo:
+        from crepa_cli.training.demo import write_demo
+
+        write_demo(profile)
+    run.clips_folder(profile.data)
+    family = run.open_family(profile)
+    output = Path(profile.train.output or ".") if resume else run.new_run_folder(profile)
+    accelerator = run.make_accelerator(profile, output)
+    listeners: list[Listener] = []
+    if not cache_only:
+        output.mkdir(parents=True, exist_ok=True)
+        _write_profile(profile, output)
+        listeners += [MetricsFile(output / "metrics.jsonl"), Trackers(accelerator, profile)]
+    with _stop_requests() as signals, _view(profile, console, plain=plain, quiet=quiet) as view:
+        events = run.train(
+            profile,
+            family,
+            output,
+            accelerator,
+            resume=resume,
+            cache_only=cache_only,
+            should_stop=lambda: bool(signals),
+        )
+        trained = _listen(events, [*listeners, *view], signals)
+    if signals:
+        raise typer.Exit(128 + signals[0])
+    if trained:
+        write_model_card(output, family, profile)
+
+
+def _listen(events: Iterator[Event], listeners: list[Listener], signals: list[int]) -> bool:
+    """Pass the events on, and say whether training reached its end."""
+    from crepa_cli.events import Progress, TrainingEnded
+
+    event = None
+    for event in events:
+        for listener in listeners:
+            listener(event)
+        if signals and isinstance(event, Progress):
+            break
+    return isinstance(event, TrainingEnded) and event.weights is not None
+
+
+def _write_profile(profile: Profile, output: Path) -> None:
+    from crepa_cli.files import write_whole
+    from crepa_cli.profile import dump_toml
+
+    # The folder is left out, so that the file repeats the run in a new one.
+    elsewhere = profile.model_copy(update={"train": profile.train.model_copy(update={"output": None})})
+    write_whole(output / "profile.toml", dump_toml(elsewhere).encode())
+
+
+@contextmanager
+def _view(profile: Profile, console: Console, *, plain: bool, quiet: bool) -> Iterator[list[Listener]]:
+    """The dashboard in a terminal, plain lines elsewhere, nothing where it is to be quiet."""
+    from crepa_cli.report.dashboard import Dashboard
+    from crepa_cli.report.plain import PlainLines
+
+    with ExitStack() as stack:
+        if quiet:
+            yield []
+        elif plain or not console.is_terminal:
+            yield [PlainLines(console, profile.report.every)]
+        else:
+            yield [stack.enter_context(Dashboard(console, profile.crepa))]
+
+
+@contextmanager
+def _stop_requests() -> Iterator[list[int]]:
+    """The signals that asked the run to stop; a second one ends it at once."""
+    received: list[int] = []
+
+    def request(number: int, _frame: object) -> None:
+        if received:
+            sys.exit(128 + number)
+        received.append(number)
+
+    previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _silence_libraries() -> None:
+    """Keep the bars and notes of libraries off the screen; what matters of them arrives as an event."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.disable_progress_bar()
+        library.set_verbosity_error()
+    logging.captureWarnings(True)

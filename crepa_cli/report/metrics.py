@@ -1,0 +1,45 @@
+"""`metrics.jsonl`: one JSON object for each optimizer step."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from crepa_cli.events import Event, StepDone, TrainingStarted
+
+
+class MetricsFile:
+    """A listener that appends a line for every step.
+
+    When a run goes on from a checkpoint, the lines of the steps after it are taken out first: they are made again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __call__(self, event: Event) -> None:
+        """Write what concerns the file."""
+        if isinstance(event, TrainingStarted):
+            self._keep_until(event.step)
+        elif isinstance(event, StepDone):
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(event)) + "\n")
+
+    def _keep_until(self, step: int) -> None:
+        kept = [line for line in read_metrics(self.path) if line["step"] < step]
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        partial.replace(self.path)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a metrics file; a killed run may have left half a line at its end."""
+    metrics = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            metrics.append(json.loads(line))
+        except ValueError:
+            break
+    return metrics

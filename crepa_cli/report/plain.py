@@ -1,0 +1,75 @@
+"""Plain lines, for logs and pipes: one per event, and one per logging interval of steps."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from crepa_cli.events import (
+    AlignmentDropped,
+    CheckpointSaved,
+    ClipSkipped,
+    Event,
+    Notice,
+    Progress,
+    StepDone,
+    TrainingEnded,
+    TrainingStarted,
+    ValidationSampled,
+)
+
+
+def number(value: float | None) -> str:
+    """Four decimals, or a dash where there is no value."""
+    return "-" if value is None else f"{value:.4f}"
+
+
+def describe(event: Event) -> str:
+    """An event as one line of text."""
+    match event:
+        case Progress(stage, done, total):
+            return f"{stage}: {done}/{total}"
+        case ClipSkipped(name, reason):
+            return f"skipped {name}: {reason}"
+        case Notice(message):
+            return message
+        case TrainingStarted():
+            return (
+                f"training from step {event.step} to {event.steps}: {event.clips} clips, "
+                f"{event.batches_per_epoch} steps per epoch, {event.trainable_parameters:,} trained parameters"
+            )
+        case StepDone():
+            return (
+                f"step {event.step} loss={number(event.loss)} diffusion={number(event.diffusion_loss)} "
+                f"crepa={number(event.crepa_loss)} coefficient={event.crepa_coefficient:.4f} "
+                f"similarity={number(event.crepa_similarity)} average={number(event.crepa_similarity_ema)} "
+                f"lr={event.learning_rate:.2e} grad_norm={event.grad_norm:.3f} seconds={event.step_seconds:.3f}"
+            )
+        case AlignmentDropped(step, reason):
+            return f"alignment is off from step {step} on: {reason}"
+        case CheckpointSaved(_, path):
+            return f"checkpoint saved: {path}"
+        case ValidationSampled(step, paths):
+            return f"{len(paths)} validation videos sampled: {paths[0].parent}" if paths else f"step {step}: no videos"
+        case TrainingEnded(step, weights):
+            return f"weights written: {weights}" if weights else f"stopped after {step} steps"
+
+
+class PlainLines:
+    """A listener that prints lines that are easy to grep.
+
+    Args:
+        console: where they go.
+        every: steps between two lines of step values.
+    """
+
+    def __init__(self, console: Console, every: int) -> None:
+        self.console = console
+        self.every = every
+
+    def __call__(self, event: Event) -> None:
+        """Print an event, unless it is a step or a progress between two lines."""
+        if isinstance(event, StepDone) and event.step % self.every:
+            return
+        if isinstance(event, Progress) and event.done < event.total:
+            return
+        self.console.print(describe(event), markup=False, highlight=False, soft_wrap=True)

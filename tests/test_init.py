@@ -1,0 +1,531 @@
+"""`crepa init`: what it asks, writes and refuses, and SimpleTuner's JSON in both directions."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner, Result
+
+from crepa_cli.cli.init import init
+from crepa_cli.errors import UserError
+from crepa_cli.profile import Profile, ResolvedProfile, description, json_schema, known_keys, resolve_profile
+from crepa_cli.profile.project import commented_toml, memory_settings, project_profile
+from crepa_cli.profile.simpletuner import COUNTERPARTS, export_crepa, import_config, read_config
+
+SCRIPT = "import typer; from crepa_cli.cli.init import init; typer.run(init)"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(*arguments: str) -> Result:
+    app = typer.Typer()
+    app.command()(init)
+    return CliRunner().invoke(app, arguments)
+
+
+def succeed(*arguments: str) -> str:
+    result = run(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def refusal(*arguments: str) -> str:
+    error = run(*arguments).exception
+    assert isinstance(error, UserError)
+    return str(error)
+
+
+def written(folder: Path) -> dict[str, Any]:
+    return tomllib.loads((folder / "crepa.toml").read_text(encoding="utf-8"))
+
+
+def resolved(folder: Path) -> ResolvedProfile:
+    return resolve_profile(profile=None, flags={}, sets=[], folder=folder, family_defaults=lambda *_: {})
+
+
+def imported(config: dict[str, Any]) -> tuple[Profile, dict[str, object]]:
+    result = import_config(read_config(json.dumps({"model_family": "wan", **config}), "config.json"), "config.json")
+    profile = project_profile(
+        profile=None, vram=None, imported=result.settings, flags={}, folder=Path(), families=("wan", "ltxvideo")
+    )
+    return profile, result.without_counterpart
+
+
+def test_presets_are_listed_with_their_purpose(folder: Path):
+    lines = succeed("--list").splitlines()
+    assert [line.split()[0] for line in lines] == ["i2v", "solid-background", "t2v"]
+    assert "Image to video" in lines[0]
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("preset", ["i2v", "t2v", "solid-background"])
+def test_flags_alone_write_a_file_that_means_the_preset(folder: Path, preset: str):
+    output = succeed("--model", "wan", "--profile", preset, "--data", "clips")
+    assert "Wrote crepa.toml and crepa.schema.json." in output
+    assert "clips is no folder yet" in output
+    expected = resolve_profile(
+        profile=preset,
+        flags={"model.family": "wan", "data.path": "clips"},
+        sets=[],
+        folder=folder.parent,
+        family_defaults=lambda *_: {},
+    )
+    assert resolved(folder).profile == expected.profile
+    assert set(resolved(folder).sources.values()) == {"built-in default", "crepa.toml"}
+
+
+def test_the_file_has_comments_a_schema_and_nothing_that_is_a_default(folder: Path):
+    succeed("--model", "wan", "--task", "i2v")
+    text = (folder / "crepa.toml").read_text(encoding="utf-8")
+    assert text.startswith("#:schema ./crepa.schema.json\n")
+    assert written(folder) == {"model": {"family": "wan", "task": "i2v"}}
+    assert f"# {description('model', 'task')}\ntask = " in text
+    assert json.loads((folder / "crepa.schema.json").read_text(encoding="utf-8")) == json_schema()
+    assert {path.name for path in folder.iterdir()} == {"crepa.toml", "crepa.schema.json"}
+
+
+def test_the_task_chooses_the_preset(folder: Path):
+    succeed("--model", "wan")
+    assert written(folder)["crepa"]["scheduler"] == "cosine"
+
+
+def test_memory_lowers_frames_and_teacher(folder: Path):
+    succeed("--model", "wan", "--vram", "8")
+    assert written(folder)["data"] == {"frames": 33}
+    assert written(folder)["crepa"]["encoder"] == "dinov2_vits14"
+    assert (memory_settings(80), memory_settings(24), memory_settings(float("nan"))) == ({}, {}, memory_settings(0))
+    assert memory_settings(16) == {"data": {"frames": 49}}
+
+
+def test_every_memory_setting_is_valid(folder: Path):
+    for memory in (4, 12, 16, 24, 80):
+        assert project_profile(
+            profile=None, vram=memory, imported=(), flags={"model.family": "wan"}, folder=folder, families=("wan",)
+        )
+
+
+def test_nothing_is_overwritten_without_force(folder: Path):
+    (folder / "crepa.toml").write_text("mine")
+    assert "crepa.toml: already there; --force" in refusal("--model", "wan")
+    assert (folder / "crepa.toml").read_text() == "mine"
+    assert not (folder / "crepa.schema.json").exists()
+    succeed("--model", "wan", "--force")
+    assert written(folder)["model"]["family"] == "wan"
+
+
+def test_another_schema_is_not_overwritten_either_but_the_same_one_may_stay(folder: Path):
+    (folder / "crepa.schema.json").write_text("{}")
+    assert "crepa.schema.json: already there" in refusal("--model", "wan")
+    assert not (folder / "crepa.toml").exists()
+    succeed("--model", "wan", "--force")
+    (folder / "crepa.toml").unlink()
+    succeed("--model", "wan")
+
+
+def test_mistakes_of_flags_are_listed_at_once_and_write_nothing(folder: Path):
+    message = refusal("--model", "hunyuan", "--task", "v2v", "--profile", "t2v")
+    assert '--model: model.family = "hunyuan": must be one of wan' in message
+    assert '--task: model.task = "v2v": must be one of t2v, i2v' in message
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give --model"),
+        (["--model", "wan", "--profile", "t3v"], "did you mean t2v?"),
+        (["--model", "wan", "--from", "missing.json"], "missing.json: is not a file"),
+        (["--to", "config.json"], "no model family is chosen"),
+    ],
+)
+def test_without_a_terminal_what_is_missing_is_said(folder: Path, arguments: list[str], message: str):
+    assert message in refusal(*arguments)
+    assert not list(folder.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_explained(folder: Path):
+    (folder / "crepa.toml").mkdir()
+    assert "crepa.toml cannot be written" in refusal("--model", "wan", "--force")
+    assert {path.name for path in folder.iterdir()} == {"crepa.toml", "crepa.schema.json"}
+
+
+def terminal(folder: Path, answers: str, *arguments: str) -> tuple[int, str]:
+    """Exit code and screen of `crepa init` in a pseudo-terminal where these lines are typed."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, *arguments],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        cwd=folder,
+        env={**os.environ, "PATH": os.fspath(folder), "TERM": "dumb", "COLUMNS": "100"},
+        start_new_session=True,
+    )
+    os.close(theirs)
+    os.write(ours, answers.encode())
+    screen = b""
+    try:
+        while chunk := os.read(ours, 4096):
+            screen += chunk
+    except OSError:  # the other side is closed
+        pass
+    os.close(ours)
+    return process.wait(timeout=60), screen.decode()
+
+
+def test_a_terminal_is_asked_with_defaults(folder: Path):
+    code, screen = terminal(folder, "\n\n\n\n\n")
+    assert code == 0, screen
+    for question in ("Model family", "Text to video", "Preset", "Folder of clips", "GPU memory"):
+        assert question in screen
+    assert "no NVIDIA GPU found here" in screen
+    assert written(folder)["model"] == {"family": "wan"}
+    assert written(folder)["data"] == {"path": "clips"}
+    assert written(folder)["crepa"]["scheduler"] == "cosine"
+
+
+def test_a_terminal_is_asked_again_after_a_wrong_answer_and_shows_the_gpu(folder: Path):
+    smi = folder / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 'Tiny GPU, 10240'\n")
+    smi.chmod(0o755)
+    code, screen = terminal(folder, "wann\nwan\ni2v\n\nmy clips\n\n")
+    assert code == 0, screen
+    assert "Tiny GPU" in screen
+    assert written(folder)["model"] == {"family": "wan", "task": "i2v"}
+    assert written(folder)["data"] == {"path": "my clips", "frames": 33}
+
+
+def test_a_terminal_is_asked_only_for_what_no_flag_has_said(folder: Path):
+    flags = ["--model", "wan", "--profile", "solid-background", "--data", "clips", "--vram", "24"]
+    code, screen = terminal(folder, "", *flags)
+    assert code == 0, screen
+    assert "Model family" not in screen
+    assert written(folder)["crepa"]["cutoff_step"] == 2000
+
+
+def test_a_terminal_is_not_asked_when_the_file_is_there(folder: Path):
+    (folder / "crepa.toml").write_text("mine")
+    code, screen = terminal(folder, "")
+    assert code != 0
+    assert "Model family" not in screen
+    assert (folder / "crepa.toml").read_text() == "mine"
+
+
+def test_the_end_of_input_writes_nothing(folder: Path):
+    code, screen = terminal(folder, "wan\n\x04")
+    assert code != 0
+    assert "not all questions were answered" in screen
+    assert not list(folder.iterdir())
+
+
+def test_a_configuration_of_simpletuner_is_read_and_what_is_left_out_is_named(folder: Path):
+    config = {
+        "--crepa_lambda": "0.7",
+        "--crepa_model": "dinov2_vitb14",
+        "crepa_use_tae": True,
+        "--model_family": "wan",
+        "--model_flavour": "i2v-14b-2.1",
+        "learning_rate": "6e-5",
+        "lora_rank": 16,
+        "train_batch_size": 2,
+        "gradient_accumulation_steps": 4,
+        "resolution": 480,
+        "resolution_type": "pixel",
+        "max_train_steps": 300.0,
+        "mixed_precision": "bf16",
+        "gradient_checkpointing": "false",
+        "checkpoint_step_interval": 100,
+        "checkpoints_total_limit": 5,
+        "validation_prompt": "a cat",
+        "validation_steps": 50,
+        "report_to": "wandb,tensorboard",
+        "optimizer": "prodigy",
+        "base_model_precision": "int8-quanto",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    output = succeed("--from", "config.json")
+    left_out = [line.split(" = ")[0].strip() for line in output.splitlines() if line.startswith("  ")]
+    assert left_out == ["crepa_use_tae", "optimizer", "base_model_precision"]
+    assert written(folder) == {
+        "model": {"family": "wan", "task": "i2v", "checkpoint": "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"},
+        "adapter": {"rank": 16},
+        "data": {"width": 832, "height": 480},
+        "train": {
+            "steps": 300,
+            "batch_size": 2,
+            "gradient_accumulation": 4,
+            "learning_rate": 6e-5,
+            "activation_checkpointing": False,
+        },
+        "validation": {"every": 50, "prompts": ["a cat"]},
+        "checkpoints": {"every": 100, "keep": 5},
+        "report": {"trackers": ["wandb", "tensorboard"]},
+        "crepa": {"lambda": 0.7, "encoder": "dinov2_vitb14"},
+    }
+
+
+def test_flags_win_over_an_imported_configuration(folder: Path):
+    (folder / "config.json").write_text('{"model_family": "sdxl", "output_dir": "there"}')
+    succeed("--from", "config.json", "--model", "wan", "--data", "clips")
+    assert written(folder)["model"]["family"] == "wan"
+    assert written(folder)["train"] == {"output": "there"}
+
+
+@pytest.mark.parametrize(
+    ("config", "setting", "value"),
+    [
+        ({"use_ema": True}, "train.ema", 0.995),
+        ({"use_ema": "true", "ema_decay": 0.99}, "train.ema", 0.99),
+        ({"use_ema": False, "ema_decay": 0.99}, "train.ema", 0.0),
+        ({"validation_disable": True, "validation_steps": 5}, "validation.every", 0),
+        ({"flow_use_uniform_schedule": True}, "train.timestep_sampling", "uniform"),
+        ({"flow_schedule_shift": 3}, "train.timestep_shift", 3.0),
+        ({"report_to": "none"}, "report.trackers", []),
+        ({"optimizer": "bnb-adamw8bit"}, "train.optimizer", "adamw8bit"),
+        ({"resolution": 512, "resolution_type": "pixel_area"}, "data.width", 512),
+        ({"resolution": 0.25, "resolution_type": "area"}, "data.height", 512),
+        ({"model_flavour": "t2v-480p-14b-2.1"}, "model.checkpoint", "Wan-AI/Wan2.1-T2V-14B-Diffusers"),
+        ({"model_flavour": "t2v-480p-14b-2.1", "pretrained_model_name_or_path": "./w"}, "model.checkpoint", "./w"),
+        ({"layersync_student_block": 8, "layersync_teacher_block": 16}, "layersync.student_block", 7),
+        ({"validation_prompt": ""}, "validation.prompts", []),
+        ({"crepa_similarity_threshold": None}, "crepa.similarity_threshold", None),
+        ({"seed": 1}, "train.seed", 1),
+    ],
+)
+def test_options_have_their_counterparts(config: dict[str, Any], setting: str, value: object):
+    profile, left_out = imported(config)
+    table, key = setting.split(".")
+    assert json.loads(json.dumps(profile.model_dump()))[table][key] == value
+    assert left_out == {}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_flavour": "i2v-14b-2.2-high"},
+        {"max_train_steps": 0},
+        {"lr_scheduler": "sine"},
+        {"mixed_precision": "fp8"},
+        {"report_to": "all"},
+        {"use_ema": "maybe", "ema_decay": 0.99},
+        {"validation_disable": "maybe"},
+        {"resolution": "large"},
+        {"resolution": float("nan")},
+        {"optimizer": ["adamw"]},
+        {"crepa_feature_source": "encoder"},
+        {"webhook_config": {"a": 1}},
+    ],
+)
+def test_what_has_no_counterpart_is_kept_by_name(config: dict[str, Any]):
+    _, left_out = imported(config)
+    assert list(left_out) == list(config)
+
+
+def test_of_two_names_of_one_setting_the_other_is_named():
+    profile, left_out = imported({"crepa_encoder": "dinov2_vits14", "crepa_model": "dinov2_vitb14"})
+    assert profile.crepa.encoder == "dinov2_vitb14"
+    assert left_out == {"crepa_encoder": "dinov2_vits14"}
+
+
+def test_every_counterpart_is_a_setting():
+    assert set(COUNTERPARTS.values()) <= {f"{table}.{key}" for table, keys in known_keys().items() for key in keys}
+
+
+def test_wrong_values_of_a_configuration_are_listed_with_their_option():
+    with pytest.raises(UserError) as error:
+        imported({"crepa_lambda": -1, "learning_rate": "fast", "model_family": "sdxl"})
+    lines = [line.strip() for line in str(error.value).splitlines()[1:]]
+    assert lines == [
+        'config.json (model_family): model.family = "sdxl": must be one of wan, ltxvideo, which have CREPA support',
+        'config.json (learning_rate): train.learning_rate = "fast": must be a number > 0, or none',
+        "config.json (crepa_lambda): crepa.lambda = -1.0: must be a number >= 0",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "must be a JSON object"),
+        ("[" * 100_000, "not valid JSON"),
+        ('{"a": 1, "a": 2}', "there twice: a"),
+        ('{"a": 1, "--a": 2}', "there with and without dashes: a"),
+        ('{"a": "\\ud800"}', "not valid JSON"),
+        ('{"a": ' + "9" * 5000 + "}", "not valid JSON"),
+    ],
+)
+def test_malformed_json_is_explained(folder: Path, text: str, message: str):
+    (folder / "config.json").write_text(text)
+    assert refusal("--from", "config.json").startswith("config.json: ")
+    assert message in refusal("--from", "config.json")
+    assert not (folder / "crepa.toml").exists()
+
+
+class FakeFamily:
+    @classmethod
+    def defaults(cls, task: str) -> dict[str, dict[str, object]]:
+        assert task == "t2v"
+        return {"crepa": {"block_index": 8}}
+
+
+@pytest.fixture
+def light_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("crepa_cli.models.load_family", lambda _: FakeFamily)
+
+
+@pytest.mark.usefixtures("light_family")
+def test_the_alignment_settings_are_written_as_json(folder: Path):
+    succeed("--model", "wan", "--profile", "t2v")
+    succeed("--to", "config.json")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["crepa_block_index"] == 8
+    assert config["crepa_similarity_threshold"] == 0.85
+    assert "crepa_teacher_block_index" not in config
+    assert all(name.startswith("crepa_") for name in config)
+
+
+@pytest.mark.usefixtures("light_family")
+def test_writing_back_keeps_the_other_options_and_the_spelling(folder: Path):
+    before = {"--seed": 1, "--crepa_lambda": 0.1, "crepa_model": "x", "crepa_similarity_threshold": 0.5, "prompt": "日"}
+    (folder / "config.json").write_text(json.dumps(before))
+    (folder / "crepa.toml").write_text('[model]\nfamily = "wan"\n[crepa]\nlambda = 0.3\n')
+    assert "config.json: already there" in refusal("--to", "config.json")
+    assert json.loads((folder / "config.json").read_text()) == before
+    succeed("--to", "config.json", "--force")
+    after = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert list(after)[:5] == list(before)
+    assert (after["--seed"], after["prompt"]) == (1, "日")
+    assert (after["--crepa_lambda"], after["crepa_model"]) == (0.3, "dinov2_vitg14")
+    assert after["crepa_similarity_threshold"] is None
+    assert not {"crepa_lambda", "crepa_encoder"} & set(after)
+
+
+@pytest.mark.usefixtures("light_family")
+def test_a_file_that_is_no_json_is_not_written_over(folder: Path):
+    (folder / "config.json").write_text("mine")
+    (folder / "crepa.toml").write_text('[model]\nfamily = "wan"\n')
+    assert "not valid JSON" in refusal("--to", "config.json", "--force")
+    assert (folder / "config.json").read_text() == "mine"
+
+
+NUMBERS = {"allow_nan": False, "allow_infinity": False}
+CREPA = st.fixed_dictionaries(
+    {},
+    optional={
+        "enabled": st.booleans(),
+        "block_index": st.integers(0, 63),
+        "lambda": st.floats(0, 1e6, **NUMBERS),
+        "adjacent_distance": st.integers(0, 99),
+        "adjacent_tau": st.floats(1e-6, 1e6, **NUMBERS),
+        "cumulative_neighbors": st.booleans(),
+        "normalize_by_frames": st.booleans(),
+        "spatial_align": st.booleans(),
+        "encoder": st.one_of(
+            st.sampled_from(["dinov2_vits14", "dinov2_vitg14_reg"]), st.text(min_size=1).map(lambda name: f"x/{name}")
+        ),
+        "encoder_image_size": st.one_of(st.integers(1, 90).map(lambda patches: 14 * patches), st.just("grid")),
+        "teacher_block_index": st.integers(64, 99),
+        "drop_vae_encoder": st.booleans(),
+        "teacher_cache": st.booleans(),
+        "scheduler": st.sampled_from(["constant", "linear", "cosine", "polynomial"]),
+        "warmup_steps": st.integers(0, 2**40),
+        "decay_steps": st.integers(0, 2**40),
+        "cutoff_step": st.integers(0, 2**40),
+        "lambda_end": st.floats(0, 1e6, **NUMBERS),
+        "power": st.floats(1e-6, 1e6, **NUMBERS),
+        "similarity_threshold": st.floats(1e-6, 1),
+        "similarity_ema_decay": st.floats(0, 1, exclude_max=True),
+        "threshold_mode": st.sampled_from(["permanent", "recoverable"]),
+    },
+)
+FUZZ = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@FUZZ
+@given(values=CREPA, dashes=st.booleans())
+def test_the_round_trip_loses_nothing(folder: Path, values: dict[str, object], dashes: bool):
+    first = {f"{'--' if dashes else ''}crepa_{key}": value for key, value in values.items()}
+    profile, left_out = imported(first)
+    assert left_out == {}
+    (folder / "crepa.toml").write_text(commented_toml(profile), encoding="utf-8")
+    read_back = resolved(folder).profile
+    assert read_back == profile
+    second = export_crepa(read_back, first)
+    assert {name: second[name] for name in first} == first
+    assert imported(second)[0].crepa == profile.crepa
+
+
+OPTIONS = st.one_of(
+    st.sampled_from(
+        [
+            *COUNTERPARTS,
+            *("model_family", "model_flavour", "resolution", "resolution_type", "use_ema", "ema_decay", "report_to"),
+            *("pretrained_model_name_or_path", "validation_disable", "layersync_student_block"),
+        ]
+    ),
+    st.text(max_size=8),
+)
+JSON = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.floats(),
+        st.text(max_size=8),
+        st.sampled_from(["true", "wan", "1e-4"]),
+    ),
+    lambda children: st.one_of(
+        st.lists(children, max_size=3), st.dictionaries(st.text(max_size=3), children, max_size=3)
+    ),
+    max_leaves=5,
+)
+
+
+@FUZZ
+@given(config=st.dictionaries(OPTIONS, JSON, max_size=8))
+@example(config={"lora_rank": 2**70})
+@example(config={"resolution": 1e308, "resolution_type": "area"})
+@example(config={"optimizer": [[]], "resolution_type": [], "report_to": {}, "model_flavour": []})
+def test_no_configuration_ends_in_a_traceback(config: dict[str, Any]):
+    names = [name.lstrip("-") for name in config]
+    try:
+        profile, left_out = imported(config)
+    except UserError:
+        return
+    assert set(left_out) <= set(names)
+    assert tomllib.loads(commented_toml(profile))["model"]["family"]
+
+
+@FUZZ
+@given(text=st.one_of(st.text(), st.binary().map(lambda content: content.decode("latin-1"))))
+def test_no_text_ends_in_a_traceback(text: str):
+    try:
+        config = read_config(text, "config.json")
+    except UserError:
+        return
+    assert isinstance(config, dict)
+
+
+@pytest.mark.parametrize("depth", [200, 400, 600, 800, 900, 950, 975, 985, 990])
+def test_deep_nesting_ends_in_no_traceback(depth: int):
+    text = '{"model_family": "wan", "optimizer": ' + "[" * depth + "]" * depth + "}"
+    try:
+        config = read_config(text, "config.json")
+    except UserError:
+        return
+    assert "optimizer" in import_config(config, "config.json").without_counterpart
