@@ -6,6 +6,7 @@ number of tokens fits many grids, and the wrong one pairs every patch with a str
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -62,7 +63,10 @@ def interpolation_matrix(source: int, target: int) -> Tensor:
     return (1 - distance.abs()).clamp(min=0)
 
 
-def row_window(weights: Tensor) -> slice:
-    """The consecutive source positions that the rows of an interpolation matrix `[target, source]` read."""
-    used = torch.nonzero(weights.abs().sum(0)).flatten().tolist()
-    return slice(used[0], used[-1] + 1)
+def source_window(target_window: slice, source: int, target: int) -> slice:
+    """The consecutive source positions that a window of target positions is interpolated from."""
+    first, last = (
+        min(max((index + 0.5) * (source / target) - 0.5, 0.0), source - 1.0)
+        for index in (target_window.start, target_window.stop - 1)
+    )
+    return slice(math.floor(first), math.ceil(last) + 1)

@@ -12,6 +12,7 @@ matrix W `[T, T]` of the neighbors' weights: one product, whatever the distance.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -24,7 +25,7 @@ from crepa_cli.alignment.grid import (
     coarser_grid,
     interpolation_matrix,
     matching_frames,
-    row_window,
+    source_window,
 )
 
 CHUNK_TOKENS = 4096
@@ -105,6 +106,9 @@ class Crepa(nn.Module):
         weights = neighbor_weights(
             student_grid.frames, self.adjacent_distance, self.adjacent_tau, self.cumulative_neighbors
         ).to(hidden.device, linear.weight.dtype)
+        if not self.spatial_align:
+            features = pooled(features, matching_frames(teacher_grid.frames, student_grid.frames), weights.dtype)
+            teacher_grid = TokenGrid(student_grid.frames, 1, 1)
         plan = _Plan.make(student_grid, teacher_grid, self.spatial_align, weights, norm.eps)
         similarities, self_similarities = cast(
             tuple[Tensor, Tensor],
@@ -130,6 +134,18 @@ def neighbor_weights(frames: int, distance: int, tau: float, cumulative: bool) -
     return torch.eye(frames, dtype=torch.float64) + neighbors * torch.exp(-offsets.double() / tau)
 
 
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Where autocast is off: cosines of vectors of length 1,000 need float32."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def pooled(features: Tensor, frames: list[int], dtype: torch.dtype) -> Tensor:
+    """The mean over the patches of some frames: `[B, T', N', D]` to `[B, T, 1, D]`, one frame in `dtype` at a time."""
+    return torch.stack([features[:, frame].to(dtype).mean(1, keepdim=True) for frame in frames], dim=1)
+
+
 def _check_shape(name: str, tensor: Tensor, grid: TokenGrid, width: int) -> None:
     expected = (grid.frames, grid.tokens, width)
     if tensor.ndim != 4 or tuple(tensor.shape[1:]) != expected:
@@ -145,40 +161,45 @@ class _Chunk(NamedTuple):
 
 
 class _Resampling(NamedTuple):
-    """Linear maps from a grid to the grid of comparison: `[rows, source rows]` and `[columns, source columns]`."""
+    """From a grid to that of the comparison, by bilinear interpolation; without one, to the mean over all patches."""
 
-    rows: Tensor
-    columns: Tensor
+    source: TokenGrid
+    target: TokenGrid | None
 
-    @classmethod
-    def make(cls, source: TokenGrid, target: TokenGrid | None) -> _Resampling:
-        """To the target by bilinear interpolation; with no target, to the mean over all patches."""
-        if target is None:
-            rows, columns = (torch.full((1, n), 1 / n, dtype=torch.float64) for n in (source.rows, source.columns))
-            return cls(rows, columns)
-        return cls(
-            interpolation_matrix(source.rows, target.rows),
-            interpolation_matrix(source.columns, target.columns),
-        )
+    @property
+    def rows(self) -> int:
+        """Rows of the result."""
+        return self.target.rows if self.target else 1
+
+    @property
+    def columns(self) -> int:
+        """Columns of the result."""
+        return self.target.columns if self.target else 1
 
     def window(self, rows: slice) -> slice:
         """The source rows that these rows of the result are made of."""
-        return row_window(self.rows[rows])
+        return source_window(rows, self.source.rows, self.rows) if self.target else slice(0, self.source.rows)
 
     def __call__(self, values: Tensor, rows: slice) -> Tensor:
         """`[T, source rows of the window, source columns, C]` to `[T, rows * columns, C]`."""
-        for axis, weights in ((1, self.rows[rows, self.window(rows)]), (2, self.columns)):
-            if not torch.equal(weights, torch.eye(*weights.shape, dtype=weights.dtype)):
-                weights = weights.to(values)
-                values = torch.movedim(torch.tensordot(weights, values, dims=([1], [axis])), 0, axis)
+        if self.target is None:
+            return values.mean((1, 2))[:, None]
+        if self.source.rows != self.rows:
+            weights = interpolation_matrix(self.source.rows, self.rows)[rows, self.window(rows)]
+            values = _interpolate(values, weights, axis=1)
+        if self.source.columns != self.columns:
+            values = _interpolate(values, interpolation_matrix(self.source.columns, self.columns), axis=2)
         return values.flatten(1, 2)
+
+
+def _interpolate(values: Tensor, weights: Tensor, axis: int) -> Tensor:
+    """Apply weights `[target, source]` along one axis of `values`."""
+    return torch.movedim(torch.tensordot(weights.to(values), values, dims=([1], [axis])), 0, axis)
 
 
 class _Plan(NamedTuple):
     """Everything about the comparison that is not a tensor of the batch."""
 
-    student_grid: TokenGrid
-    teacher_grid: TokenGrid
     student: _Resampling
     teacher: _Resampling
     teacher_frames: list[int]
@@ -193,10 +214,8 @@ class _Plan(NamedTuple):
     ) -> _Plan:
         target = coarser_grid(student, teacher) if spatial_align else None
         return cls(
-            student,
-            teacher,
-            _Resampling.make(student, target),
-            _Resampling.make(teacher, target),
+            _Resampling(student, target),
+            _Resampling(teacher, target or teacher),
             matching_frames(teacher.frames, student.frames),
             weights,
             target.tokens if target else 1,
@@ -206,10 +225,10 @@ class _Plan(NamedTuple):
 
     def chunks(self, clips: int) -> list[_Chunk]:
         """Rows of all frames, so that neighbors meet within a chunk; frames, where a frame is one pooled patch."""
-        grid, frames = self.student_grid, self.student_grid.frames
+        grid, frames = self.student.source, self.student.source.frames
         if self.spatial_align:
-            rows = len(self.student.rows)
-            size = max(1, CHUNK_TOKENS // (frames * len(self.student.columns)))
+            rows = self.student.rows
+            size = max(1, CHUNK_TOKENS // (frames * self.student.columns))
             parts = [(slice(0, frames), slice(at, min(at + size, rows))) for at in range(0, rows, size)]
         else:
             size = max(1, CHUNK_TOKENS // grid.tokens)
@@ -218,27 +237,18 @@ class _Plan(NamedTuple):
 
     def hidden_of(self, hidden: Tensor, chunk: _Chunk) -> Tensor:
         """The view of hidden states that a chunk reads: `[T, rows, columns, H]`."""
-        grid = self.student_grid
+        grid = self.student.source
         clip: Tensor = hidden[chunk.clip].unflatten(1, (grid.rows, grid.columns))
         return clip[chunk.frames, self.student.window(chunk.rows)]
 
     def targets(self, features: Tensor, chunk: _Chunk) -> tuple[Tensor, Tensor]:
         """W Y and Y of a chunk's frames, `[T, N, D]` each, in the projector's dtype."""
-        grid = self.teacher_grid
-        values = features[chunk.clip].unflatten(1, (grid.rows, grid.columns))
-        if self.spatial_align:
-            values = self._unit_features(values, self.teacher_frames, chunk.rows)
-        else:  # One pooled frame at a time: all frames in float32 at once would grow with the clip.
-            pooled = [self._unit_features(values, [frame], chunk.rows) for frame in self.teacher_frames]
-            values = torch.cat(pooled)
-        mixed = torch.tensordot(self.weights[chunk.frames], values, dims=1)
-        return mixed, values[chunk.frames]
-
-    def _unit_features(self, values: Tensor, frames: list[int], rows: slice) -> Tensor:
-        if frames != list(range(len(values))):
-            values = values[frames]
-        window = values[:, self.teacher.window(rows)].to(self.weights.dtype)
-        return F.normalize(self.teacher(window, rows), dim=-1)
+        grid = self.teacher.source
+        window = features[chunk.clip].unflatten(1, (grid.rows, grid.columns))[:, self.teacher.window(chunk.rows)]
+        if self.teacher_frames != list(range(grid.frames)):
+            window = window[self.teacher_frames]
+        unit = F.normalize(self.teacher(window.to(self.weights.dtype), chunk.rows), dim=-1)
+        return torch.tensordot(self.weights[chunk.frames], unit, dims=1), unit[chunk.frames]
 
     def project(self, hidden: Tensor, chunk: _Chunk, parameters: tuple[Tensor, ...]) -> Tensor:
         """Unit-length projections `[T, N, D]` of the hidden states of a chunk.
@@ -263,7 +273,7 @@ class _FrameSimilarities(torch.autograd.Function):
         ctx.save_for_backward(hidden, features, *parameters)
         similarities = plan.weights.new_zeros(hidden.shape[:2])
         self_similarities = torch.zeros_like(similarities)
-        with torch.autocast(hidden.device.type, enabled=False):
+        with full_precision(hidden.device):
             for chunk in plan.chunks(len(hidden)):
                 mixed, own = plan.targets(features, chunk)
                 projections = plan.project(plan.hidden_of(hidden, chunk), chunk, parameters)
@@ -280,7 +290,7 @@ class _FrameSimilarities(torch.autograd.Function):
         hidden, features, *parameters = ctx.saved_tensors
         hidden_gradient = torch.zeros_like(hidden)
         gradients = [torch.zeros_like(parameter) for parameter in parameters]
-        with torch.autocast(hidden.device.type, enabled=False):
+        with full_precision(hidden.device):
             for chunk in plan.chunks(len(hidden)):
                 mixed, _ = plan.targets(features, chunk)
                 leaves = [plan.hidden_of(hidden, chunk), *parameters]
