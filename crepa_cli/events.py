@@ -57,6 +57,7 @@ class StepDone:
     crepa_similarity_ema: float | None
     crepa_coefficient: float
     crepa_cutoff: bool
+    layersync_loss: float | None
     learning_rate: float
     grad_norm: float
     step_seconds: float

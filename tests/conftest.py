@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor
 
+from crepa_cli.cli import main
 from crepa_cli.models import load_family
 from crepa_cli.models.family import Family
 from crepa_cli.models.tiny import write_once
@@ -49,3 +53,30 @@ def moving_pattern(frames: int, height: int, width: int) -> Tensor:
     columns = torch.arange(width).view(1, 1, 1, -1) / width
     color = torch.arange(3).view(-1, 1, 1, 1)
     return torch.sin(2 * math.pi * (2 * columns + (1 + color) * rows + 0.3 * color) + time * (1 + color))
+
+
+RunCrepa = Callable[..., int]
+
+
+@pytest.fixture
+def run_crepa(monkeypatch: pytest.MonkeyPatch) -> RunCrepa:
+    """Runs the command line in this process and returns its exit code."""
+
+    def run(*arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["crepa", *map(str, arguments)])
+        # Accelerate allows one precision per process; each run of a test stands for a process.
+        AcceleratorState._reset_state(reset_partial_state=True)
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        return int(exit_.value.code or 0)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which `crepa train --profile t2v --model wan --demo` has run once, as its user runs it."""
+    folder = tmp_path_factory.mktemp("demo")
+    command = [sys.executable, "-m", "crepa_cli", "train", "--profile", "t2v", "--model", "wan", "--demo", "--plain"]
+    subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    return folder

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from crepa_cli.cli.completion import family_names, preset_names
 from crepa_cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,20 +28,6 @@ class _Choices:
     profile: str | None
     data: str | None
     vram: float | None
-
-
-def family_names() -> list[str]:
-    """The names of the model families, for completion."""
-    from crepa_cli.models import FAMILIES
-
-    return list(FAMILIES)
-
-
-def preset_names() -> list[str]:
-    """The names of the presets, for completion."""
-    from crepa_cli.profile import presets
-
-    return list(presets())
 
 
 def init(

@@ -6,11 +6,15 @@ import logging
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+from crepa_cli.cli.completion import family_names, preset_names
+from crepa_cli.cli.view import Listener, open_view
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,12 +23,13 @@ if TYPE_CHECKING:
     from crepa_cli.profile import Profile, ResolvedProfile
 
 Flag = typer.Option
-Listener = Callable[["Event"], None]
+OpenView = Callable[..., AbstractContextManager[list[Listener]]]
+LogLevel = Literal["debug", "info", "warning", "error"]
 
 
 def train(
-    profile: Annotated[str | None, Flag(help="Name of a preset, or a TOML file.")] = None,
-    model: Annotated[str | None, Flag(help="Model family, such as wan.")] = None,
+    profile: Annotated[str | None, Flag(help="Name of a preset, or a TOML file.", autocompletion=preset_names)] = None,
+    model: Annotated[str | None, Flag(help="Model family, such as wan.", autocompletion=family_names)] = None,
     checkpoint: Annotated[str | None, Flag(help="Hub id or local folder of a checkpoint.")] = None,
     task: Annotated[str | None, Flag(help="t2v (text to video) or i2v (image to video).")] = None,
     data: Annotated[str | None, Flag(help="Folder of clips with captions.")] = None,
@@ -34,6 +39,7 @@ def train(
     demo: Annotated[bool, Flag("--demo", help="Train a tiny model on generated clips; downloads nothing.")] = False,
     plain: Annotated[bool, Flag("--plain", help="Plain lines instead of the dashboard.")] = False,
     quiet: Annotated[bool, Flag("--quiet", help="Print nothing but errors.")] = False,
+    log_level: Annotated[LogLevel, Flag(help="Show what libraries log at this level or above.")] = "warning",
     print_profile: Annotated[bool, Flag("--print-profile", help="Show the settings, and train nothing.")] = False,
     cache_only: Annotated[bool, Flag("--cache-only", help="Prepare the clips, and train nothing.")] = False,
     sets: Annotated[list[str] | None, Flag("--set", help="Any setting, as table.key=value; repeatable.")] = None,
@@ -41,8 +47,9 @@ def train(
     """Fine-tune a video diffusion transformer with cross-frame alignment."""
     from rich.console import Console
 
-    if resume and profile is None:
-        profile, output = _run_to_resume(output)
+    silence_libraries()
+    if resume:
+        profile, output = _run_to_resume(profile, output)
     flags = {
         "model.family": model,
         "model.checkpoint": checkpoint,
@@ -51,24 +58,26 @@ def train(
         "train.steps": steps,
         "train.output": output,
     }
-    resolved = _resolve(profile, flags, sets or [], demo)
+    resolved = resolve(profile, flags, sets or [], demo)
     console = Console()
     if print_profile:
         _print_profile(resolved, console)
     else:
-        _train(resolved.profile, console, resume=resume, cache_only=cache_only, demo=demo, plain=plain, quiet=quiet)
+        view = partial(open_view, console=console, plain=plain, quiet=quiet, log_level=log_level)
+        _train(resolved.profile, view, resume=resume, cache_only=cache_only, demo=demo)
 
 
-def _run_to_resume(output: str | None) -> tuple[str | None, str]:
-    """The settings and the folder of the run to go on with."""
+def _run_to_resume(profile: str | None, output: str | None) -> tuple[str | None, str]:
+    """The settings and the folder of the run to go on with: its own settings, unless others are named."""
     from crepa_cli.training.run import newest_run
 
     run = Path(output) if output else newest_run()
     settings = run / "profile.toml"
-    return (str(settings) if settings.exists() else None), str(run)
+    return profile or (str(settings) if settings.exists() else None), str(run)
 
 
-def _resolve(profile: str | None, flags: Mapping[str, object], sets: list[str], demo: bool) -> ResolvedProfile:
+def resolve(profile: str | None, flags: Mapping[str, object], sets: list[str], demo: bool) -> ResolvedProfile:
+    """The settings of the command line and of what it names, for the current folder."""
     from crepa_cli.models import load_family
     from crepa_cli.profile import resolve_profile
 
@@ -93,15 +102,13 @@ def _print_profile(resolved: ResolvedProfile, console: Console) -> None:
     console.print(table)
 
 
-def _train(
-    profile: Profile, console: Console, *, resume: bool, cache_only: bool, demo: bool, plain: bool, quiet: bool
-) -> None:
+def _train(profile: Profile, view: OpenView, *, resume: bool, cache_only: bool, demo: bool) -> None:
     from crepa_cli.report.card import write_model_card
     from crepa_cli.report.metrics import MetricsFile
+    from crepa_cli.report.plot import CurvesFile
     from crepa_cli.report.trackers import Trackers
     from crepa_cli.training import run
 
-    _silence_libraries()
     if demo:
         from crepa_cli.training.demo import write_demo
 
@@ -114,8 +121,12 @@ def _train(
     if not cache_only:
         output.mkdir(parents=True, exist_ok=True)
         _write_profile(profile, output)
-        listeners += [MetricsFile(output / "metrics.jsonl"), Trackers(accelerator, profile)]
-    with _stop_requests() as signals, _view(profile, console, plain=plain, quiet=quiet) as view:
+        listeners += [
+            MetricsFile(output / "metrics.jsonl"),
+            CurvesFile(output, profile.crepa.similarity_threshold),
+            Trackers(accelerator, profile),
+        ]
+    with _stop_requests() as signals, view(profile, family, output, accelerator.device) as shown:
         events = run.train(
             profile,
             family,
@@ -125,7 +136,7 @@ def _train(
             cache_only=cache_only,
             should_stop=lambda: bool(signals),
         )
-        trained = _listen(events, [*listeners, *view], signals)
+        trained = _listen(events, [*listeners, *shown], signals)
     if signals:
         raise typer.Exit(128 + signals[0])
     if trained:
@@ -155,21 +166,6 @@ def _write_profile(profile: Profile, output: Path) -> None:
 
 
 @contextmanager
-def _view(profile: Profile, console: Console, *, plain: bool, quiet: bool) -> Iterator[list[Listener]]:
-    """The dashboard in a terminal, plain lines elsewhere, nothing where it is to be quiet."""
-    from crepa_cli.report.dashboard import Dashboard
-    from crepa_cli.report.plain import PlainLines
-
-    with ExitStack() as stack:
-        if quiet:
-            yield []
-        elif plain or not console.is_terminal:
-            yield [PlainLines(console, profile.report.every)]
-        else:
-            yield [stack.enter_context(Dashboard(console, profile.crepa))]
-
-
-@contextmanager
 def _stop_requests() -> Iterator[list[int]]:
     """The signals that asked the run to stop; a second one ends it at once."""
     received: list[int] = []
@@ -187,7 +183,7 @@ def _stop_requests() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _silence_libraries() -> None:
+def silence_libraries() -> None:
     """Keep the bars and notes of libraries off the screen; what matters of them arrives as an event."""
     import diffusers.utils.logging
     import transformers.utils.logging

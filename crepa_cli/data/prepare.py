@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from diffusers.training_utils import free_memory
@@ -93,6 +93,7 @@ def prompt_key(family: Family, caption: str, dtype: torch.dtype) -> str:
     return cache_key(
         kind="prompts",
         family=family.name,
+        pipeline=family.pipeline_class,
         caption=caption,
         dtype=str(dtype),
         encoder=_digests(family.text_components, family),
@@ -156,6 +157,11 @@ def encoder_folder(crepa: Crepa) -> Path:
     return fetch(ENCODERS.get(crepa.encoder, crepa.encoder))
 
 
+def encoder_config(crepa: Crepa) -> dict[str, Any]:
+    """The encoder's configuration: its patch size, and the width of its features."""
+    return read_config(ENCODERS.get(crepa.encoder, crepa.encoder), "config.json")
+
+
 def _prepare_prompts(
     family: Family,
     clips: list[PreparedClip],
@@ -208,7 +214,8 @@ def _encode_latents(
 
     def encode(clip: PreparedClip) -> PreparedClip:
         video = clip_pixels(clip, fps).transpose(0, 1).float() / 127.5 - 1
-        cache.write("latents", clip.latents_key, _to_cpu(family.encode_clip(pipeline, video)))
+        tensors = family.encode_clip(pipeline, video) | {"fps": torch.tensor(fps)}
+        cache.write("latents", clip.latents_key, _to_cpu(tensors))
         return clip
 
     return (yield from _each("latents", clips, encode, name=_clip_name))
@@ -219,7 +226,7 @@ def _prepare_features(
 ) -> Generator[Event, None, list[PreparedClip]]:
     folder = encoder_folder(crepa)
     encoder = fingerprint(folder)
-    patch_size = read_config(str(folder), "config.json")["patch_size"]
+    patch_size = encoder_config(crepa)["patch_size"]
     inputs: dict[str, tuple[list[int], tuple[int, int]]] = {}
     keyed = []
     for clip in clips:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 FAMILIES = {
     "wan": "Wan",
+    "ltxvideo": "LtxVideo",
+    "sanavideo": "SanaVideo",
+    "kandinsky5_video": "Kandinsky5Video",
 }
 """Name of each family, which is also its module here, and the class in it."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,9 +21,9 @@ class HiddenStateCapture:
         indices: those whose hidden states are wanted.
     """
 
-    def __init__(self, blocks: nn.ModuleList, indices: Iterable[int]) -> None:
+    def __init__(self, blocks: nn.ModuleList, indices: Collection[int]) -> None:
         self._states: dict[int, Tensor] | None = None
-        self._handles = [blocks[index].register_forward_hook(self._hook(index)) for index in indices]
+        self._handles = {index: blocks[index].register_forward_hook(self._hook(index)) for index in set(indices)}
 
     def _hook(self, index: int) -> Any:
         def keep(_block: nn.Module, _inputs: Any, output: Tensor | tuple[Tensor, ...]) -> None:
@@ -41,8 +41,7 @@ class HiddenStateCapture:
         finally:
             self._states = None
 
-    def remove(self) -> None:
-        """Take the hooks off the blocks."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+    def keep_only(self, indices: Collection[int]) -> None:
+        """Take the hooks off all other blocks."""
+        for index in self._handles.keys() - set(indices):
+            self._handles.pop(index).remove()

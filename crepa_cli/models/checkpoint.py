@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,22 +45,28 @@ def read_config(checkpoint: str, filename: str, revision: str | None = None) -> 
     return config
 
 
-def fetch(checkpoint: str, revision: str | None = None, folders: tuple[str, ...] = ()) -> Path:
+def fetch(checkpoint: str, revision: str | None = None, folders: Iterable[str] | None = None) -> Path:
     """The local folder of a checkpoint; from the Hub only configurations, tokenizers and safetensors are fetched.
 
     Args:
         checkpoint: a local folder or a Hub id.
         revision: branch, tag or commit on the Hub.
-        folders: the sub-folders that are needed beside the files at the top; all of them by default.
+        folders: the sub-folders that are needed beside the JSON files at the top; without it, the top is all.
 
     Raises:
         UserError: if the checkpoint is not there or not reachable.
     """
     if Path(checkpoint).is_dir():
         return Path(checkpoint)
-    kinds = ("*.json", "*.safetensors", "*.model", "*.txt")
-    patterns = [f"{folder}/{kind}" for folder in folders for kind in kinds] + ["*.json"] if folders else list(kinds)
-    return Path(_from_hub(snapshot_download, checkpoint, revision=revision, allow_patterns=patterns))
+    return Path(_from_hub(snapshot_download, checkpoint, revision=revision, allow_patterns=needed_files(folders)))
+
+
+def needed_files(folders: Iterable[str] | None = None) -> list[str]:
+    """Patterns of the files that `fetch` takes of a repository: no pickle, no code, no pictures."""
+    kinds = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+    if folders is None:
+        return list(kinds)
+    return ["*.json", *(f"{folder}/{kind}" for folder in folders for kind in kinds)]
 
 
 def _from_hub(download: Any, repository: str, **arguments: Any) -> str:
@@ -81,7 +87,7 @@ def _from_hub(download: Any, repository: str, **arguments: Any) -> str:
         ) from error
     except (RepositoryNotFoundError, EntryNotFoundError) as error:
         raise UserError(f"no folder {repository!r}, and the Hub does not have it either: {error}") from error
-    except OSError as error:
+    except Exception as error:  # The Hub's client lets the errors of its HTTP library through, which no base joins.
         raise UserError(f"{repository} could not be fetched from the Hub: {error}") from error
 
 

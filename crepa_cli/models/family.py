@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,6 +25,8 @@ from crepa_cli.errors import UserError
 from crepa_cli.models import checkpoint as checkpoints
 
 Tensors = dict[str, Tensor]
+COMFYUI_FILE = "comfyui_lora.safetensors"
+"""A LoRA by the module names of the original checkpoint, in a run's weights."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,10 @@ class Family(ABC):
         checkpoint: a local folder in diffusers' layout, or a Hub id. Only its configuration is read here.
         task: `t2v` or `i2v`.
         revision: branch, tag or commit on the Hub.
+        variant: the expert to train, of a checkpoint that holds several transformers.
 
     Raises:
-        UserError: if the family does not have the task, or the checkpoint is of another family.
+        UserError: if the family does not have the task, or the checkpoint is of another family or lacks the expert.
     """
 
     name: ClassVar[str]
@@ -60,17 +64,19 @@ class Family(ABC):
     """The default checkpoint of each task."""
     settings: ClassVar[Mapping[str, Mapping[str, object]]]
     """Defaults of settings, by table and key, as they stand in a profile."""
-    frame_multiple: ClassVar[int]
-    """A clip has this many frames times k, plus one: the temporal compression of the VAE."""
     vae_dtype: ClassVar[torch.dtype] = torch.float32
+    comfyui_names: ClassVar[Mapping[str, str] | None] = None
+    """Patterns in module names, and what the original checkpoint has there; None where ComfyUI runs no such model."""
 
-    def __init__(self, checkpoint: str, task: str, revision: str | None = None) -> None:
+    def __init__(self, checkpoint: str, task: str, revision: str | None = None, variant: str | None = None) -> None:
         if task not in self.pipelines:
             raise UserError(f"{self.name} is trained for {' and '.join(self.pipelines)}, not for {task!r}")
         self.checkpoint = checkpoint
         self.task = task
         self.revision = revision
-        self.config = checkpoints.read_config(checkpoint, "transformer/config.json", revision)
+        self._configs: dict[str, dict[str, Any]] = {}
+        self.component = self._expert(variant)
+        self.config = self.read_config(f"{self.component}/config.json")
         checkpoints.require_class(checkpoint, self.config, self.transformer_class, self.name)
 
     @classmethod
@@ -88,6 +94,16 @@ class Family(ABC):
 
     # Facts of this checkpoint, from its configuration alone.
 
+    @cached_property
+    def experts(self) -> Mapping[str, str]:
+        """Component of each expert, by its name in `model.variant`; the first is the default, and most have none."""
+        return {}
+
+    @property
+    def sigma_range(self) -> tuple[float, float]:
+        """The noise levels that the transformer is used for."""
+        return 0.0, 1.0
+
     @property
     @abstractmethod
     def block_count(self) -> int:
@@ -104,21 +120,42 @@ class Family(ABC):
         """Width and height of a clip in pixels are multiples of this: the VAE's compression times the patch."""
 
     @property
-    def timestep_shift(self) -> float:
-        """The shift of sigmas that the checkpoint's scheduler samples with; 1 leaves them as they are."""
-        config = checkpoints.read_config(self.checkpoint, "scheduler/scheduler_config.json", self.revision)
+    @abstractmethod
+    def frame_multiple(self) -> int:
+        """A clip has this many frames times k, plus one: the temporal compression of the VAE."""
+
+    @property
+    def pipeline_class(self) -> str:
+        """The diffusers pipeline that generates the task with this checkpoint."""
+        return self.pipelines[self.task]
+
+    def timestep_shift(self, latents: Tensor) -> float:  # noqa: ARG002 (some families shift by the size)
+        """The shift of sigmas that latents `[B, C, T, h, w]` are sampled with; 1 leaves them as they are."""
+        config = self.read_config("scheduler/scheduler_config.json")
         return float(config.get("flow_shift") or config.get("shift") or 1.0)
+
+    def read_config(self, filename: str) -> dict[str, Any]:
+        """A JSON file of the checkpoint, such as `vae/config.json`, read once."""
+        if filename not in self._configs:
+            self._configs[filename] = checkpoints.read_config(self.checkpoint, filename, self.revision)
+        return self._configs[filename]
 
     # Loading.
 
     def fetch(self) -> Path:
-        """The checkpoint's local folder, downloaded where it is not local yet."""
-        return checkpoints.fetch(self.checkpoint, self.revision)
+        """The checkpoint's local folder; of a repository its components alone are downloaded."""
+        return checkpoints.fetch(self.checkpoint, self.revision, self.components)
+
+    @property
+    def components(self) -> list[str]:
+        """The folders that `model_index.json` names."""
+        index = self.read_config("model_index.json")
+        return [name for name, library in index.items() if isinstance(library, list) and library[0]]
 
     def load_transformer(self, dtype: torch.dtype) -> ModelMixin:
         """The transformer, on the CPU, with parameters that require no gradient."""
         transformer = getattr(diffusers, self.transformer_class).from_pretrained(
-            self.fetch(), subfolder="transformer", dtype=dtype, use_safetensors=True
+            self.fetch(), subfolder=self.component, dtype=dtype, use_safetensors=True
         )
         return transformer.requires_grad_(False)
 
@@ -136,26 +173,48 @@ class Family(ABC):
             without: the components that are left out, and cost nothing.
             components: those that are at hand already.
         """
-        pipeline_class = getattr(diffusers, self.pipelines[self.task])
+        pipeline_class = getattr(diffusers, self.pipeline_class)
         given = dict.fromkeys(without) | components
         pipeline = pipeline_class.from_pretrained(self.fetch(), dtype=dtype, use_safetensors=True, **given)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
     text_components: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
-    image_components: ClassVar[tuple[str, ...]] = ()
+    image_components: tuple[str, ...] = ()
+
+    @property
+    def transformer_components(self) -> tuple[str, ...]:
+        """Every transformer of the checkpoint."""
+        return tuple(self.experts.values()) or ("transformer",)
 
     def load_text_pipeline(self, dtype: torch.dtype) -> DiffusionPipeline:
         """The pipeline with what `encode_prompt` needs."""
-        return self.load_pipeline(dtype=dtype, without=("transformer", "vae", *self.image_components))
+        return self.load_pipeline(dtype=dtype, without=(*self.transformer_components, "vae", *self.image_components))
 
     def load_vae_pipeline(self) -> DiffusionPipeline:
         """The pipeline with what `encode_clip` needs."""
-        return self.load_pipeline(dtype=self.vae_dtype, without=("transformer", *self.text_components))
+        return self.load_pipeline(dtype=self.vae_dtype, without=(*self.transformer_components, *self.text_components))
 
-    def load_sampling_pipeline(self, transformer: nn.Module) -> DiffusionPipeline:
+    def load_sampling_pipeline(self, transformer: ModelMixin) -> DiffusionPipeline:
         """The pipeline that samples videos from prompts encoded before; its VAE is in `vae_dtype`."""
-        return self.load_pipeline(dtype=self.vae_dtype, without=self.text_components, transformer=transformer)
+        frozen = {
+            name: getattr(diffusers, self.transformer_class).from_pretrained(
+                self.fetch(), subfolder=name, dtype=transformer.dtype, use_safetensors=True
+            )
+            for name in self.transformer_components
+            if name != self.component
+        }
+        trained = {self.component: transformer}
+        return self.load_pipeline(dtype=self.vae_dtype, without=self.text_components, **trained, **frozen)
+
+    def _expert(self, variant: str | None) -> str:
+        """The component to train."""
+        if variant is None:
+            return self.transformer_components[0]
+        if variant not in self.experts:
+            known = f"one of: {', '.join(self.experts)}" if self.experts else "none: it holds one transformer"
+            raise UserError(f"model.variant = {variant!r}: {self.checkpoint} has no such expert; choose {known}")
+        return self.experts[variant]
 
     # Preparation: once per clip, before training.
 
@@ -187,7 +246,8 @@ class Family(ABC):
         """The transformer's inputs and target for a batch of clips.
 
         Args:
-            batch: tensors of clips and captions with a batch dimension: `latents` `[B, C, T, h, w]` and the others.
+            batch: tensors of clips and captions with a batch dimension: `latents` `[B, C, T, h, w]`, `fps` `[B]` and
+                those of this family.
             noise: like `latents`, standard normal.
             sigmas: `[B]` in [0, 1], already shifted.
         """
@@ -198,9 +258,17 @@ class Family(ABC):
 
     # Sampling.
 
-    @abstractmethod
     def sampling_arguments(self, prompt: Tensors, negative_prompt: Tensors) -> dict[str, Any]:
-        """The arguments of the pipeline's call that stand for the prompts, from the tensors of `encode_prompt`."""
+        """The arguments of the pipeline's call that stand for the prompts, from the tensors of `encode_prompt`.
+
+        By default these bear the names of the arguments.
+        """
+        negative = {f"negative_{name}": tensor for name, tensor in negative_prompt.items()}
+        return {name: tensor[None] for name, tensor in (prompt | negative).items()}
+
+    def form_arguments(self, *, width: int, height: int, frames: int, fps: float) -> dict[str, Any]:  # noqa: ARG002
+        """The arguments of the pipeline's call that stand for the size, length and frame rate of the video."""
+        return {"width": width, "height": height, "num_frames": frames}
 
 
 def add_noise(latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
@@ -210,10 +278,10 @@ def add_noise(latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
 
 
 def normalized_latents(vae: Any, video: Tensor) -> Tensor:
-    """The mode of a VAE's posterior, normalized with the mean and std of its configuration: `[C, T, h, w]`, float32.
+    """The mode of a VAE's posterior, normalized with the VAE's mean and std: `[C, T, h, w]`, float32.
 
     Args:
-        vae: with `latents_mean` and `latents_std` in its configuration, per channel.
+        vae: with `latents_mean` and `latents_std` per channel, in its configuration or as buffers.
         video: `[3, F, H, W]` in [-1, 1].
     """
     latents: Tensor = vae.encode(video[None].to(vae.device, vae.dtype)).latent_dist.mode()[0].float()
@@ -221,13 +289,21 @@ def normalized_latents(vae: Any, video: Tensor) -> Tensor:
     return (latents - mean) / std
 
 
-def decoded_video(vae: Any, latents: Tensor) -> Tensor:
-    """The video of normalized latents `[C, T, h, w]`: `[3, F, H, W]` in [-1, 1], float32."""
+def decoded_video(vae: Any, latents: Tensor, *arguments: Any) -> Tensor:
+    """The video of normalized latents `[C, T, h, w]`: `[3, F, H, W]` in [-1, 1], float32.
+
+    Args:
+        vae: as in `normalized_latents`.
+        latents: normalized.
+        arguments: further ones that its decoder takes.
+    """
     mean, std = _latent_statistics(vae, latents)
-    video: Tensor = vae.decode((latents * std + mean)[None].to(vae.device, vae.dtype), return_dict=False)[0][0]
+    latents = (latents * std + mean)[None].to(vae.device, vae.dtype)
+    video: Tensor = vae.decode(latents, *arguments, return_dict=False)[0][0]
     return video.float().clamp(-1, 1)
 
 
 def _latent_statistics(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
-    mean, std = (latents.new_tensor(values) for values in (vae.config.latents_mean, vae.config.latents_std))
-    return mean.view(-1, 1, 1, 1), std.view(-1, 1, 1, 1)
+    statistics = dict(vae.config) | dict(vae.named_buffers())
+    mean, std = (torch.as_tensor(statistics[name]).to(latents) for name in ("latents_mean", "latents_std"))
+    return mean.view(-1, 1, 1, 1), std.view(-1, 1, 1, 1) / statistics.get("scaling_factor", 1.0)

@@ -10,8 +10,18 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
-from transformers import T5Tokenizer
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    GemmaTokenizer,
+    Qwen2Tokenizer,
+    T5Tokenizer,
+)
 
 SEED = 0
 
@@ -38,6 +48,47 @@ def tiny_t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=[(piece, 0.0) for piece in pieces], extra_ids=0)
 
 
+def tiny_clip_tokenizer() -> CLIPTokenizer:
+    """A CLIP tokenizer whose pieces are single bytes."""
+    alphabet = sorted(ByteLevel.alphabet())
+    pieces = [*alphabet, *(f"{byte}</w>" for byte in alphabet), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={piece: index for index, piece in enumerate(pieces)}, merges=[])
+
+
+def tiny_qwen_tokenizer(template: str) -> Qwen2Tokenizer:
+    """A Qwen2 tokenizer of some 480 pieces that knows the words of a template of prompts."""
+    alphabet = {byte: index for index, byte in enumerate(sorted(ByteLevel.alphabet()))}
+    # The pipeline of Kandinsky 5 cuts off as many tokens as the published tokenizer has for its template, 128; this
+    # is the size that has as many.
+    tokenizer = Qwen2Tokenizer(vocab=alphabet, merges=[]).train_new_from_iterator(
+        [template], vocab_size=475, show_progress=False
+    )
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    return tokenizer
+
+
+def tiny_clip_vision() -> tuple[CLIPVisionModel, CLIPImageProcessor]:
+    """A CLIP image encoder of width 32 and its processor, for images of 32 pixels."""
+    config = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=16
+    )
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    return CLIPVisionModel(config), processor
+
+
+def tiny_gemma_tokenizer() -> GemmaTokenizer:
+    """A Gemma tokenizer whose pieces are single characters, and bytes for the rest; texts start with `<bos>`."""
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    characters = ["\n", "▁", *string.ascii_letters, *string.digits, *string.punctuation]
+    pieces = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *characters]
+    tokenizer = GemmaTokenizer(vocab={piece: index for index, piece in enumerate(pieces)})
+    bos = tokenizer.bos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
+    )
+    return tokenizer
+
+
 def smooth_video(frames: int, size: int) -> Tensor:
     """`[1, 3, F, size, size]` in [-1, 1] that looks like a video to a VAE: smooth in space and time."""
     coarse = torch.rand(1, 3, 1 + frames // 8, 6, 6) * 2 - 1
@@ -46,11 +97,15 @@ def smooth_video(frames: int, size: int) -> Tensor:
 
 @torch.no_grad()
 def normalize_latents(vae: ModelMixin, video: Tensor) -> None:
-    """Set the mean and std of a VAE's configuration so that this video's latents have mean 0 and std 1.
+    """Set the mean and std that a VAE carries so that this video's latents have mean 0 and std 1.
 
     A published VAE carries figures of its training data; random weights need figures of their own.
     """
     latents = vae.encode(video).latent_dist.mode().float()
-    vae.register_to_config(
-        latents_mean=latents.mean((0, 2, 3, 4)).tolist(), latents_std=latents.std((0, 2, 3, 4)).tolist()
-    )
+    mean, std = latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))
+    buffers = dict(vae.named_buffers())
+    if "latents_mean" in buffers:
+        buffers["latents_mean"].copy_(mean)
+        buffers["latents_std"].copy_(std)
+    else:
+        vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())

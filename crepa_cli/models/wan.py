@@ -1,14 +1,22 @@
-"""Wan 2.1: text to video (arXiv 2503.20314)."""
+"""Wan 2.1 and 2.2 (arXiv 2503.20314): text to video and image to video.
+
+Three layouts are told apart by the checkpoint's configuration. Wan 2.1 and the experts of Wan 2.2 A14B are given the
+first frame in further input channels; Wan 2.2 TI2V has it in place of the noisy one, with a timestep of 0.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import (
     AutoencoderKLWan,
     DiffusionPipeline,
     UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
 )
@@ -16,9 +24,9 @@ from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
 from crepa_cli.alignment import TokenGrid
-from crepa_cli.models import checkpoint as checkpoints
+from crepa_cli.errors import UserError
 from crepa_cli.models.family import Family, Tensors, TransformerStep, add_noise, decoded_video, normalized_latents
-from crepa_cli.models.tiny import normalize_latents, smooth_video, tiny_t5_tokenizer
+from crepa_cli.models.tiny import normalize_latents, smooth_video, tiny_clip_vision, tiny_t5_tokenizer
 
 PROMPT_TOKENS = 512
 """Length of the text sequence in the pipeline's call; the transformer's image attention relies on it."""
@@ -30,16 +38,71 @@ class Wan(Family):
     name = "wan"
     transformer_class = "WanTransformer3DModel"
     blocks_attribute = "blocks"
-    pipelines = {"t2v": "WanPipeline"}
-    checkpoints = {"t2v": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"}
-    frame_multiple = 4
+    pipelines = {"t2v": "WanPipeline", "i2v": "WanImageToVideoPipeline"}
+    checkpoints = {"t2v": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "i2v": "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"}
     settings = {
         "crepa": {"block_index": 8},
-        "adapter": {"rank": 32, "target_modules": ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]},
+        "adapter": {
+            "rank": 32,
+            "target_modules": [
+                "to_q",
+                "to_k",
+                "to_v",
+                "to_out.0",
+                "add_k_proj",
+                "add_v_proj",
+                "ffn.net.0.proj",
+                "ffn.net.2",
+            ],
+        },
         "data": {"width": 832, "height": 480, "frames": 81, "fps": 16.0},
         "train": {"learning_rate": 1e-4},
         "validation": {"guidance_scale": 5.0},
     }
+    comfyui_names = {
+        r"\battn1\b": "self_attn",
+        r"\battn2\b": "cross_attn",
+        r"\bto_([qkv])$": r"\1",
+        r"\bto_out\.0$": "o",
+        r"\badd_([kv])_proj$": r"\1_img",
+        r"\bffn\.net\.0\.proj$": "ffn.0",
+        r"\bffn\.net\.2$": "ffn.2",
+        r"^condition_embedder\.time_proj$": "time_projection.1",
+        r"^condition_embedder\.(time|text)_embedder\.linear_1$": r"\1_embedding.0",
+        r"^condition_embedder\.(time|text)_embedder\.linear_2$": r"\1_embedding.2",
+        r"^condition_embedder\.image_embedder\.ff\.net\.0\.proj$": "img_emb.proj.1",
+        r"^condition_embedder\.image_embedder\.ff\.net\.2$": "img_emb.proj.3",
+        r"^proj_out$": "head.head",
+    }
+
+    def __init__(self, checkpoint: str, task: str, revision: str | None = None, variant: str | None = None) -> None:
+        super().__init__(checkpoint, task, revision, variant)
+        self.per_token_timesteps = bool(self._index.get("expand_timesteps"))
+        if task == "i2v" and self.config.get("image_dim"):
+            self.image_components = ("image_encoder", "image_processor")
+        takes_image = self.config["in_channels"] != (self.config.get("out_channels") or self.config["in_channels"])
+        if not self.per_token_timesteps and takes_image != (task == "i2v"):
+            raise UserError(f"{checkpoint} generates from {'an image' if takes_image else 'text alone'}, not {task!r}")
+
+    @cached_property
+    def _index(self) -> dict[str, Any]:
+        return self.read_config("model_index.json")
+
+    @cached_property
+    def experts(self) -> Mapping[str, str]:
+        """`high` denoises above the boundary in `model_index.json` and `low` below, in Wan 2.2 A14B."""
+        return {} if self._boundary is None else {"high": "transformer", "low": "transformer_2"}
+
+    @property
+    def _boundary(self) -> float | None:
+        return self._index.get("boundary_ratio")
+
+    @property
+    def sigma_range(self) -> tuple[float, float]:
+        """The noise levels of the expert that is trained."""
+        if self._boundary is None:
+            return 0.0, 1.0
+        return (self._boundary, 1.0) if self.component == "transformer" else (0.0, self._boundary)
 
     @property
     def block_count(self) -> int:
@@ -53,31 +116,36 @@ class Wan(Family):
 
     @property
     def size_multiple(self) -> int:
-        """The VAE's compression times the patch: 16 pixels for Wan 2.1."""
-        vae = checkpoints.read_config(self.checkpoint, "vae/config.json", self.revision)
+        """The VAE's compression times the patch: 16 pixels for Wan 2.1 and A14B, 32 for TI2V."""
+        vae = self.read_config("vae/config.json")
         return int(vae.get("scale_factor_spatial", 8) * self.config["patch_size"][1])
 
+    @property
+    def frame_multiple(self) -> int:
+        """The VAE's compression of time."""
+        return int(self.read_config("vae/config.json").get("scale_factor_temporal", 4))
+
     @classmethod
-    def write_tiny(cls, folder: Path, task: str) -> None:  # noqa: ARG003 (one task so far)
-        """A checkpoint of twelve blocks of width 48, with latents of four channels."""
+    def write_tiny(cls, folder: Path, task: str) -> None:
+        """A checkpoint of Wan 2.1: twelve blocks of width 48, latents of four channels."""
         tokenizer = tiny_t5_tokenizer()
         vae = AutoencoderKLWan(base_dim=8, z_dim=4, dim_mult=[1, 2, 2, 2], num_res_blocks=1)
         normalize_latents(vae, smooth_video(frames=33, size=96))
         text_encoder = UMT5EncoderModel(
             UMT5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
         )
-        transformer = WanTransformer3DModel(
-            num_attention_heads=4,
-            attention_head_dim=12,
-            in_channels=4,
-            out_channels=4,
-            text_dim=32,
-            freq_dim=64,
-            ffn_dim=128,
-            num_layers=12,
-        )
         scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-        WanPipeline(tokenizer, text_encoder, vae, scheduler, transformer).save_pretrained(folder)
+        parts = {"tokenizer": tokenizer, "text_encoder": text_encoder, "vae": vae, "scheduler": scheduler}
+        if task == "t2v":
+            WanPipeline(**parts, transformer=tiny_transformer()).save_pretrained(folder)
+        else:
+            image_encoder, image_processor = tiny_clip_vision()
+            WanImageToVideoPipeline(
+                **parts,
+                transformer=tiny_transformer(in_channels=12, image_dim=32, added_kv_proj_dim=48),
+                image_encoder=image_encoder,
+                image_processor=image_processor,
+            ).save_pretrained(folder)
 
     def encode_prompt(self, pipeline: DiffusionPipeline, caption: str) -> Tensors:
         """`prompt_embeds` `[512, D]` of the T5 encoder, zero after the caption's end."""
@@ -87,8 +155,18 @@ class Wan(Family):
         return {"prompt_embeds": embeds[0]}
 
     def encode_clip(self, pipeline: DiffusionPipeline, video: Tensor) -> Tensors:
-        """`latents` `[C, T, h, w]`, normalized."""
-        return {"latents": normalized_latents(pipeline.vae, video)}
+        """`latents` `[C, T, h, w]`, normalized.
+
+        For image to video also `condition` `[4 + C, T, h, w]`, the mask and the latents of the first frame followed by
+        gray, and where the checkpoint has an image encoder `image_embeds` `[N, D]` of the first frame.
+        """
+        tensors = {"latents": normalized_latents(pipeline.vae, video)}
+        if self.task == "i2v" and not self.per_token_timesteps:
+            tensors["condition"] = _first_frame_condition(pipeline, video, tensors["latents"])
+        if self.image_components:
+            image = pipeline.video_processor.postprocess(video[None, :, 0], output_type="pil")
+            tensors["image_embeds"] = pipeline.encode_image(image)[0]
+        return tensors
 
     def decode_latents(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
         """The inverse of `encode_clip`, as far as the VAE is."""
@@ -102,15 +180,19 @@ class Wan(Family):
         return TokenGrid(frames, rows, columns)
 
     def step(self, batch: Tensors, noise: Tensor, sigmas: Tensor) -> TransformerStep:
-        """Timesteps are sigmas times 1000."""
-        return TransformerStep(
-            inputs={
-                "hidden_states": add_noise(batch["latents"], noise, sigmas),
-                "timestep": sigmas * 1000,
-                "encoder_hidden_states": batch["prompt_embeds"],
-            },
-            target=noise - batch["latents"],
-        )
+        """Timesteps are sigmas times 1000: one per clip, or one per token where the checkpoint asks for it."""
+        latents, timestep, weight = batch["latents"], sigmas * 1000, None
+        hidden = add_noise(latents, noise, sigmas)
+        if self.per_token_timesteps:
+            weight = _generated_frames(latents, self.task)
+            hidden = weight * hidden + (1 - weight) * latents
+            timestep = (timestep[:, None] * weight.flatten()).repeat_interleave(self.token_grid(latents).tokens, dim=1)
+        if "condition" in batch:
+            hidden = torch.cat([hidden, batch["condition"]], dim=1)
+        inputs = {"hidden_states": hidden, "timestep": timestep, "encoder_hidden_states": batch["prompt_embeds"]}
+        if "image_embeds" in batch:
+            inputs["encoder_hidden_states_image"] = batch["image_embeds"]
+        return TransformerStep(inputs, noise - latents, weight)
 
     def sampling_arguments(self, prompt: Tensors, negative_prompt: Tensors) -> dict[str, Any]:
         """Prompt and negative prompt with a batch dimension."""
@@ -118,3 +200,28 @@ class Wan(Family):
             "prompt_embeds": prompt["prompt_embeds"][None],
             "negative_prompt_embeds": negative_prompt["prompt_embeds"][None],
         }
+
+
+def _first_frame_condition(pipeline: DiffusionPipeline, video: Tensor, latents: Tensor) -> Tensor:
+    """What the pipeline puts beside the noise: `[4 + C, T, h, w]`."""
+    _, frames, height, width = video.shape
+    image = video[None, :, 0].to(pipeline.device)
+    prepared = pipeline.prepare_latents(
+        image, 1, len(latents), height, width, frames, torch.float32, pipeline.device, latents=latents[None]
+    )
+    condition: Tensor = prepared[1][0]
+    return condition
+
+
+def _generated_frames(latents: Tensor, task: str) -> Tensor:
+    """`[1, 1, T, 1, 1]`: 0 for the frame that image to video is given, 1 for those that are generated."""
+    generated = torch.ones_like(latents[:1, :1, :, :1, :1])
+    if task == "i2v":
+        generated[:, :, 0] = 0
+    return generated
+
+
+def tiny_transformer(**settings: Any) -> WanTransformer3DModel:
+    """Twelve blocks of width 48 for latents of four channels; `settings` replace those of the configuration."""
+    sizes = {"num_attention_heads": 4, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "num_layers": 12}
+    return WanTransformer3DModel(**{**sizes, "text_dim": 32, "freq_dim": 64, "ffn_dim": 128, **settings})

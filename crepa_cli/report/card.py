@@ -6,9 +6,10 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from crepa_cli.models.family import Family
+from crepa_cli.models.family import COMFYUI_FILE, Family
 from crepa_cli.profile import Profile, dump_toml
 from crepa_cli.report.metrics import read_metrics
+from crepa_cli.report.plot import CURVES_FILE
 
 
 def write_model_card(output: Path, family: Family, profile: Profile) -> Path:
@@ -24,7 +25,7 @@ def write_model_card(output: Path, family: Family, profile: Profile) -> Path:
         f"# {output.name}",
         f"`{family.checkpoint}` ({family.name}, {family.task}), fine-tuned for {profile.train.steps} steps with "
         "Cross-frame Representation Alignment ([CREPA](https://arxiv.org/abs/2506.09229)).",
-        f"## Use\n\n```python\n{loading_code(family, profile)}\n```",
+        f"## Use\n\n{_usage(family, profile)}",
         _results(output),
         f"## Settings\n\n```toml\n{dump_toml(profile).strip()}\n```",
     ]
@@ -33,21 +34,42 @@ def write_model_card(output: Path, family: Family, profile: Profile) -> Path:
     return path
 
 
-def loading_code(family: Family, profile: Profile) -> str:
-    """The lines of diffusers that load the weights of a run from inside its folder."""
-    pipeline = family.pipelines[family.task]
+def loading_lines(family: Family, profile: Profile, weights: Path) -> str:
+    """How to load the weights of a run from the current folder, as text for a terminal."""
+    if _loads_in_diffusers(profile):
+        return loading_code(family, profile, weights.as_posix())
+    return f"ComfyUI: {weights / COMFYUI_FILE}"
+
+
+def _loads_in_diffusers(profile: Profile) -> bool:
+    return "diffusers" in profile.adapter.export or profile.adapter.kind == "full"
+
+
+def _usage(family: Family, profile: Profile) -> str:
+    lines = []
+    if _loads_in_diffusers(profile):
+        lines.append(f"```python\n{loading_code(family, profile)}\n```")
+    if "comfyui" in profile.adapter.export:
+        lines.append(f"In ComfyUI: `weights/{COMFYUI_FILE}`.")
+    return "\n\n".join(lines)
+
+
+def loading_code(family: Family, profile: Profile, weights: str = "weights") -> str:
+    """The lines of diffusers that load the weights of a run, by default from inside its folder."""
+    pipeline = family.pipeline_class
     head = "import torch\n" + f"from diffusers import {pipeline}"
     if profile.adapter.kind == "full":
         return (
             f"{head}, {family.transformer_class}\n\n"
-            f'transformer = {family.transformer_class}.from_pretrained("weights/transformer", dtype=torch.bfloat16)\n'
-            f'pipeline = {pipeline}.from_pretrained(\n    "{family.checkpoint}", transformer=transformer, '
+            f'transformer = {family.transformer_class}.from_pretrained("{weights}/transformer", dtype=torch.bfloat16)\n'
+            f'pipeline = {pipeline}.from_pretrained(\n    "{family.checkpoint}", {family.component}=transformer, '
             "dtype=torch.bfloat16\n)"
         )
+    expert = ", load_into_transformer_2=True" if family.component == "transformer_2" else ""
     return (
         f"{head}\n\n"
         f'pipeline = {pipeline}.from_pretrained("{family.checkpoint}", dtype=torch.bfloat16)\n'
-        'pipeline.load_lora_weights("weights", weight_name="pytorch_lora_weights.safetensors")'
+        f'pipeline.load_lora_weights("{weights}", weight_name="pytorch_lora_weights.safetensors"{expert})'
     )
 
 
@@ -59,7 +81,12 @@ def _results(output: Path) -> str:
     chosen = [metrics[index * (len(metrics) - 1) // 4] for index in range(5)]
     rows = [[_cell(line[column]) for column in columns] for line in chosen]
     lines = [columns, ["---"] * len(columns), *rows]
-    return "## Training\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    curves = f"![losses, coefficient and similarity over the steps]({CURVES_FILE})\n\n"
+    return (
+        "## Training\n\n"
+        + (curves if (output / CURVES_FILE).exists() else "")
+        + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    )
 
 
 def _cell(value: float | None) -> str:

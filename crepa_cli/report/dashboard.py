@@ -2,71 +2,77 @@
 
 from __future__ import annotations
 
-import itertools
-from collections import deque
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
 from rich import progress as bars
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.layout import Layout
 from rich.live import Live
 from rich.panel import Panel
-from rich.table import Table
-from rich.text import Text
 
-from crepa_cli.events import AlignmentDropped, Event, Progress, StepDone, TrainingStarted
-from crepa_cli.profile import Crepa
-from crepa_cli.report.plain import describe, number
+from crepa_cli.alignment import CoefficientSchedule
+from crepa_cli.events import Event, Progress, StepDone, TrainingStarted
+from crepa_cli.report.metrics import read_metrics
+from crepa_cli.report.panels import (
+    BORDER,
+    MARGIN,
+    coefficient_lines,
+    losses_lines,
+    message_lines,
+    progress_lines,
+    similarity_lines,
+    titled,
+)
+from crepa_cli.report.state import RunState
+from crepa_cli.report.summary import Summary
 
-BARS = "▁▂▃▄▅▆▇█"
-MESSAGES = 5
-
-
-class Sparkline:
-    """A curve of one line over the whole run, as wide as its place allows.
-
-    Args:
-        values: one per step so far.
-    """
-
-    def __init__(self, values: Sequence[float]) -> None:
-        self.values = values
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Average the values into as many columns as there are, lowest to highest bar."""
-        width = min(options.max_width, len(self.values))
-        edges = [index * len(self.values) // width for index in range(width + 1)] if width else []
-        means = [sum(self.values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
-        low, high = min(means, default=0.0), max(means, default=0.0)
-        scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
-        yield Text("".join(BARS[round((mean - low) * scale)] for mean in means), style="cyan", no_wrap=True)
+HEIGHT = 24
+PROGRESS_HEIGHT = 5
+CHART_HEIGHT = 7
 
 
 class Dashboard:
     """A listener that keeps a live view of the run on the screen; use it as a context.
 
+    It takes the whole window while it lives, so that a resize leaves nothing behind, and prints its last view and a
+    summary at the end.
+
     Args:
         console: a terminal.
-        crepa: for the similarity's threshold.
+        schedule: the planned coefficient; None for a run without alignment.
+        memory: bytes that the device has.
+        loading: the lines that load the weights.
+        clock: seconds that pass.
     """
 
-    def __init__(self, console: Console, crepa: Crepa) -> None:
-        self.crepa = crepa
-        self.latest: StepDone | None = None
-        self.dropped: AlignmentDropped | None = None
-        self.curves: dict[str, list[float]] = {"loss": [], "diffusion": [], "alignment": [], "similarity": []}
-        self.messages: deque[str] = deque(maxlen=MESSAGES)
+    def __init__(
+        self,
+        console: Console,
+        schedule: CoefficientSchedule | None,
+        *,
+        memory: int,
+        loading: str,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.memory = memory
+        self.state = RunState(schedule, clock)
+        self.summary = Summary(loading)
         self.progress = bars.Progress(
             bars.TextColumn("{task.description:<10}"),
             bars.BarColumn(bar_width=None),
             bars.MofNCompleteColumn(),
-            bars.TimeElapsedColumn(),
+            bars.TextColumn("ETA"),
             bars.TimeRemainingColumn(),
             console=console,
+            get_time=clock,
             expand=True,
         )
-        self.tasks: dict[str, bars.TaskID] = {}
-        self.live = Live(self, console=console, refresh_per_second=4, transient=False)
+        self.stages: dict[str, bars.TaskID] = {}
+        self.live = Live(
+            self, console=console, screen=True, refresh_per_second=1, redirect_stdout=False, redirect_stderr=False
+        )
 
     def __enter__(self) -> Dashboard:
         """Show the view."""
@@ -76,64 +82,72 @@ class Dashboard:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Leave the last view on the screen."""
+        """Leave the last view and the summary on the screen."""
         self.live.stop()
+        console = self.live.console
+        console.print(self, height=HEIGHT)
+        for line in self.summary.lines():
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def __call__(self, event: Event) -> None:
         """Take an event into the view."""
-        match event:
-            case Progress(stage, done, total):
-                self._advance(stage, done, total)
-            case StepDone():
-                self.latest = event
-                self._record(event)
-                self.progress.update(self.tasks["training"], completed=event.step + 1)
-            case TrainingStarted(_, step, steps):
-                self._advance("training", step, steps)
-            case AlignmentDropped():
-                self.dropped = event
-        if not isinstance(event, Progress | StepDone):
-            self.messages.append(describe(event))
+        if isinstance(event, Progress):
+            self._advance(event)
+        if isinstance(event, TrainingStarted):
+            for step in _steps_before(event):
+                self._show(step)
+        self._show(event)
 
-    def __rich__(self) -> RenderableType:
-        """The view as it is now."""
-        parts: list[RenderableType] = [self.progress]
-        if self.latest is not None:
-            parts.append(Panel(self._values(self.latest), title="training", title_align="left"))
-        if self.messages:
-            lines = [Text(message, no_wrap=True, overflow="ellipsis") for message in self.messages]
-            parts.append(Panel(Group(*lines), title="events", title_align="left"))
-        return Group(*parts)
+    def _show(self, event: Event) -> None:
+        self.state(event)
+        self.summary(event)
 
-    def _advance(self, stage: str, done: int, total: int) -> None:
-        if stage not in self.tasks:
-            self.tasks[stage] = self.progress.add_task(stage, total=total)
-        self.progress.update(self.tasks[stage], completed=done, total=total)
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Draw the view as it is now."""
+        width, height = options.max_width, options.height or options.size.height
+        if self.state.started is not None:
+            yield self._training(self.state.started, console, width, height)
+            return
+        if self.stages:
+            yield Panel(self.progress, title="preparation", title_align="left", border_style="dim")
+        rest = height - (len(self.stages) + BORDER if self.stages else 0)
+        if self.state.messages:
+            yield self._messages(console, width, rest)
 
-    def _record(self, step: StepDone) -> None:
-        self.curves["loss"].append(step.loss)
-        self.curves["diffusion"].append(step.diffusion_loss)
-        if step.crepa_loss is not None and step.crepa_similarity is not None:
-            self.curves["alignment"].append(step.crepa_loss)
-            self.curves["similarity"].append(step.crepa_similarity)
+    def _training(self, started: TrainingStarted, console: Console, width: int, height: int) -> Layout:
+        """The panels of training; charts take a part of what the window has above 24 lines, messages the rest."""
+        state, extra = self.state, max(0, height - HEIGHT)
+        rows, chart = 1 + extra // 8, CHART_HEIGHT + extra // 4
+        losses = BORDER + len(state.losses) * rows
+        inner, left = width - MARGIN, width // 2
+        progress = progress_lines(started, state.latest, state.seconds_left, self.memory, inner)
+        coefficient = coefficient_lines(state, console, left - MARGIN, chart - BORDER)
+        similarity = similarity_lines(state, width - left - MARGIN, chart - BORDER)
+        messages = self._messages(console, width, height - PROGRESS_HEIGHT - losses - chart)
+        charts = Layout(size=chart)
+        charts.split_row(
+            Layout(titled("coefficient", coefficient), size=left), Layout(titled("similarity", similarity))
+        )
+        layout = Layout()
+        layout.split_column(
+            Layout(titled("training", progress), size=PROGRESS_HEIGHT),
+            Layout(titled("losses", losses_lines(state, inner, rows)), size=losses),
+            charts,
+            Layout(messages),
+        )
+        return layout
 
-    def _values(self, step: StepDone) -> Table:
-        table = Table.grid(padding=(0, 2), expand=True)
-        table.add_column(style="bold", no_wrap=True)
-        table.add_column(justify="right", no_wrap=True)
-        table.add_column(ratio=1, no_wrap=True)
-        values = {
-            "loss": step.loss,
-            "diffusion": step.diffusion_loss,
-            "alignment": step.crepa_loss,
-            "similarity": step.crepa_similarity,
-        }
-        for name, value in values.items():
-            table.add_row(name, number(value), Sparkline(self.curves[name]))
-        threshold = self.crepa.similarity_threshold
-        goal = "" if threshold is None else f"cutoff at {threshold}"
-        table.add_row("average", number(step.crepa_similarity_ema), goal)
-        table.add_row("coefficient", number(step.crepa_coefficient), self.dropped.reason if self.dropped else "")
-        table.add_row("step time", f"{step.step_seconds:.3f} s", f"{step.samples_per_second:.2f} clips per second")
-        table.add_row("memory", f"{step.peak_memory_bytes / 2**30:.2f} GiB", "peak so far")
-        return table
+    def _messages(self, console: Console, width: int, height: int) -> RenderableType:
+        return titled("events", message_lines(list(self.state.messages), console, width - MARGIN, height - BORDER))
+
+    def _advance(self, event: Progress) -> None:
+        if event.stage not in self.stages:
+            self.stages[event.stage] = self.progress.add_task(event.stage, total=event.total)
+        self.progress.update(self.stages[event.stage], completed=event.done, total=event.total)
+
+
+def _steps_before(started: TrainingStarted) -> Iterator[StepDone]:
+    """The steps of earlier sessions, so that curves and best values are those of the whole run."""
+    for line in read_metrics(started.output / "metrics.jsonl") if started.step else ():
+        if line["step"] < started.step:
+            yield StepDone(**line)

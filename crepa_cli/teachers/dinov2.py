@@ -59,6 +59,11 @@ class Dinov2Teacher:
         self.model = AutoModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
         self.model.requires_grad_(False).eval().to(device)
 
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels."""
+        return int(self.model.config.patch_size)
+
     @torch.no_grad()
     def features(self, frames: Tensor, size: tuple[int, int]) -> Tensor:
         """Final-norm patch features of frames, without class and register tokens.
@@ -78,8 +83,7 @@ class Dinov2Teacher:
         pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 1)
         mean, std = (pixels.new_tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
         tokens = self.model(((pixels - mean) / std).to(dtype)).last_hidden_state
-        patch = self.model.config.patch_size
-        rows, columns = size[0] // patch, size[1] // patch
+        rows, columns = size[0] // self.patch_size, size[1] // self.patch_size
         features: Tensor = tokens[:, -rows * columns :].unflatten(1, (rows, columns))
         return features.half().cpu()
 

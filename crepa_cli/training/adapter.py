@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import diffusers
@@ -10,9 +12,11 @@ import torch
 from diffusers import ModelMixin
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import save_file
 
 from crepa_cli.errors import UserError
-from crepa_cli.models.family import Family
+from crepa_cli.models import FAMILIES, load_family
+from crepa_cli.models.family import COMFYUI_FILE, Family, Tensors
 from crepa_cli.profile import Adapter
 
 
@@ -40,20 +44,61 @@ def make_trainable(transformer: ModelMixin, adapter: Adapter) -> None:
 
 
 def export_weights(family: Family, transformer: ModelMixin, adapter: Adapter, folder: Path) -> None:
-    """Write what was trained in diffusers' layout, replacing what the folder held; whole or not at all.
+    """Write what was trained in the layouts of the settings, replacing what the folder held; whole or not at all.
 
-    A LoRA becomes `pytorch_lora_weights.safetensors`, for `pipeline.load_lora_weights`; a full fine-tune becomes
-    `transformer/`, for `from_pretrained`.
+    A LoRA becomes `pytorch_lora_weights.safetensors`, for `pipeline.load_lora_weights`, and `comfyui_lora.safetensors`;
+    a full fine-tune becomes `transformer/`, for `from_pretrained`.
     """
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     if adapter.kind == "full":
         transformer.save_pretrained(partial / "transformer")
     else:
-        getattr(diffusers, family.pipelines[family.task]).save_lora_weights(
-            partial,
-            transformer_lora_layers=get_peft_model_state_dict(transformer),
-            transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
-        )
+        _export_lora(family, transformer, adapter, partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.replace(folder)
+
+
+def _export_lora(family: Family, transformer: ModelMixin, adapter: Adapter, folder: Path) -> None:
+    layers, config = get_peft_model_state_dict(transformer), transformer.peft_config["default"]
+    if "diffusers" in adapter.export:
+        getattr(diffusers, family.pipeline_class).save_lora_weights(
+            folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=config.to_dict()
+        )
+    if "comfyui" in adapter.export:
+        assert family.comfyui_names is not None, "open_family has checked it"
+        renamed = comfyui_layers(layers, family.comfyui_names, config.r, config.lora_alpha)
+        save_file(renamed, folder / COMFYUI_FILE, metadata={"format": "pt"})
+
+
+def comfyui_layers(layers: Tensors, names: Mapping[str, str], rank: int, alpha: float) -> Tensors:
+    """A LoRA by the module names of the original checkpoint, as ComfyUI reads it.
+
+    Args:
+        layers: `<module>.lora_A.weight` and `<module>.lora_B.weight`, by the names of diffusers.
+        names: `comfyui_names` of the family.
+        rank: of the matrices.
+        alpha: stored as `<module>.alpha` unless it is the rank, which is what its absence means.
+    """
+    renamed = {}
+    for key, tensor in layers.items():
+        module, matrix, _ = key.rsplit(".", 2)
+        for pattern, name in names.items():
+            module = re.sub(pattern, name, module)
+        renamed[f"diffusion_model.{module}.{matrix}.weight"] = tensor.detach().cpu().contiguous()
+        if alpha != rank:
+            renamed[f"diffusion_model.{module}.alpha"] = torch.tensor(float(alpha))
+    return renamed
+
+
+def export_mistakes(family: Family, adapter: Adapter) -> list[str]:
+    """What cannot be exported as the settings ask, in words."""
+    if "comfyui" not in adapter.export:
+        return []
+    if adapter.kind == "full":
+        return ["adapter.export: comfyui is a layout for LoRA, and adapter.kind is full; leave comfyui out"]
+    if family.comfyui_names is None:
+        known = [name for name in FAMILIES if load_family(name).comfyui_names is not None]
+        return [f"adapter.export: ComfyUI does not run {family.name}; comfyui is for {', '.join(known)}"]
+    return []

@@ -7,29 +7,41 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from crepa_cli.alignment import Alignment, Crepa, TokenGrid
+from crepa_cli.alignment import Alignment, Crepa, TokenGrid, layersync_loss
 from crepa_cli.models.capture import HiddenStateCapture
 
 
 class AlignedOutput(NamedTuple):
-    """The transformer's prediction and, unless alignment was dropped, how its hidden states align."""
+    """The transformer's prediction, how its hidden states align, and the loss of LayerSync: None for what is off."""
 
     prediction: Tensor
     alignment: Alignment | None
+    layersync: Tensor | None
+
+
+class BlockPair(NamedTuple):
+    """A block that is aligned and the deeper one that teaches it; None where an encoder teaches."""
+
+    student: int
+    teacher: int | None = None
+
+    def indices(self) -> set[int]:
+        """The blocks whose hidden states are needed."""
+        return {index for index in self if index is not None}
 
 
 class AlignedTransformer(nn.Module):
-    """A transformer and the alignment of one of its blocks.
+    """A transformer and the alignment of its blocks.
 
     Hidden states never leave it, so that data parallelism, sharding, activation checkpointing, compilation and
     gradient accumulation see one ordinary module.
 
     Args:
-        transformer: a diffusers transformer, or anything that takes keyword arguments and returns a tuple.
+        transformer: a diffusers transformer, or anything whose output has a `sample`.
         crepa: the alignment, or None for none.
         blocks: the transformer's blocks.
-        student_block: index of the block that is aligned.
-        teacher_block: index of the block whose detached hidden states are the features, where no encoder gives them.
+        pair: the block that CREPA aligns, and the block whose detached states are its features, if one is.
+        layersync: the two blocks of LayerSync, or None for none.
         row_major: brings a block's hidden states `[B, T * N, H]` to `[B, T, N, H]`.
     """
 
@@ -39,18 +51,18 @@ class AlignedTransformer(nn.Module):
         crepa: Crepa | None,
         *,
         blocks: nn.ModuleList,
-        student_block: int,
-        teacher_block: int | None = None,
+        pair: BlockPair,
+        layersync: BlockPair | None = None,
         row_major: Callable[[Tensor, TokenGrid], Tensor],
     ) -> None:
         super().__init__()
         self.transformer = transformer
         self.crepa = crepa
-        self.student_block = student_block
-        self.teacher_block = teacher_block
+        self.pair = pair
+        self.layersync = layersync
         self.row_major = row_major
-        captured = {student_block, *([] if teacher_block is None else [teacher_block])}
-        self.capture = HiddenStateCapture(blocks, captured if crepa else ())
+        aligned = pair.indices() if crepa else set()
+        self.capture = HiddenStateCapture(blocks, aligned | (layersync.indices() if layersync else set()))
 
     def forward(
         self,
@@ -68,18 +80,28 @@ class AlignedTransformer(nn.Module):
             teacher_grid: where the features are.
         """
         with self.capture.recording() as states:
-            prediction = self.transformer(**inputs, return_dict=False)[0]
+            prediction = self.transformer(**inputs).sample
+        alignment = self._align(states, student_grid, features, teacher_grid)
+        layersync = None
+        if self.layersync is not None:
+            student, teacher = (states[index] for index in self.layersync if index is not None)
+            layersync = layersync_loss(student, teacher)
+        return AlignedOutput(prediction, alignment, layersync)
+
+    def _align(
+        self, states: dict[int, Tensor], grid: TokenGrid, features: Tensor | None, teacher_grid: TokenGrid | None
+    ) -> Alignment | None:
         if self.crepa is None:
-            return AlignedOutput(prediction, None)
-        hidden = self.row_major(states[self.student_block], student_grid)
-        if self.teacher_block is not None:
-            features = self.row_major(states[self.teacher_block].detach(), student_grid)
-            teacher_grid = student_grid
+            return None
+        if self.pair.teacher is not None:
+            features, teacher_grid = self.row_major(states[self.pair.teacher].detach(), grid), grid
         if features is None or teacher_grid is None:
             raise ValueError("this AlignedTransformer needs an encoder's features and their grid")
-        return AlignedOutput(prediction, self.crepa(hidden, features, student_grid, teacher_grid))
+        hidden = self.row_major(states[self.pair.student], grid)
+        alignment: Alignment = self.crepa(hidden, features, grid, teacher_grid)
+        return alignment
 
     def drop_alignment(self) -> None:
-        """Stop aligning for good: no hook and no projector is left."""
-        self.capture.remove()
+        """Stop CREPA for good: no projector is left, and no hook but those of LayerSync."""
         self.crepa = None
+        self.capture.keep_only(self.layersync.indices() if self.layersync else ())

@@ -20,9 +20,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-OPTIONS = StateDictOptions(
-    full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, flatten_optimizer_state_dict=True, strict=False
-)
+OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
+SEPARATOR = ":"
+"""Between the name of a parameter and that of its optimizer state, such as `exp_avg`."""
 NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -61,12 +61,17 @@ def save_checkpoint(
     weights = cast(dict[str, Tensor], get_model_state_dict(model, options=OPTIONS))
     save_file(_contiguous(weights), partial / "model.safetensors")
     optimizer_state = cast(dict[str, Any], get_optimizer_state_dict(model, optimizer, options=OPTIONS))
-    tensors = {name: value for name, value in optimizer_state.items() if isinstance(value, Tensor)}
-    values = {name: value for name, value in optimizer_state.items() if not isinstance(value, Tensor)}
-    save_file(_contiguous(tensors), partial / "optimizer.safetensors")
+    moments = {
+        f"{parameter}{SEPARATOR}{name}": tensor
+        for parameter, state in optimizer_state["state"].items()
+        for name, tensor in state.items()
+    }
+    save_file(_contiguous(moments), partial / "optimizer.safetensors")
     if average is not None:
         save_file({str(index): tensor.cpu() for index, tensor in enumerate(average)}, partial / "average.safetensors")
-    (partial / "state.json").write_text(json.dumps({"progress": progress, "optimizer": values}), encoding="utf-8")
+    (partial / "state.json").write_text(
+        json.dumps({"progress": progress, "param_groups": optimizer_state["param_groups"]}), encoding="utf-8"
+    )
     shutil.rmtree(path, ignore_errors=True)
     partial.replace(path)
 
@@ -90,9 +95,12 @@ def load_checkpoint(
     if missing:
         raise ValueError(f"{path} lacks {len(missing)} trained parameters, such as {min(missing)}")
     set_model_state_dict(model, weights, options=OPTIONS)
-    values = json.loads((path / "state.json").read_text(encoding="utf-8"))["optimizer"]
-    state = load_file(path / "optimizer.safetensors") | values
-    set_optimizer_state_dict(model, optimizer, state, options=OPTIONS)
+    state: dict[str, Any] = {}
+    for key, tensor in load_file(path / "optimizer.safetensors").items():
+        parameter, _, name = key.rpartition(SEPARATOR)
+        state.setdefault(parameter, {})[name] = tensor
+    groups = json.loads((path / "state.json").read_text(encoding="utf-8"))["param_groups"]
+    set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups}, options=OPTIONS)
     if average is not None:
         saved = load_file(path / "average.safetensors")
         for index, tensor in enumerate(average):

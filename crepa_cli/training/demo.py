@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
-from crepa_cli.data.demo import write_demo_clips
+from PIL import Image
+
+from crepa_cli.data.demo import FPS, SIZES, write_demo_clips
+from crepa_cli.data.video import decode
+from crepa_cli.files import write_whole
 from crepa_cli.models import load_family
 from crepa_cli.models.tiny import write_once
 from crepa_cli.profile import Profile
@@ -13,17 +18,21 @@ from crepa_cli.teachers.dinov2 import write_tiny_dinov2
 FOLDER = Path("crepa-demo")
 TEACHER = FOLDER / "dinov2"
 CLIPS = FOLDER / "clips"
+FIRST_FRAME = FOLDER / "first-frame.png"
 
 
 def demo_settings(family: str, task: str) -> dict[str, dict[str, object]]:
     """What the demo sets: its files, and a run of a minute that shows warmup, decay and rising similarity."""
+    validation: dict[str, object] = {"every": 30, "prompts": ["a red disc drifts over blue stripes"], "steps": 8}
+    if task == "i2v":
+        validation["images"] = [str(FIRST_FRAME)]
     return {
         "model": {"checkpoint": str(FOLDER / f"{family}-{task}"), "dtype": "float32"},
         "adapter": {"rank": 8},
         "data": {"path": str(CLIPS), "width": 96, "height": 64, "frames": 17},
         "train": {"steps": 60, "batch_size": 2, "learning_rate": 2e-3},
         "crepa": {"encoder": str(TEACHER), "encoder_image_size": 56, "warmup_steps": 10},
-        "validation": {"every": 30, "prompts": ["a red disc drifts over blue stripes"], "steps": 8},
+        "validation": validation,
         "checkpoints": {"every": 20},
         "report": {"every": 5},
     }
@@ -35,3 +44,13 @@ def write_demo(profile: Profile) -> None:
     write_once(FOLDER / f"{family}-{task}", lambda folder: load_family(family).write_tiny(folder, task))
     write_once(TEACHER, write_tiny_dinov2)
     write_demo_clips(CLIPS)
+    if task == "i2v":
+        _write_first_frame()
+
+
+def _write_first_frame() -> None:
+    """An image to sample from: the first frame of the first clip."""
+    frame = decode(min(CLIPS.glob("*.mp4")), frames=1, fps=FPS, width=SIZES[0].width, height=SIZES[0].height)[0]
+    content = io.BytesIO()
+    Image.fromarray(frame.permute(1, 2, 0).numpy()).save(content, format="png")
+    write_whole(FIRST_FRAME, content.getvalue())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 
 import torch
-from diffusers.training_utils import compute_density_for_timestep_sampling, compute_loss_weighting_for_sd3
+from diffusers.training_utils import compute_loss_weighting_for_sd3
 from torch import Tensor
 
 from crepa_cli.models.family import TransformerStep
@@ -21,19 +21,37 @@ def seeded_generator(*parts: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
-def sample_sigmas(count: int, sampling: str, shift: float, generator: torch.Generator) -> Tensor:
-    """Noise levels `[count]` in (0, 1): drawn, then shifted by s * u / (1 + (s - 1) * u).
+def sample_sigmas(
+    count: int,
+    sampling: str,
+    shift: float,
+    generator: torch.Generator,
+    bounds: tuple[float, float] = (0.0, 1.0),
+) -> Tensor:
+    """Noise levels `[count]` in [0, 1]: drawn, then shifted by s * u / (1 + (s - 1) * u).
 
     Args:
         count: how many.
         sampling: `logit_normal` (mean 0, std 1) or `uniform`.
         shift: s; above 1 it moves them towards noise, as samplers do for large videos.
         generator: on the CPU.
+        bounds: the lowest and the highest noise level; within them the distribution keeps its shape.
     """
-    drawn: Tensor = compute_density_for_timestep_sampling(
-        sampling, count, logit_mean=0.0, logit_std=1.0, generator=generator
-    )
-    return shift * drawn / (1 + (shift - 1) * drawn)
+    ends = torch.tensor(bounds, dtype=torch.float64)
+    low, high = ends / (shift - (shift - 1) * ends)
+    quantiles = torch.rand(count, generator=generator, dtype=torch.float64)
+    if sampling == "uniform":
+        drawn = torch.lerp(low, high, quantiles)
+    else:
+        drawn = torch.lerp(_logit_normal_share(low), _logit_normal_share(high), quantiles)
+        drawn = torch.special.ndtri(drawn).sigmoid()
+    return (shift * drawn / (1 + (shift - 1) * drawn)).float()
+
+
+def _logit_normal_share(level: Tensor) -> Tensor:
+    """The share of the logit-normal distribution below a level."""
+    share: Tensor = torch.special.ndtr(level.logit())
+    return share
 
 
 def diffusion_loss(prediction: Tensor, step: TransformerStep, sigmas: Tensor, weighting: str) -> Tensor:

@@ -12,14 +12,17 @@ from accelerate.utils import ProjectConfiguration
 
 from crepa_cli.data.cache import Cache
 from crepa_cli.data.dataset import ClipDataset
-from crepa_cli.data.prepare import ClipForm, prepare, prompt_key
+from crepa_cli.data.online import OnlineTeacher
+from crepa_cli.data.prepare import ClipForm, encoder_config, prepare, prompt_key
 from crepa_cli.errors import UserError
 from crepa_cli.events import Event, Notice
 from crepa_cli.models import load_family
 from crepa_cli.models.checkpoint import require_index
 from crepa_cli.models.family import Family
 from crepa_cli.profile import Data, Profile
+from crepa_cli.training.adapter import export_mistakes
 from crepa_cli.training.checkpoints import complete_checkpoints
+from crepa_cli.training.sampling import image_mistakes
 from crepa_cli.training.trainer import Trainer
 
 PRECISION = {"bfloat16": "bf16", "float32": "no"}
@@ -30,14 +33,20 @@ def open_family(profile: Profile) -> Family:
     """The family of the settings with its checkpoint, checked against what the settings ask of it.
 
     Raises:
-        UserError: lists all that does not fit: family, checkpoint, task, block indices, sizes.
+        UserError: lists all that does not fit: family, checkpoint, task, block indices, sizes, images, layouts.
     """
     model, crepa = profile.model, profile.crepa
     assert model.checkpoint is not None, "the family's defaults give a checkpoint"
-    family = load_family(model.family)(model.checkpoint, model.task, model.revision)
+    family = load_family(model.family)(model.checkpoint, model.task, model.revision, model.variant)
+    layersync = profile.layersync
     indices = {"crepa.block_index": crepa.block_index} if crepa.enabled else {}
     if crepa.enabled and crepa.use_backbone_features:
         indices["crepa.teacher_block_index"] = crepa.teacher_block_index
+    if layersync.enabled:
+        indices |= {
+            "layersync.student_block": layersync.student_block,
+            "layersync.teacher_block": layersync.teacher_block,
+        }
     sizes = {"data.width": profile.data.width, "data.height": profile.data.height}
     mistakes = []
     for name, index in indices.items():
@@ -52,6 +61,8 @@ def open_family(profile: Profile) -> Family:
                 f"{name} = {size}: {family.name} takes multiples of {family.size_multiple}, "
                 f"such as {lower or family.size_multiple} or {lower + family.size_multiple}"
             )
+    mistakes += image_mistakes(profile.validation, model.task)
+    mistakes += export_mistakes(family, profile.adapter)
     if mistakes:
         raise UserError("\n".join(mistakes))
     return family
@@ -78,13 +89,20 @@ def clips_folder(data: Data) -> Path:
 
 
 def make_accelerator(profile: Profile, output: Path) -> Accelerator:
-    """Device, precision, processes and trackers."""
-    return Accelerator(
+    """Device, precision and trackers.
+
+    Raises:
+        UserError: if a launcher started several processes.
+    """
+    accelerator = Accelerator(
         mixed_precision=PRECISION[profile.model.dtype],
         log_with=list(profile.report.trackers) or None,
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "trackers")),
         step_scheduler_with_optimizer=False,
     )
+    if accelerator.num_processes > 1:
+        raise UserError(f"crepa trains in one process so far, and {accelerator.num_processes} were started")
+    return accelerator
 
 
 def train(
@@ -124,16 +142,16 @@ def train(
     crepa = profile.crepa
     dtype = getattr(torch, profile.model.dtype)
     texts = [*profile.validation.prompts, ""]
-    encoder = crepa if crepa.enabled and not crepa.use_backbone_features else None
-    clips = yield from prepare(family, folder, form, encoder, texts, cache, accelerator.device, dtype)
+    encoder_teaches = crepa.enabled and not crepa.use_backbone_features
+    stored = crepa if encoder_teaches and crepa.teacher_cache else None
+    clips = yield from prepare(family, folder, form, stored, texts, cache, accelerator.device, dtype)
     for message in damaged:
         yield Notice(message)
     if cache_only:
         return
     prompts = [cache.read("prompts", prompt_key(family, text, dtype)) for text in texts]
-    feature_size = family.hidden_size
-    if clips[0].features_key:
-        feature_size = cache.read("features", clips[0].features_key)["features"].shape[-1]
+    online = OnlineTeacher(family, crepa, accelerator.device) if encoder_teaches and not stored else None
+    feature_size = encoder_config(crepa)["hidden_size"] if encoder_teaches else family.hidden_size
     trainer = Trainer(
         profile,
         family,
@@ -143,6 +161,7 @@ def train(
         output,
         accelerator,
         feature_size,
+        online,
         checkpoints[-1] if resume else None,
     )
     yield from trainer.run(should_stop)

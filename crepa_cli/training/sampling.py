@@ -8,10 +8,14 @@ from typing import Any
 
 import torch
 from diffusers.training_utils import free_memory
+from PIL import Image, ImageOps
 from torch import nn
 
+from crepa_cli.data.prepare import ClipForm
+from crepa_cli.data.sheet import frame_row, write_sheet
 from crepa_cli.data.video import write_video
 from crepa_cli.models.family import Family, Tensors
+from crepa_cli.profile import Validation
 
 
 def sample_videos(
@@ -21,12 +25,13 @@ def sample_videos(
     negative_prompt: Tensors,
     folder: Path,
     *,
-    fps: float,
+    images: Sequence[str],
+    form: ClipForm,
     seed: int,
     device: torch.device,
     **arguments: Any,
 ) -> tuple[Path, ...]:
-    """Sample one mp4 per prompt into a folder and return their paths.
+    """Sample one mp4 per prompt into a folder, with a sheet of their frames, and return the videos' paths.
 
     Args:
         family: whose pipeline samples.
@@ -34,24 +39,54 @@ def sample_videos(
         prompts: from the cache, one for each video.
         negative_prompt: of classifier-free guidance, from the cache.
         folder: where the videos go.
-        fps: of the videos.
+        images: files of the first frames, one for each video of image to video; none for text to video.
+        form: size, length and frame rate of the videos.
         seed: of the noise, the same for each prompt, so that one step's videos can be held against another's.
         device: where the pipeline runs.
-        arguments: for the pipeline's call: width, height, num_frames, num_inference_steps, guidance_scale.
+        arguments: for the pipeline's call: num_inference_steps, guidance_scale.
     """
     pipeline = family.load_sampling_pipeline(transformer).to(device)
     transformer.eval()
-    paths = []
+    paths, rows = [], []
     for index, prompt in enumerate(prompts):
         generator = torch.Generator().manual_seed(seed)
-        inputs = family.sampling_arguments(_to(prompt, device), _to(negative_prompt, device))
-        video = pipeline(**inputs, **arguments, generator=generator, output_type="pt").frames[0]
+        inputs = family.form_arguments(**form._asdict()) | arguments
+        inputs |= family.sampling_arguments(_to(prompt, device), _to(negative_prompt, device))
+        if images:
+            inputs["image"] = first_frame(images[index], form.width, form.height)
+        video = pipeline(**inputs, generator=generator, output_type="pt").frames[0]
         paths.append(folder / f"{index:02d}.mp4")
-        write_video(paths[-1], (video.float().clamp(0, 1) * 255).round().byte(), fps)
+        frames = (video.float().clamp(0, 1) * 255).round().byte()
+        write_video(paths[-1], frames, form.fps)
+        rows.append(frame_row(frames))
+    write_sheet(folder / "sheet.png", rows)
     transformer.train()
     del pipeline
     free_memory()
     return tuple(paths)
+
+
+def first_frame(path: str, width: int, height: int) -> Image.Image:
+    """An image file in RGB and upright, resized to cover `width` x `height` pixels and cropped around its center."""
+    with Image.open(path) as image:
+        return ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (width, height), Image.Resampling.BICUBIC)
+
+
+def image_mistakes(validation: Validation, task: str) -> list[str]:
+    """What is wrong with the images of the validation, in words."""
+    if task == "t2v":
+        return ["validation.images: text to video starts from no image; leave them out"] if validation.images else []
+    if validation.prompts and validation.every and not validation.images:
+        return ["validation.images: image to video needs one image per prompt, the first frame of its video"]
+    return [mistake for path in validation.images for mistake in _unreadable(path)]
+
+
+def _unreadable(path: str) -> list[str]:
+    try:
+        first_frame(path, 8, 8)
+    except (OSError, Image.DecompressionBombError) as error:
+        return [f"validation.images: {path} cannot be read as an image: {error}"]
+    return []
 
 
 def _to(tensors: Tensors, device: torch.device) -> Tensors:

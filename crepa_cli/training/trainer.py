@@ -6,7 +6,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -14,11 +14,11 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
-from torch import Tensor, nn
+from diffusers.training_utils import EMAModel, free_memory
+from torch import Tensor
 
-from crepa_cli.alignment import CoefficientSchedule, Crepa
 from crepa_cli.data.dataset import Batch, ClipDataset, prefetched
+from crepa_cli.data.online import OnlineTeacher
 from crepa_cli.data.prepare import ClipForm
 from crepa_cli.data.sampler import BatchOrder
 from crepa_cli.errors import RunError
@@ -33,8 +33,9 @@ from crepa_cli.events import (
 )
 from crepa_cli.models.family import Family, Tensors
 from crepa_cli.profile import Profile
-from crepa_cli.training.adapter import export_weights, make_trainable
+from crepa_cli.training.adapter import export_weights
 from crepa_cli.training.aligned import AlignedTransformer
+from crepa_cli.training.build import build_model, coefficient_schedule, make_optimizer, trainable
 from crepa_cli.training.checkpoints import (
     checkpoint_path,
     load_checkpoint,
@@ -47,12 +48,13 @@ from crepa_cli.training.sampling import sample_videos
 
 
 class _Losses(NamedTuple):
-    """Of a micro-batch or, averaged, of a step: 0-d tensors; not a number where there is no alignment."""
+    """Of a micro-batch or, averaged, of a step: 0-d tensors; not a number for what is off."""
 
     total: Tensor
     diffusion: Tensor
     crepa: Tensor
     similarity: Tensor
+    layersync: Tensor
 
 
 class Trainer:
@@ -66,7 +68,8 @@ class Trainer:
         form: the size, length and frame rate of the clips, for validation videos.
         output: the run's folder.
         accelerator: device, precision and processes.
-        feature_size: width of the teacher's features; None where a block is the teacher.
+        feature_size: width of the teacher's features.
+        online_teacher: where features are computed in every step.
         resume: the checkpoint to go on from.
     """
 
@@ -79,7 +82,8 @@ class Trainer:
         form: ClipForm,
         output: Path,
         accelerator: Accelerator,
-        feature_size: int | None,
+        feature_size: int,
+        online_teacher: OnlineTeacher | None = None,
         resume: Path | None = None,
     ) -> None:
         self.profile = profile
@@ -89,19 +93,19 @@ class Trainer:
         self.form = form
         self.output = output
         self.accelerator = accelerator
+        self.online_teacher = online_teacher
         train = profile.train
         progress = read_progress(resume) if resume else {}
         self.start: int = progress.get("step", 0)
         self.order = BatchOrder(
             dataset.buckets(), batch_size=train.batch_size, seed=train.seed, repeats=profile.data.repeats
         )
-        self.shift = train.timestep_shift or family.timestep_shift
         self.schedule = coefficient_schedule(profile)
         if progress:
             self.schedule.load_state_dict(progress["schedule"])
         torch.manual_seed(train.seed)
-        aligned = self._build_model(None if self._alignment_finished(self.start) else feature_size)
-        groups = [_trainable(aligned.transformer), _trainable(aligned.crepa) if aligned.crepa else []]
+        aligned = build_model(profile, family, None if self._alignment_finished(self.start) else feature_size)
+        groups = [trainable(aligned.transformer), trainable(aligned.crepa) if aligned.crepa else []]
         optimizer = make_optimizer(train.optimizer, groups, train.learning_rate, train.weight_decay)
         self.lr_scheduler = get_scheduler(
             train.lr_scheduler,
@@ -136,7 +140,7 @@ class Trainer:
             steps,
             len(self.dataset.clips),
             math.ceil(self.order.batches_per_epoch / profile.train.gradient_accumulation),
-            sum(parameter.numel() for parameter in _trainable(self.aligned)),
+            sum(parameter.numel() for parameter in trainable(self.aligned)),
         )
         batches = prefetched(self._read_batch, self.start * profile.train.gradient_accumulation)
         done = self.start
@@ -170,15 +174,15 @@ class Trainer:
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 index = step * train.gradient_accumulation + micro
                 losses.append(self._backward(next(batches), index, step, coefficient))
-        parameters = _trainable(self.aligned)
+        parameters = trainable(self.aligned)
         norm = self.accelerator.clip_grad_norm_(parameters, train.max_grad_norm or math.inf)
         self.optimizer.step()
         self.lr_scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average:
-            self.average.step(_trainable(self.aligned.transformer))
+            self.average.step(trainable(self.aligned.transformer))
         mean = torch.stack([torch.stack(part) for part in losses]).mean(0)
-        total, diffusion, crepa, similarity = self.accelerator.reduce(mean, "mean").tolist()
+        total, diffusion, crepa, similarity, layersync = self.accelerator.reduce(mean, "mean").tolist()
         aligned = not math.isnan(similarity)
         if aligned:
             self.schedule.observe(similarity)
@@ -190,6 +194,7 @@ class Trainer:
             diffusion_loss=diffusion,
             crepa_loss=crepa if aligned else None,
             crepa_similarity=similarity if aligned else None,
+            layersync_loss=None if math.isnan(layersync) else layersync,
             crepa_similarity_ema=self.schedule.similarity_ema,
             crepa_coefficient=coefficient,
             crepa_cutoff=self.schedule.cut_off or self._alignment_finished(step),
@@ -204,21 +209,38 @@ class Trainer:
         """Accumulate the gradients of one micro-batch."""
         train, device = self.profile.train, self.accelerator.device
         generator = seeded_generator(train.seed, "noise", index, self._rank)
-        sigmas = sample_sigmas(train.batch_size, train.timestep_sampling, self.shift, generator).to(device)
+        shift = train.timestep_shift or self.family.timestep_shift(batch.tensors["latents"])
+        bounds = self.family.sigma_range
+        sigmas = sample_sigmas(train.batch_size, train.timestep_sampling, shift, generator, bounds).to(device)
         noise = torch.randn(batch.tensors["latents"].shape, generator=generator).to(device)
         tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.tensors.items()}
         target = self.family.step(tensors, noise, sigmas)
-        features = None if batch.features is None else batch.features.to(device, non_blocking=True)
+        features, teacher_grid = batch.features, batch.teacher_grid
+        if features is not None:
+            features = features.to(device, non_blocking=True)
+        elif self.online_teacher is not None:
+            features, teacher_grid = self.online_teacher.features(tensors["latents"])
         grid = self.family.token_grid(tensors["latents"])
-        output = self.model(target.inputs, grid, features, batch.teacher_grid)
+        output = self.model(target.inputs, grid, features, teacher_grid)
         diffusion = diffusion_loss(output.prediction, target, sigmas, train.loss_weighting)
-        crepa = similarity = torch.full_like(diffusion, math.nan)
+        crepa = similarity = layersync = torch.full_like(diffusion, math.nan)
         loss = diffusion
         if output.alignment is not None:
             crepa, similarity = output.alignment.loss, output.alignment.similarity
             loss = diffusion + coefficient * crepa
-        losses = _Losses(*(value.detach() for value in (loss, diffusion, crepa, similarity)))
-        _require_finite(losses, step, batch.clips, aligned=output.alignment is not None)
+        if output.layersync is not None:
+            layersync = output.layersync
+            loss = loss + self.profile.layersync.lambda_ * layersync
+        _require_finite(
+            {
+                "diffusion loss": diffusion,
+                "alignment loss": crepa if output.alignment else None,
+                "LayerSync loss": output.layersync,
+            },
+            step,
+            batch.clips,
+        )
+        losses = _Losses(*(value.detach() for value in (loss, diffusion, crepa, similarity, layersync)))
         self.accelerator.backward(loss / train.gradient_accumulation)
         return losses
 
@@ -235,40 +257,6 @@ class Trainer:
 
     # Alignment.
 
-    def _build_model(self, feature_size: int | None) -> AlignedTransformer:
-        profile, family = self.profile, self.family
-        settings = profile.crepa
-        trained_dtype = torch.float32 if profile.adapter.kind == "full" else getattr(torch, profile.model.dtype)
-        transformer = family.load_transformer(trained_dtype)
-        make_trainable(transformer, profile.adapter)
-        if profile.train.activation_checkpointing:
-            transformer.enable_gradient_checkpointing()
-        blocks = family.blocks(transformer)
-        if profile.train.compile:
-            for block in blocks:
-                block.forward = torch.compile(block.forward)
-        teacher_block = settings.teacher_block_index if settings.use_backbone_features else None
-        crepa = None
-        if feature_size is not None:
-            crepa = Crepa(
-                family.hidden_size,
-                feature_size,
-                adjacent_distance=settings.adjacent_distance,
-                adjacent_tau=settings.adjacent_tau,
-                cumulative_neighbors=settings.cumulative_neighbors,
-                spatial_align=settings.spatial_align,
-                normalize_by_frames=settings.normalize_by_frames,
-            )
-        aligned = AlignedTransformer(
-            transformer,
-            crepa,
-            blocks=blocks,
-            student_block=settings.block_index or 0,
-            teacher_block=teacher_block,
-            row_major=family.row_major,
-        )
-        return aligned.train()
-
     def _alignment_finished(self, step: int) -> bool:
         return not self.profile.crepa.enabled or self.schedule.finished(step)
 
@@ -278,6 +266,8 @@ class Trainer:
             self.optimizer.state.pop(parameter, None)
         projector.clear()
         self.aligned.drop_alignment()
+        self.online_teacher = None
+        free_memory()
 
     def _reason_of_cutoff(self, step: int) -> str:
         settings = self.profile.crepa
@@ -322,12 +312,10 @@ class Trainer:
                 self.prompts[:-1],
                 self.prompts[-1],
                 folder,
-                fps=self.form.fps,
+                images=validation.images,
+                form=self.form._replace(frames=validation.frames or self.form.frames),
                 seed=self.profile.train.seed,
                 device=self.accelerator.device,
-                width=self.form.width,
-                height=self.form.height,
-                num_frames=validation.frames or self.form.frames,
                 num_inference_steps=validation.steps,
                 **guidance,
             )
@@ -345,51 +333,13 @@ class Trainer:
         if self.average is None:
             yield
             return
-        parameters = _trainable(self.aligned.transformer)
+        parameters = trainable(self.aligned.transformer)
         self.average.store(parameters)
         self.average.copy_to(parameters)
         try:
             yield
         finally:
             self.average.restore(parameters)
-
-
-def coefficient_schedule(profile: Profile) -> CoefficientSchedule:
-    """The schedule that the settings describe."""
-    crepa = profile.crepa
-    return CoefficientSchedule(
-        peak=crepa.lambda_,
-        total_steps=profile.train.steps,
-        scheduler=crepa.scheduler,
-        end=crepa.lambda_end,
-        warmup_steps=crepa.warmup_steps,
-        decay_steps=crepa.decay_steps,
-        power=crepa.power,
-        cutoff_step=crepa.cutoff_step,
-        similarity_threshold=crepa.similarity_threshold,
-        similarity_ema_decay=crepa.similarity_ema_decay,
-        threshold_mode=crepa.threshold_mode,
-    )
-
-
-def make_optimizer(
-    name: str, groups: list[list[nn.Parameter]], learning_rate: float | None, weight_decay: float
-) -> torch.optim.Optimizer:
-    """The optimizer over groups of parameters, of which some may be empty.
-
-    Raises:
-        RunError: if its package is not installed.
-    """
-    assert learning_rate is not None, "the family's defaults give a learning rate"
-    parameters = [{"params": group} for group in groups]
-    if name == "adamw":
-        return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError as error:
-        raise RunError("optimizer adamw8bit needs bitsandbytes: pip install 'crepa[bnb]'") from error
-    optimizer: torch.optim.Optimizer = AdamW8bit(parameters, lr=learning_rate, weight_decay=weight_decay)
-    return optimizer
 
 
 def peak_memory(device: torch.device) -> int:
@@ -400,17 +350,12 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _trainable(module: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]
-
-
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _require_finite(losses: _Losses, step: int, clips: tuple[str, ...], aligned: bool) -> None:
-    terms = {"diffusion loss": losses.diffusion} | ({"alignment loss": losses.crepa} if aligned else {})
-    bad = [term for term, value in terms.items() if not torch.isfinite(value)]
+def _require_finite(terms: Mapping[str, Tensor | None], step: int, clips: tuple[str, ...]) -> None:
+    bad = [name for name, value in terms.items() if value is not None and not torch.isfinite(value)]
     if bad:
         raise RunError(
             f"step {step}: the {' and the '.join(bad)} of {', '.join(clips)} is not finite; nothing was written, the "
@@ -419,5 +364,6 @@ def _require_finite(losses: _Losses, step: int, clips: tuple[str, ...], aligned:
 
 
 def _plain_state(scheduler: torch.optim.lr_scheduler.LRScheduler) -> dict[str, object]:
-    """The JSON values of a scheduler's state; its functions come from the settings."""
-    return {key: value for key, value in scheduler.state_dict().items() if key != "lr_lambdas"}
+    """A scheduler's state as JSON values: without its functions, which come from the settings."""
+    state = scheduler.state_dict()
+    return state | {"lr_lambdas": [None] * len(state["lr_lambdas"])}

@@ -1,0 +1,46 @@
+"""Teacher features computed in every step, from the video that the VAE decodes: what `teacher_cache = false` means."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from crepa_cli.alignment import TokenGrid
+from crepa_cli.alignment.grid import matching_frames
+from crepa_cli.data.prepare import load_teacher
+from crepa_cli.models.family import Family
+from crepa_cli.profile import Crepa
+from crepa_cli.teachers.dinov2 import input_size
+
+
+class OnlineTeacher:
+    """A VAE's decoder and an encoder, which stay in memory for the whole training.
+
+    Args:
+        family: whose VAE decodes.
+        crepa: the encoder, its input size, and whether the VAE's own encoder is dropped.
+        device: where both run.
+    """
+
+    def __init__(self, family: Family, crepa: Crepa, device: torch.device) -> None:
+        self.family = family
+        self.image_size = crepa.encoder_image_size
+        self.pipeline = family.load_vae_pipeline()
+        if crepa.drop_vae_encoder:
+            self.pipeline.vae.encoder = None
+        self.pipeline.to(device)
+        self.teacher = load_teacher(crepa, device)
+
+    @torch.no_grad()
+    def features(self, latents: Tensor) -> tuple[Tensor, TokenGrid]:
+        """Features `[B, T, N, D]` of clean latents `[B, C, T, h, w]`, on the latents' device, and their grid."""
+        grid = self.family.token_grid(latents)
+        features = torch.stack([self._clip_features(clip, grid) for clip in latents])
+        return features.flatten(2, 3).to(latents.device), TokenGrid(*features.shape[1:4])
+
+    def _clip_features(self, latents: Tensor, grid: TokenGrid) -> Tensor:
+        video = self.family.decode_latents(self.pipeline, latents)
+        chosen = video[:, matching_frames(video.shape[1], grid.frames)].transpose(0, 1)
+        frames = ((chosen + 1) * 127.5).round().clamp(0, 255).byte()
+        size = input_size(self.image_size, grid, self.teacher.patch_size)
+        return self.teacher.features(frames, size)

@@ -1,0 +1,330 @@
+"""Kandinsky 5 Video (arXiv 2511.14993): text to video and image to video."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKLHunyuanVideo,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    Kandinsky5I2VPipeline,
+    Kandinsky5T2VPipeline,
+    Kandinsky5Transformer3DModel,
+    ModelMixin,
+)
+from diffusers.models.transformers.transformer_kandinsky import (
+    Kandinsky5AttnProcessor,
+    Kandinsky5Modulation,
+    fractal_unflatten,
+)
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    AutoTokenizer,
+    CLIPTextConfig,
+    CLIPTextModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
+
+from crepa_cli.alignment import TokenGrid
+from crepa_cli.models.family import Family, Tensors, TransformerStep, add_noise
+from crepa_cli.models.tiny import smooth_video, tiny_clip_tokenizer, tiny_qwen_tokenizer
+
+PROMPT_TOKENS = 512
+"""Most tokens of a caption in the pipeline's call."""
+NABLA_PATCH = 8
+"""Rows and columns of the squares of tokens that NABLA attention keeps together."""
+
+
+class CaptionAttention(Kandinsky5AttnProcessor):  # type: ignore[misc]  # diffusers has no types
+    """Attention to captions of different lengths in one batch: none sees the padding behind its own caption.
+
+    The transformer takes no mask, because its pipelines sample one caption at a time. Its argument `text_lengths`, of
+    which it knows nothing, is taken here.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lengths: list[int] | None = None
+
+    def take_lengths(
+        self, _transformer: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A forward pre-hook of the transformer: keeps its argument `text_lengths` for the attention."""
+        self.lengths = keywords.get("text_lengths")
+        return arguments, {name: value for name, value in keywords.items() if name != "text_lengths"}
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        rotary_emb: Tensor | None = None,
+        sparse_params: None = None,
+    ) -> Tensor:
+        """Of the captions to themselves, or of the clips to the captions."""
+        attend = super().__call__
+        if self.lengths is None:
+            attended: Tensor = attend(attn, hidden_states, encoder_hidden_states, rotary_emb, sparse_params)
+            return attended
+        clips = [hidden_states[index : index + 1] for index in range(len(hidden_states))]
+        if encoder_hidden_states is not None:
+            captions = [encoder_hidden_states[index : index + 1, :length] for index, length in enumerate(self.lengths)]
+            return torch.cat([attend(attn, clip, caption) for clip, caption in zip(clips, captions, strict=True)])
+        assert rotary_emb is not None, "captions have positions"
+        texts = [
+            attend(attn, clip[:, :length], rotary_emb=rotary_emb[:, :length])[0]
+            for clip, length in zip(clips, self.lengths, strict=True)
+        ]
+        return pad_sequence(texts, batch_first=True)
+
+
+class Kandinsky5Video(Family):
+    """Kandinsky 5 transformers of any size; hidden states are patches of latents, row-major or in squares (NABLA)."""
+
+    name = "kandinsky5_video"
+    transformer_class = "Kandinsky5Transformer3DModel"
+    blocks_attribute = "visual_transformer_blocks"
+    pipelines = {"t2v": "Kandinsky5T2VPipeline", "i2v": "Kandinsky5I2VPipeline"}
+    checkpoints = {
+        "t2v": "kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s-Diffusers",
+        "i2v": "kandinskylab/Kandinsky-5.0-I2V-Lite-5s-Diffusers",
+    }
+    text_components = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    comfyui_names = {}
+    settings = {
+        "crepa": {"block_index": 8},
+        "adapter": {
+            "rank": 32,
+            "target_modules": [
+                "to_query",
+                "to_key",
+                "to_value",
+                "self_attention.out_layer",
+                "cross_attention.out_layer",
+                "feed_forward.in_layer",
+                "feed_forward.out_layer",
+            ],
+        },
+        "data": {"width": 768, "height": 512, "frames": 121, "fps": 24.0},
+        "train": {"learning_rate": 1e-4},
+        "validation": {"guidance_scale": 5.0},
+    }
+
+    @property
+    def block_count(self) -> int:
+        """Blocks that hold the tokens of the video."""
+        return int(self.config["num_visual_blocks"])
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the blocks' hidden states."""
+        return int(self.config["model_dim"])
+
+    @property
+    def size_multiple(self) -> int:
+        """The VAE's compression times the patch, and times the squares of NABLA: 16 or 128 pixels."""
+        return self._pixels * int(self.config["patch_size"][1]) * (NABLA_PATCH if self._nabla else 1)
+
+    @property
+    def frame_multiple(self) -> int:
+        """The VAE's compression of time."""
+        return int(self.read_config("vae/config.json").get("temporal_compression_ratio", 4))
+
+    @property
+    def _pixels(self) -> int:
+        return int(self.read_config("vae/config.json").get("spatial_compression_ratio", 8))
+
+    @property
+    def _nabla(self) -> bool:
+        return bool(self.config.get("attention_type") == "nabla")
+
+    def load_transformer(self, dtype: torch.dtype) -> ModelMixin:
+        """The transformer, with attention that knows the length of each caption of a batch."""
+        transformer = super().load_transformer(dtype)
+        attend_captions = CaptionAttention()
+        transformer.register_forward_pre_hook(attend_captions.take_lengths, with_kwargs=True)
+        for block in transformer.text_transformer_blocks:
+            block.self_attention.set_processor(attend_captions)
+        for block in transformer.visual_transformer_blocks:
+            block.cross_attention.set_processor(attend_captions)
+            if self._nabla:
+                block.self_attention.set_attention_backend("flex")
+        return transformer
+
+    def load_text_pipeline(self, dtype: torch.dtype) -> DiffusionPipeline:
+        """The pipeline with its text encoders, and the tokenizer alone of the processor that prepares images too.
+
+        The pipeline gives it no image, and the whole of it needs torchvision.
+        """
+        pipeline = self.load_pipeline(dtype=dtype, without=("transformer", "vae", "tokenizer"))
+        pipeline.tokenizer = AutoTokenizer.from_pretrained(self.fetch() / "tokenizer")
+        return pipeline
+
+    def encode_prompt(self, pipeline: DiffusionPipeline, caption: str) -> Tensors:
+        """`prompt_embeds` `[512, D]` of Qwen2.5-VL, zero from `prompt_length` on, and `pooled_embeds` `[E]` of CLIP."""
+        embeds, pooled, ends = pipeline.encode_prompt([caption], max_sequence_length=PROMPT_TOKENS)
+        length = int(ends[-1])
+        padded = embeds.new_zeros(PROMPT_TOKENS, embeds.shape[-1])
+        padded[:length] = embeds[0]
+        return {"prompt_embeds": padded, "prompt_length": torch.tensor(length), "pooled_embeds": pooled[0]}
+
+    def encode_clip(self, pipeline: DiffusionPipeline, video: Tensor) -> Tensors:
+        """`latents` `[C, T, h, w]`, and for image to video `first_frame` `[C, 1, h, w]`, encoded on its own."""
+        tensors = {"latents": _scaled_latents(pipeline.vae, video)}
+        if self.task == "i2v":
+            tensors["first_frame"] = _scaled_latents(pipeline.vae, video[:, :1])
+        return tensors
+
+    def decode_latents(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
+        """The inverse of `encode_clip`, as far as the VAE is."""
+        vae = pipeline.vae
+        scaled = (latents / vae.config.scaling_factor)[None].to(vae.device, vae.dtype)
+        video: Tensor = vae.decode(scaled, return_dict=False)[0][0]
+        return video.float().clamp(-1, 1)
+
+    def token_grid(self, latents: Tensor) -> TokenGrid:
+        """One token for each patch of latents `[B, C, T, h, w]`."""
+        frames, rows, columns = (
+            size // patch for size, patch in zip(latents.shape[2:], self.config["patch_size"], strict=True)
+        )
+        return TokenGrid(frames, rows, columns)
+
+    def step(self, batch: Tensors, noise: Tensor, sigmas: Tensor) -> TransformerStep:
+        """Channels are last; the first frame of image to video is clean and not scored. Timesteps are sigmas * 1000."""
+        latents, grid = batch["latents"], self.token_grid(batch["latents"])
+        hidden = add_noise(latents, noise, sigmas)
+        given = torch.zeros_like(latents[:, :1])
+        if self.task == "i2v":
+            hidden = torch.cat([batch["first_frame"], hidden[:, :, 1:]], dim=2)
+            given[:, :, 0] = 1
+        if self.config["visual_cond"]:
+            hidden = torch.cat([hidden, torch.zeros_like(latents), given], dim=1)
+        lengths = batch["prompt_length"].tolist()
+        inputs = {
+            "hidden_states": hidden.movedim(1, -1),
+            "timestep": sigmas * 1000,
+            "encoder_hidden_states": batch["prompt_embeds"][:, : max(lengths)],
+            "pooled_projections": batch["pooled_embeds"],
+            "visual_rope_pos": [torch.arange(n, device=latents.device) for n in (grid.frames, grid.rows, grid.columns)],
+            "text_rope_pos": torch.arange(max(lengths), device=latents.device),
+            "scale_factor": rotary_scale(*(size * self._pixels for size in latents.shape[3:])),
+            "sparse_params": self._sparse_attention(grid, latents.device) if self._nabla else None,
+        }
+        if min(lengths) < max(lengths):
+            inputs["text_lengths"] = lengths
+        return TransformerStep(inputs, (noise - latents).movedim(1, -1), (1 - given).movedim(1, -1))
+
+    def _sparse_attention(self, grid: TokenGrid, device: torch.device) -> dict[str, Any]:
+        """Which squares of tokens always see which, and what NABLA adds to them."""
+        windows = {name: self.config[f"attention_{name}"] for name in ("wT", "wH", "wW")}
+        rows, columns = grid.rows // NABLA_PATCH, grid.columns // NABLA_PATCH
+        mask = Kandinsky5T2VPipeline.fast_sta_nabla(grid.frames, rows, columns, **windows, device=device)
+        return {"sta_mask": mask[None, None], "P": self.config["attention_P"], "to_fractal": True}
+
+    def row_major(self, hidden: Tensor, grid: TokenGrid) -> Tensor:
+        """Hidden states as `[B, T, N, H]`; under NABLA each square of 8 x 8 tokens is one run in a block."""
+        shape = (len(hidden), grid.frames, grid.rows, grid.columns)
+        video: Tensor = fractal_unflatten(hidden, shape, block_mask=self._nabla)
+        return video.flatten(2, 3)
+
+    def sampling_arguments(self, prompt: Tensors, negative_prompt: Tensors) -> dict[str, Any]:
+        """Both prompts without their padding, and where each ends."""
+        return _prompt_arguments("", prompt) | _prompt_arguments("negative_", negative_prompt)
+
+    @classmethod
+    def write_tiny(cls, folder: Path, task: str) -> None:
+        """A checkpoint of twelve blocks of width 64, with latents of four channels."""
+        pipeline_class = Kandinsky5T2VPipeline if task == "t2v" else Kandinsky5I2VPipeline
+        pipeline = pipeline_class(
+            transformer=tiny_transformer(),
+            vae=_tiny_vae(),
+            text_encoder=None,
+            tokenizer=None,
+            text_encoder_2=None,
+            tokenizer_2=tiny_clip_tokenizer(),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+        )
+        tokenizer = tiny_qwen_tokenizer(pipeline.prompt_template)
+        clip = CLIPTextConfig(
+            vocab_size=len(pipeline.tokenizer_2),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            bos_token_id=pipeline.tokenizer_2.bos_token_id,
+            eos_token_id=pipeline.tokenizer_2.eos_token_id,
+        )
+        pipeline.register_modules(
+            tokenizer=tokenizer, text_encoder=_tiny_qwen(len(tokenizer)), text_encoder_2=CLIPTextModel(clip)
+        )
+        pipeline.save_pretrained(folder)
+
+
+def rotary_scale(height: int, width: int) -> tuple[float, float, float]:
+    """How far rotary positions are compressed in time, rows and columns, for a size in pixels, as in the pipelines."""
+    space = 2 if all(480 <= size <= 854 for size in (height, width)) else 3.16
+    return 1, space, space
+
+
+def _scaled_latents(vae: Any, video: Tensor) -> Tensor:
+    """The mode of the posterior of a video `[3, F, H, W]`, scaled: `[C, T, h, w]`, float32."""
+    posterior = vae.encode(video[None].to(vae.device, vae.dtype)).latent_dist
+    latents: Tensor = posterior.mode()[0].float() * vae.config.scaling_factor
+    return latents
+
+
+def _prompt_arguments(prefix: str, prompt: Tensors) -> dict[str, Tensor]:
+    length = int(prompt["prompt_length"])
+    return {
+        f"{prefix}prompt_embeds_qwen": prompt["prompt_embeds"][None, :length],
+        f"{prefix}prompt_embeds_clip": prompt["pooled_embeds"][None],
+        f"{prefix}prompt_cu_seqlens": torch.tensor([0, length], dtype=torch.int32),
+    }
+
+
+def tiny_transformer(**settings: Any) -> Kandinsky5Transformer3DModel:
+    """Twelve blocks of width 64 for latents of four channels; `settings` replace those of the configuration."""
+    sizes = {"in_visual_dim": 4, "out_visual_dim": 4, "in_text_dim": 32, "in_text_dim2": 32, "time_dim": 64}
+    blocks = {"model_dim": 64, "ff_dim": 128, "num_text_blocks": 2, "num_visual_blocks": 12, "axes_dims": (4, 6, 6)}
+    transformer = Kandinsky5Transformer3DModel(**{**sizes, **blocks, "visual_cond": True, **settings})
+    for module in transformer.modules():
+        # They start at 0, where blocks do nothing and their LoRA learns nothing.
+        if isinstance(module, Kandinsky5Modulation):
+            nn.init.normal_(module.out_layer.weight, std=0.1)
+            nn.init.normal_(module.out_layer.bias, std=0.1)
+    return transformer
+
+
+@torch.no_grad()
+def _tiny_vae() -> AutoencoderKLHunyuanVideo:
+    """A VAE whose latents have mean 0 and std 1 after scaling, and next to no variance, as a trained one."""
+    vae = AutoencoderKLHunyuanVideo(
+        latent_channels=4, block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4
+    )
+    vae.quant_conv.weight[4:] = 0
+    vae.quant_conv.bias[4:] = -20
+    latents = vae.encode(smooth_video(frames=17, size=96)).latent_dist.mode()
+    vae.quant_conv.bias[:4] -= latents.mean((0, 2, 3, 4))
+    vae.register_to_config(scaling_factor=1 / latents.std((0, 2, 3, 4)).mean().item())
+    return vae
+
+
+def _tiny_qwen(vocabulary: int) -> Qwen2_5_VLForConditionalGeneration:
+    text = {
+        "vocab_size": vocabulary,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "bos_token_id": None,
+        "eos_token_id": vocabulary - 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
+    }
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32}
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))

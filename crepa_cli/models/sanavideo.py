@@ -1,0 +1,160 @@
+"""SANA-Video: text to video, and image to video from a clean first frame (arXiv 2509.24695)."""
+
+from __future__ import annotations
+
+import math
+from functools import cached_property
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKLWan,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    SanaVideoPipeline,
+    SanaVideoTransformer3DModel,
+)
+from torch import Tensor
+from transformers import Gemma2Config, Gemma2Model
+
+from crepa_cli.alignment import TokenGrid
+from crepa_cli.models.family import Family, Tensors, TransformerStep, add_noise, decoded_video, normalized_latents
+from crepa_cli.models.tiny import normalize_latents, smooth_video, tiny_gemma_tokenizer
+
+SIZE_MULTIPLE = 32
+"""Widths and heights of other multiples are refused by the pipelines."""
+
+
+class SanaVideo(Family):
+    """SANA-Video transformers, with the VAE of Wan (480p) or LTX-2 (720p); hidden states are row-major patches."""
+
+    name = "sanavideo"
+    transformer_class = "SanaVideoTransformer3DModel"
+    blocks_attribute = "transformer_blocks"
+    pipelines = {"t2v": "SanaVideoPipeline", "i2v": "SanaImageToVideoPipeline"}
+    checkpoints = dict.fromkeys(pipelines, "Efficient-Large-Model/SANA-Video_2B_480p_diffusers")
+    settings = {
+        "crepa": {"block_index": 10},
+        "adapter": {"rank": 32, "target_modules": ["to_q", "to_k", "to_v", "to_out.0"]},
+        "data": {"width": 832, "height": 480, "frames": 81, "fps": 16.0},
+        # Its authors train with a smaller shift than they sample with.
+        "train": {"learning_rate": 1e-4, "timestep_shift": 3.0},
+        "validation": {"guidance_scale": 6.0},
+    }
+
+    @property
+    def block_count(self) -> int:
+        """Blocks of the transformer."""
+        return int(self.config["num_layers"])
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the blocks' hidden states."""
+        return int(self.config["num_attention_heads"] * self.config["attention_head_dim"])
+
+    @property
+    def size_multiple(self) -> int:
+        """The VAE's compression times the patch, and what the pipelines ask for."""
+        return math.lcm(SIZE_MULTIPLE, self._compression[1] * self.config["patch_size"][1])
+
+    @property
+    def frame_multiple(self) -> int:
+        """The VAE's compression in time: 4 frames for the 480p checkpoint, 8 for the 720p one."""
+        return self._compression[0]
+
+    @cached_property
+    def _compression(self) -> tuple[int, int]:
+        """Frames and pixels of a clip for each latent."""
+        vae = self.read_config("vae/config.json")
+        if vae["_class_name"] == "AutoencoderKLWan":
+            return int(vae.get("scale_factor_temporal", 4)), int(vae.get("scale_factor_spatial", 8))
+        return int(vae["temporal_compression_ratio"]), int(vae["spatial_compression_ratio"])
+
+    @classmethod
+    def write_tiny(cls, folder: Path, task: str) -> None:  # noqa: ARG003 (one checkpoint is used for both)
+        """A checkpoint of twelve blocks of width 48, with latents of four channels."""
+        tokenizer = tiny_gemma_tokenizer()
+        text_encoder = Gemma2Model(
+            Gemma2Config(
+                vocab_size=len(tokenizer),
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=8,
+            )
+        )
+        vae = AutoencoderKLWan(base_dim=8, z_dim=4, dim_mult=[1, 2, 2, 2], num_res_blocks=1)
+        normalize_latents(vae, smooth_video(frames=33, size=96))
+        transformer = SanaVideoTransformer3DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=4,
+            attention_head_dim=12,
+            num_cross_attention_heads=4,
+            cross_attention_head_dim=12,
+            cross_attention_dim=48,
+            caption_channels=32,
+            mlp_ratio=1.0,
+            num_layers=12,
+        )
+        scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0)
+        SanaVideoPipeline(tokenizer, text_encoder, vae, transformer, scheduler).save_pretrained(folder)
+
+    def encode_prompt(self, pipeline: DiffusionPipeline, caption: str) -> Tensors:
+        """`prompt_embeds` `[300, D]` of the Gemma encoder and `prompt_attention_mask` `[300]`.
+
+        A caption follows the pipeline's instruction to enhance it; the empty one, which stands for no prompt, does not.
+        """
+        instruction = signature(type(pipeline).__call__).parameters["complex_human_instruction"].default
+        embeds, mask, _, _ = pipeline.encode_prompt(
+            caption, do_classifier_free_guidance=False, complex_human_instruction=instruction if caption else None
+        )
+        return {"prompt_embeds": embeds[0], "prompt_attention_mask": mask[0]}
+
+    def encode_clip(self, pipeline: DiffusionPipeline, video: Tensor) -> Tensors:
+        """`latents` `[C, T, h, w]`, normalized; the first of them is that of the first frame alone."""
+        return {"latents": normalized_latents(pipeline.vae, video)}
+
+    def decode_latents(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
+        """The inverse of `encode_clip`, as far as the VAE is."""
+        return decoded_video(pipeline.vae, latents)
+
+    def token_grid(self, latents: Tensor) -> TokenGrid:
+        """One token for each patch of latents `[B, C, T, h, w]`."""
+        frames, rows, columns = (
+            size // patch for size, patch in zip(latents.shape[2:], self.config["patch_size"], strict=True)
+        )
+        return TokenGrid(frames, rows, columns)
+
+    def step(self, batch: Tensors, noise: Tensor, sigmas: Tensor) -> TransformerStep:
+        """In image to video the first latent frame is clean, and the timestep of its tokens is 0."""
+        latents, grid = batch["latents"], self.token_grid(batch["latents"])
+        hidden, timestep, weight = add_noise(latents, noise, sigmas), sigmas * 1000, None
+        if self.task == "i2v":
+            given = (torch.arange(grid.frames, device=hidden.device) == 0).view(1, 1, -1, 1, 1)
+            timestep = torch.where(given, 0.0, timestep.view(-1, 1, 1, 1, 1))
+            timestep = timestep.expand(-1, -1, -1, grid.rows, grid.columns)
+            hidden = torch.where(given, latents, hidden)
+            weight = (~given).float()
+        return TransformerStep(
+            inputs={
+                "hidden_states": hidden,
+                "timestep": timestep,
+                "encoder_hidden_states": batch["prompt_embeds"],
+                "encoder_attention_mask": batch["prompt_attention_mask"],
+            },
+            target=noise - latents,
+            weight=weight,
+        )
+
+    def sampling_arguments(self, prompt: Tensors, negative_prompt: Tensors) -> dict[str, Any]:
+        """Prompt and negative prompt; the pipeline's default negative prompt would stand against the latter."""
+        return super().sampling_arguments(prompt, negative_prompt) | {"negative_prompt": None}
+
+    def form_arguments(self, *, width: int, height: int, frames: int, fps: float) -> dict[str, Any]:  # noqa: ARG002
+        """Size and length as they are, not those of the nearest size that the model was first trained on."""
+        return {"width": width, "height": height, "frames": frames, "use_resolution_binning": False}

@@ -1,0 +1,77 @@
+"""`curves.svg`: losses, coefficient and similarity over the steps of a run."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from crepa_cli.events import Event, TrainingEnded, TrainingStarted
+from crepa_cli.files import write_whole
+from crepa_cli.report.curves import BUCKETS, Curve
+from crepa_cli.report.metrics import read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+CURVES_FILE = "curves.svg"
+CHARTS = {
+    "losses": {"loss": "total", "diffusion_loss": "diffusion", "crepa_loss": "alignment"},
+    "coefficient": {"crepa_coefficient": "coefficient"},
+    "similarity": {"crepa_similarity": "similarity", "crepa_similarity_ema": "average"},
+}
+
+
+class CurvesFile:
+    """A listener that draws a run's `metrics.jsonl` when training goes on, ends or is stopped.
+
+    Args:
+        output: the run's folder.
+        threshold: of the similarity, to be marked.
+    """
+
+    def __init__(self, output: Path, threshold: float | None) -> None:
+        self.output = output
+        self.threshold = threshold
+
+    def __call__(self, event: Event) -> None:
+        """Draw where there is something new."""
+        if isinstance(event, TrainingEnded) or (isinstance(event, TrainingStarted) and event.step):
+            metrics = read_metrics(self.output / "metrics.jsonl")
+            write_whole(self.output / CURVES_FILE, draw_metrics(metrics, self.threshold))
+
+
+def draw_metrics(metrics: Sequence[dict[str, Any]], threshold: float | None) -> bytes:
+    """An SVG of the lines of a metrics file; the same lines give the same bytes."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    content = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "crepa", "svg.fonttype": "none"}):
+        figure = Figure(figsize=(9, 9), layout="constrained")
+        for axes, (title, keys) in zip(figure.subplots(len(CHARTS), sharex=True), CHARTS.items(), strict=True):
+            for key, label in keys.items():
+                _draw_line(axes, metrics, key, label)
+            axes.set_ylabel(title)
+            axes.grid(alpha=0.3)
+        if threshold is not None:
+            axes.axhline(threshold, color="gray", linestyle="--", label=f"threshold {threshold}")
+        axes.set_xlabel("step")
+        for axes in figure.axes:
+            if axes.lines:
+                axes.legend(loc="best")
+        figure.savefig(content, format="svg", metadata={"Date": None, "Creator": None})
+    return content.getvalue()
+
+
+def _draw_line(axes: Axes, metrics: Sequence[dict[str, Any]], key: str, label: str) -> None:
+    """Draw a value where it exists; long runs are averaged, so that the file stays small."""
+    curve = Curve()
+    for line in metrics:
+        curve.add(line[key])
+    first = metrics[0]["step"] if metrics else 0
+    steps = [first + index * curve.steps_per_bucket for index in range(len(curve.buckets))]
+    points = [(step, value) for step, value in zip(steps, curve.columns(BUCKETS), strict=True) if value is not None]
+    if points:
+        axes.plot(*zip(*points, strict=True), label=label, linewidth=1.2)

@@ -1,0 +1,114 @@
+"""What the dashboard shows of a run, gathered from its events."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from crepa_cli.alignment import CoefficientSchedule
+from crepa_cli.events import AlignmentDropped, Event, Progress, StepDone, TrainingStarted
+from crepa_cli.report.curves import Curve
+from crepa_cli.report.plain import describe
+
+SMOOTHING = 0.95
+MESSAGES = 50
+
+
+class Series:
+    """A value over the run: its curve, the last value, the smoothed one and the best of the smoothed ones."""
+
+    def __init__(self) -> None:
+        self.curve = Curve()
+        self.now: float | None = None
+        self.smoothed: float | None = None
+
+    def add(self, value: float | None) -> None:
+        """Take in the value of the next step."""
+        self.curve.add(value)
+        self.now = value
+        if value is not None:
+            previous = value if self.smoothed is None else self.smoothed
+            self.smoothed = SMOOTHING * previous + (1 - SMOOTHING) * value
+
+
+class RunState:
+    """A listener that remembers what the panels show.
+
+    Args:
+        schedule: the planned coefficient; None for a run without alignment.
+        clock: seconds that pass.
+    """
+
+    def __init__(self, schedule: CoefficientSchedule | None, clock: Callable[[], float]) -> None:
+        self.schedule = schedule
+        self.clock = clock
+        self.started: TrainingStarted | None = None
+        self.started_at = 0.0
+        self.latest: StepDone | None = None
+        self.seconds_left: float | None = None
+        self.dropped: AlignmentDropped | None = None
+        self.cut_off_at: int | None = None
+        self.losses = {name: Series() for name in ("diffusion", "alignment", "total")}
+        self.similarity = Series()
+        self.messages: deque[str] = deque(maxlen=MESSAGES)
+
+    def __call__(self, event: Event) -> None:
+        """Take in an event."""
+        match event:
+            case StepDone():
+                self._record(event)
+            case TrainingStarted():
+                self.started, self.started_at = event, self.clock()
+            case AlignmentDropped():
+                self.dropped = event
+        if not isinstance(event, Progress | StepDone):
+            self.messages.append(one_line(describe(event)))
+
+    def _record(self, step: StepDone) -> None:
+        self.latest = step
+        self.losses["diffusion"].add(step.diffusion_loss)
+        self.losses["alignment"].add(step.crepa_loss)
+        self.losses["total"].add(step.loss)
+        self.similarity.add(step.crepa_similarity)
+        if not step.crepa_cutoff:
+            self.cut_off_at = None
+        elif self.cut_off_at is None:
+            # The cutoff that a step causes holds from the next one.
+            self.cut_off_at = step.step if step.crepa_similarity is None else step.step + 1
+        if self.started is not None:
+            done = step.step + 1
+            # With checkpoints and validation, which the time of a step leaves out.
+            seconds_per_step = (self.clock() - self.started_at) / (done - self.started.step)
+            self.seconds_left = seconds_per_step * (self.started.steps - done)
+
+
+def one_line(message: str) -> str:
+    """A message without line ends and control characters, which would tear the screen."""
+    return " ".join("".join(sign if sign.isprintable() else " " for sign in message).split())
+
+
+def phase(state: RunState) -> str:
+    """Where the coefficient is on its schedule, in words."""
+    schedule, latest = state.schedule, state.latest
+    if schedule is None:
+        return "alignment is off"
+    if latest is None:
+        return "before the first step"
+    if state.dropped is not None:
+        return f"cut off at step {state.dropped.step:,}: {state.dropped.reason}"
+    if state.cut_off_at is not None:
+        return f"cut off at step {state.cut_off_at:,}{_similarity_reason(schedule, latest)}"
+    if latest.step < schedule.warmup_steps:
+        return f"warmup {latest.step:,}/{schedule.warmup_steps:,}"
+    if schedule.scheduler == "constant":
+        return "constant"
+    if latest.step < schedule.warmup_steps + schedule.decay_steps:
+        return f"decaying to {schedule.end:g}"
+    return f"decayed to {schedule.end:g}"
+
+
+def _similarity_reason(schedule: CoefficientSchedule, latest: StepDone) -> str:
+    average, threshold = latest.crepa_similarity_ema, schedule.similarity_threshold
+    if average is None or threshold is None or average < threshold:
+        return ""
+    return f": similarity average {average:.3f} >= {threshold}"

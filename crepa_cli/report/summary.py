@@ -1,0 +1,54 @@
+"""What a run came to, in a few lines."""
+
+from __future__ import annotations
+
+from crepa_cli.events import Event, StepDone, TrainingEnded, TrainingStarted
+from crepa_cli.report.state import Series
+
+
+class Summary:
+    """A listener that ends in a summary: the best values, where the weights are, how to load or to go on.
+
+    Args:
+        loading: the lines that load the weights.
+    """
+
+    def __init__(self, loading: str) -> None:
+        self.loading = loading
+        self.started: TrainingStarted | None = None
+        self.ended: TrainingEnded | None = None
+        self.loss = Series()
+        self.lowest_loss: tuple[float, int] | None = None
+        self.highest_similarity: tuple[float, int] | None = None
+
+    def __call__(self, event: Event) -> None:
+        """Take in an event."""
+        match event:
+            case TrainingStarted():
+                self.started = event
+            case StepDone():
+                self._compare(event)
+            case TrainingEnded():
+                self.ended = event
+
+    def _compare(self, step: StepDone) -> None:
+        self.loss.add(step.diffusion_loss)
+        smoothed, similarity = self.loss.smoothed, step.crepa_similarity
+        if smoothed is not None and (self.lowest_loss is None or smoothed < self.lowest_loss[0]):
+            self.lowest_loss = smoothed, step.step
+        if similarity is not None and (self.highest_similarity is None or similarity > self.highest_similarity[0]):
+            self.highest_similarity = similarity, step.step
+
+    def lines(self) -> list[str]:
+        """The summary; empty where no training was."""
+        lines = []
+        if self.lowest_loss is not None:
+            lines.append("Lowest diffusion loss (smoothed): {:.4f} at step {:,}".format(*self.lowest_loss))
+        if self.highest_similarity is not None:
+            lines.append("Highest similarity: {:.4f} at step {:,}".format(*self.highest_similarity))
+        if self.ended is not None and self.ended.weights is not None:
+            lines += [f"Weights: {self.ended.weights}", "Load them with:", ""]
+            lines += [f"    {line}".rstrip() for line in self.loading.splitlines()]
+        elif self.started is not None:
+            lines.append(f"Go on with: crepa train --resume --output {self.started.output}")
+        return lines

@@ -1,0 +1,129 @@
+"""The command line as users meet it: help without torch, and mistakes that end with code 2 and one message."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import OpenTiny, RunCrepa
+
+DEMO = ["train", "--profile", "t2v", "--model", "wan", "--demo", "--plain"]
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["init", "--list"]])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    code = (
+        "import sys\n"
+        "from crepa_cli.cli import main\n"
+        f"sys.argv = ['crepa', *{arguments}]\n"
+        "try:\n    main()\nexcept SystemExit as exit_:\n    assert not exit_.code\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'accelerate', 'peft', 'av'} & sys.modules.keys()\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def refused(run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The message of a command that must end with exit code 2."""
+    assert run_crepa(*arguments) == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    assert message.count("error:") == 1
+    return message
+
+
+def test_no_clips_configured(run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(run_crepa, capsys, "train", "--profile", "t2v", "--model", "wan")
+    assert "--data DIR" in message
+
+
+def test_a_folder_of_unreadable_clips(
+    run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str], open_tiny: OpenTiny
+) -> None:
+    Path("clips").mkdir()
+    for name in ("a", "b"):
+        Path("clips", f"{name}.mp4").write_bytes(b"no video")
+        Path("clips", f"{name}.txt").write_text("a caption")
+    checkpoint = open_tiny("wan", "t2v").checkpoint
+    flags = ["--checkpoint", checkpoint, "--data", "clips", "--plain"]
+    assert run_crepa("train", "--profile", "t2v", "--model", "wan", *flags) == 2
+    captured = capsys.readouterr()
+    assert "skipped a.mp4" in captured.out
+    assert "skipped b.mp4" in captured.out
+    assert captured.err.startswith("error: no usable clip in clips")
+
+
+def test_a_typo_in_a_toml_key(run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("crepa.toml").write_text("[crepa]\nlamda = 0.3\n")
+    message = refused(run_crepa, capsys, "train", "--model", "wan")
+    assert "crepa.toml" in message
+    assert "crepa.lamda" in message
+    assert "crepa.lambda" in message
+
+
+def test_a_block_past_the_last_one(run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(run_crepa, capsys, *DEMO, "--set", "crepa.block_index=99")
+    assert "crepa.block_index = 99" in message
+    assert "12 blocks" in message
+    assert "0 to 11" in message
+
+
+def test_a_teacher_block_past_the_last_one(run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str]) -> None:
+    backbone = ["--set", "crepa.use_backbone_features=true", "--set", "crepa.teacher_block_index=12"]
+    message = refused(run_crepa, capsys, *DEMO, *backbone, "--set", "data.width=100")
+    assert "crepa.teacher_block_index = 12" in message
+    assert "data.width = 100" in message
+    assert "96 or 112" in message
+
+
+@pytest.mark.parametrize("family", ["hunyuan", "cogvideox"])
+def test_a_family_without_support(family: str, run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(run_crepa, capsys, "train", "--profile", "t2v", "--model", family)
+    assert family in message
+    assert "wan" in message
+
+
+def test_a_checkpoint_of_another_family(run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("other/transformer").mkdir(parents=True)
+    Path("other/model_index.json").write_text("{}")
+    Path("other/transformer/config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
+    Path("clips").mkdir()
+    message = refused(run_crepa, capsys, "train", "--model", "wan", "--checkpoint", "other", "--data", "clips")
+    assert "FluxTransformer2DModel" in message
+
+
+def test_a_checkpoint_that_is_nowhere(
+    run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    message = refused(run_crepa, capsys, "train", "--model", "wan", "--data", ".")
+    assert "Wan-AI/Wan2.1-T2V-1.3B-Diffusers" in message
+    assert "local folder" in message
+
+
+def test_a_folder_that_holds_a_run(run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("run").mkdir()
+    Path("run/profile.toml").touch()
+    assert "--resume" in refused(run_crepa, capsys, *DEMO, "--output", "run")
+
+
+def test_nothing_to_resume(run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "nothing to resume" in refused(run_crepa, capsys, "train", "--resume")
+
+
+def test_print_profile_says_where_values_come_from(run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--profile", "t2v", "--model", "wan", "--steps", 7, "--set", "crepa.lambda=0.3"]
+    assert run_crepa("train", *flags, "--print-profile") == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert "family wan" in lines["crepa.block_index"]
+    assert "preset t2v" in lines["crepa.scheduler"]
+    assert "--steps" in lines["train.steps"]
+    assert "--set" in lines["crepa.lambda"]
+    assert "built-in default" in lines["crepa.adjacent_tau"]

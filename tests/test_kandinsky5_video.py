@@ -1,0 +1,112 @@
+"""What is particular to Kandinsky 5: the token order of NABLA attention, and captions of different lengths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import OpenTiny
+from diffusers import Kandinsky5T2VPipeline
+from torch import Tensor
+
+from crepa_cli.models.family import Tensors
+from crepa_cli.models.kandinsky5_video import Kandinsky5Video, rotary_scale, tiny_transformer
+from crepa_cli.training.aligned import HiddenStateCapture
+
+NABLA = {"attention_type": "nabla", "attention_P": 0.9, "attention_wT": 3, "attention_wH": 3, "attention_wW": 3}
+
+
+def random_batch(lengths: list[int], rows: int, columns: int) -> Tensors:
+    """Two latent frames per clip, in patches of 2 x 2."""
+    clips = len(lengths)
+    return {
+        "latents": torch.randn(clips, 4, 2, 2 * rows, 2 * columns),
+        "prompt_embeds": torch.randn(clips, 512, 32),
+        "prompt_length": torch.tensor(lengths),
+        "pooled_embeds": torch.randn(clips, 32),
+    }
+
+
+@pytest.fixture
+def nabla(open_tiny: OpenTiny, tmp_path: Path) -> Kandinsky5Video:
+    """A checkpoint with NABLA attention."""
+    folder = tmp_path / "nabla"
+    folder.mkdir()
+    for part in Path(open_tiny("kandinsky5_video", "t2v").checkpoint).iterdir():
+        if part.name != "transformer":
+            (folder / part.name).symlink_to(part)
+    torch.manual_seed(0)
+    tiny_transformer(**NABLA).save_pretrained(folder / "transformer")
+    return Kandinsky5Video(str(folder), "t2v")
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+def test_squares_of_nabla_come_back_in_rows_and_columns(nabla: Kandinsky5Video) -> None:
+    assert nabla.size_multiple == 128
+    transformer = nabla.load_transformer(torch.float32).eval()
+    batch = random_batch([5, 9], rows=16, columns=24)
+    grid = nabla.token_grid(batch["latents"])
+    noise, sigmas = torch.randn_like(batch["latents"]), torch.full((2,), 0.5)
+    capture = HiddenStateCapture(nabla.blocks(transformer), [0])
+
+    def states(noise: Tensor) -> Tensor:
+        with torch.no_grad(), capture.recording() as recorded:
+            transformer(**nabla.step(batch, noise, sigmas).inputs)
+        return recorded[0]
+
+    before = states(noise)
+    for clip, frame, row, column in [(0, 0, 0, 1), (1, 1, 3, 20), (0, 1, 9, 7), (1, 0, 15, 23)]:
+        changed = noise.clone()
+        changed[clip, :, frame, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2] += 3.0
+        change = (nabla.row_major(states(changed) - before, grid)).norm(dim=-1)
+        assert change.shape == (2, grid.frames, grid.tokens)
+        assert change.flatten().argmax() == (clip * grid.frames + frame) * grid.tokens + row * grid.columns + column
+    in_order_of_the_block = (states(changed) - before).norm(dim=-1).argmax(dim=1)[1]
+    assert in_order_of_the_block == 5 * 64 + 63
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_padding_behind_a_short_caption_is_not_seen(train: bool, open_tiny: OpenTiny) -> None:
+    """A batch gives what its clips give one by one, as the pipeline samples them."""
+    torch.manual_seed(0)
+    family = open_tiny("kandinsky5_video", "t2v")
+    transformer = family.load_transformer(torch.float32).requires_grad_(True)
+    if train:
+        transformer.enable_gradient_checkpointing()
+        transformer.train()
+    batch = random_batch([3, 11, 11], rows=2, columns=3)
+    noise, sigmas = torch.randn_like(batch["latents"]), torch.tensor([0.2, 0.5, 0.9])
+
+    def gradient(predictions: Tensor) -> Tensor:
+        transformer.zero_grad()
+        predictions.pow(2).sum().backward()
+        return transformer.text_transformer_blocks[0].self_attention.to_query.weight.grad.clone()
+
+    together = transformer(**family.step(batch, noise, sigmas).inputs).sample
+    gradient_together = gradient(together)
+    one_by_one = []
+    for index in range(3):
+        part = slice(index, index + 1)
+        clip = {name: tensor[part] for name, tensor in batch.items()}
+        one_by_one.append(transformer(**family.step(clip, noise[part], sigmas[part]).inputs).sample)
+    torch.testing.assert_close(together, torch.cat(one_by_one), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(gradient_together, gradient(torch.cat(one_by_one)), rtol=1e-2, atol=1e-2)
+
+
+def test_prompts_are_those_of_the_published_pipeline(open_tiny: OpenTiny) -> None:
+    family = open_tiny("kandinsky5_video", "t2v")
+    published = Kandinsky5T2VPipeline.from_pretrained(family.checkpoint)
+    embeds, pooled, ends = published.encode_prompt(["a red disc"])
+    tensors = family.encode_prompt(family.load_text_pipeline(torch.float32), "a red disc")
+    length = int(tensors["prompt_length"])
+    assert length == ends[-1] > 5
+    torch.testing.assert_close(tensors["prompt_embeds"][None, :length], embeds)
+    torch.testing.assert_close(tensors["pooled_embeds"][None], pooled)
+    assert tensors["prompt_embeds"].shape == (512, 32)
+
+
+@pytest.mark.parametrize(("height", "width"), [(512, 768), (480, 854), (720, 1280), (64, 96), (480, 1024)])
+def test_rotary_positions_scale_as_in_the_pipeline(height: int, width: int, open_tiny: OpenTiny) -> None:
+    pipeline = open_tiny("kandinsky5_video", "t2v").load_vae_pipeline()
+    assert rotary_scale(height, width) == pipeline._get_scale_factor(height, width)
