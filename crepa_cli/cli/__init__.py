@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from crepa_cli import __version__
+from crepa_cli.cli.doctor import doctor
 from crepa_cli.cli.init import init
 from crepa_cli.cli.train import train
 from crepa_cli.errors import RunError, UserError
@@ -21,6 +22,7 @@ app = typer.Typer(
 )
 app.command()(init)
 app.command()(train)
+app.command()(doctor)
 
 
 def _print_version(wanted: bool) -> None:

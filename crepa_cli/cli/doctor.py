@@ -1,0 +1,81 @@
+"""`crepa doctor`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from crepa_cli.cli.completion import family_names, preset_names
+
+if TYPE_CHECKING:
+    from rich.status import Status
+
+    from crepa_cli.doctor.findings import Report
+    from crepa_cli.events import Event
+    from crepa_cli.profile import ResolvedProfile
+
+Flag = typer.Option
+
+
+def doctor(
+    profile: Annotated[str | None, Flag(help="Name of a preset, or a TOML file.", autocompletion=preset_names)] = None,
+    model: Annotated[str | None, Flag(help="Model family, such as wan.", autocompletion=family_names)] = None,
+    checkpoint: Annotated[str | None, Flag(help="Hub id or local folder of a checkpoint.")] = None,
+    task: Annotated[str | None, Flag(help="t2v (text to video) or i2v (image to video).")] = None,
+    data: Annotated[str | None, Flag(help="Folder of clips with captions.")] = None,
+    demo: Annotated[bool, Flag("--demo", help="Look at a tiny model and generated clips; downloads nothing.")] = False,
+    sets: Annotated[list[str] | None, Flag("--set", help="Any setting, as table.key=value; repeatable.")] = None,
+    as_json: Annotated[bool, Flag("--json", help="Print one JSON object, for scripts.")] = False,
+) -> None:
+    """Say whether training would start here, and what to do where it would not.
+
+    It takes the settings that `crepa train` would take; without flags and crepa.toml it looks at the machine alone.
+    Ends with 0 only where training would start, with 2 for mistakes in the settings or clips, with 1 otherwise.
+    """
+    from rich.console import Console
+
+    from crepa_cli.cli.train import resolve
+    from crepa_cli.profile.files import find_project_file
+
+    flags = {"model.family": model, "model.checkpoint": checkpoint, "model.task": task, "data.path": data}
+    given = any([profile, *flags.values(), demo, sets]) or find_project_file(Path()) is not None
+    with Console(stderr=True).status("looking at this machine") as status:
+        report = _examine(
+            (lambda: resolve(profile, flags, sets or [], demo)) if given else None,
+            demo,
+            lambda event: _show_progress(status, event),
+        )
+    if as_json:
+        typer.echo(json.dumps(report.to_json(), indent=2, ensure_ascii=False))
+    else:
+        report.show(Console())
+    raise typer.Exit(report.exit_code)
+
+
+def _examine(resolve: Callable[[], ResolvedProfile] | None, demo: bool, listener: Callable[[Event], None]) -> Report:
+    """The plan is looked at where there are settings, and libraries that can be imported."""
+    from crepa_cli.cli.train import silence_libraries
+    from crepa_cli.doctor.disk import check_folder
+    from crepa_cli.doctor.environment import check_environment
+    from crepa_cli.doctor.findings import Report
+
+    machine = Report(check_environment(), None)
+    if machine.exit_code:
+        return machine
+    if resolve is None:
+        return Report([*machine.environment, check_folder("runs folder", Path("runs"))], None)
+    silence_libraries()
+    from crepa_cli.doctor.plan import check_plan
+
+    return Report(machine.environment, check_plan(resolve, demo=demo, listener=listener))
+
+
+def _show_progress(status: Status, event: Event) -> None:
+    from crepa_cli.events import Progress
+
+    if isinstance(event, Progress):
+        status.update(f"looking at clips: {event.done} of {event.total}")

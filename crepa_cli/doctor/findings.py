@@ -1,0 +1,129 @@
+"""What doctor finds: checks, the plan, and how both are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, TypeVar
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from crepa_cli.errors import UserError
+
+Status = Literal["fine", "warning", "failure"]
+Item = TypeVar("Item")
+
+COLORS: dict[Status, str] = {"fine": "green", "warning": "yellow", "failure": "bold red"}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report: what was looked at, how it is, and what to do about it."""
+
+    name: str
+    status: Status
+    message: str
+    advice: str = ""
+
+
+@dataclass(frozen=True)
+class BucketCount:
+    """How many clips are trained on at one shape."""
+
+    frames: int
+    height: int
+    width: int
+    clips: int
+
+
+@dataclass
+class Plan:
+    """What training would do with these settings, as far as it can be told.
+
+    Attributes:
+        checks: of the settings, the checkpoint, the clips and the disk.
+        profile: the resolved settings by table and key.
+        buckets: the shapes that clips are brought to.
+        skipped: reasons by the name of each clip that is left out.
+        cache_bytes: what the cache will take, by part: latents, prompts and features.
+    """
+
+    checks: list[Check] = field(default_factory=list)
+    profile: dict[str, Any] | None = None
+    buckets: list[BucketCount] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    cache_bytes: dict[str, int] | None = None
+
+    def add(self, name: str, status: Status, message: str, advice: str = "") -> None:
+        """Add a check."""
+        self.checks.append(Check(name, status, message, advice))
+
+    def attempt(self, name: str, work: Callable[[], Item]) -> Item | None:
+        """The result of `work`; a mistake of the user's becomes a failed check of this name, and None."""
+        try:
+            return work()
+        except UserError as error:
+            self.add(name, "failure", str(error))
+            return None
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that was found; there is no plan where no settings were given."""
+
+    environment: list[Check]
+    plan: Plan | None
+
+    @property
+    def exit_code(self) -> int:
+        """0 where training would start, 2 for mistakes in the plan, 1 for an environment that cannot train."""
+        if self.plan and _failed(self.plan.checks):
+            return 2
+        return 1 if _failed(self.environment) else 0
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as JSON values."""
+        checks = [*self.environment, *(self.plan.checks if self.plan else [])]
+        plan = asdict(self.plan) if self.plan else None
+        if plan:
+            del plan["checks"]
+        return {"checks": [asdict(check) for check in checks], "plan": plan}
+
+    def show(self, console: Console) -> None:
+        """Print the report as tables."""
+        console.print(_table("Environment", self.environment))
+        if self.plan:
+            console.print(_table("Plan", self.plan.checks))
+        console.print(self._verdict())
+
+    def _verdict(self) -> Text:
+        if self.exit_code:
+            return Text("Training would not start: mend the failures above.", style=COLORS["failure"])
+        if self.plan is None:
+            return Text("This machine can train. No settings were looked at: crepa init writes a crepa.toml here.")
+        return Text("Training would start.", style=COLORS["fine"])
+
+
+def _failed(checks: list[Check]) -> bool:
+    return any(check.status == "failure" for check in checks)
+
+
+def _table(title: str, checks: list[Check]) -> Table:
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=None, show_header=False, padding=(0, 2, 0, 0)
+    )
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold")
+    for check in checks:
+        status = Text(check.status, style=COLORS[check.status])
+        table.add_row(status, Text(check.name), Text("\n".join(_lines(check))))
+    return table
+
+
+def _lines(check: Check) -> Iterator[str]:
+    yield check.message
+    if check.advice:
+        yield f"→ {check.advice}"

@@ -1,0 +1,162 @@
+"""What training would do with these settings: profile, checkpoint, teacher, clips, disk."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Generator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from rich.filesize import decimal
+
+from crepa_cli.data.clips import find_clips
+from crepa_cli.data.prepare import PreparedClip, encoder_config, scan
+from crepa_cli.doctor.cache_size import cache_bytes
+from crepa_cli.doctor.disk import check_folder
+from crepa_cli.doctor.findings import BucketCount, Plan
+from crepa_cli.doctor.hub import check_hub, check_repository
+from crepa_cli.events import ClipSkipped, Event
+from crepa_cli.models.family import Family
+from crepa_cli.profile import Crepa, Profile, ResolvedProfile
+from crepa_cli.teachers.dinov2 import ENCODERS
+from crepa_cli.training.demo import write_demo
+from crepa_cli.training.run import CACHE_FOLDER, clip_form, clips_folder, new_run_folder, open_family
+
+Result = TypeVar("Result")
+Listener = Callable[[Event], None]
+
+
+def check_plan(resolve: Callable[[], ResolvedProfile], *, demo: bool, listener: Listener) -> Plan:
+    """Look at everything that training would, in its order, and go on after a mistake as far as it lets.
+
+    Args:
+        resolve: gives the settings.
+        demo: write the demo's files first.
+        listener: is told what happens while the clips are looked at.
+    """
+    plan = Plan()
+    resolved = plan.attempt("profile", resolve)
+    if resolved is None:
+        return plan
+    profile = resolved.profile
+    plan.profile = profile.model_dump(mode="json", by_alias=True)
+    plan.add("profile", "fine", f"{profile.model.family} {profile.model.task}, {profile.train.steps} steps")
+    if demo:
+        plan.attempt("demo", lambda: write_demo(profile))
+    teacher = _teacher(profile.crepa)
+    plan.checks += check_hub(_repositories(profile))
+    family = plan.attempt("checkpoint", lambda: open_family(profile))
+    if family:
+        _check_checkpoint(plan, family, profile)
+    teacher_known = teacher is None or _check_teacher(plan, teacher)
+    _check_optimizer(plan, profile)
+    _check_run_folder(plan, profile)
+    clips = _check_clips(plan, family, profile, listener)
+    if family and teacher_known and clips:
+        _check_cache(plan, family, profile, clips)
+    return plan
+
+
+def _check_checkpoint(plan: Plan, family: Family, profile: Profile) -> None:
+    aligned = f"; block {profile.crepa.block_index} is aligned" if profile.crepa.enabled else ""
+    message = f"{family.checkpoint}: {family.block_count} blocks of width {family.hidden_size}{aligned}"
+    plan.add("checkpoint", "fine", message)
+    folders = [family.component, "vae", "text_encoder"]
+    check = plan.attempt(
+        "weights",
+        lambda: check_repository("weights", family.checkpoint, family.revision, folders, family.components),
+    )
+    if check:
+        plan.checks.append(check)
+
+
+def _repositories(profile: Profile) -> list[str]:
+    """Hub ids and local folders that the run needs."""
+    crepa = _teacher(profile.crepa)
+    return [str(profile.model.checkpoint), *([_encoder(crepa)] if crepa else [])]
+
+
+def _encoder(crepa: Crepa) -> str:
+    return ENCODERS.get(crepa.encoder, crepa.encoder)
+
+
+def _teacher(crepa: Crepa) -> Crepa | None:
+    """The settings of the encoder, where one teaches."""
+    return crepa if crepa.enabled and not crepa.use_backbone_features else None
+
+
+def _check_teacher(plan: Plan, crepa: Crepa) -> bool:
+    """Whether the encoder's configuration can be read."""
+    config = plan.attempt("teacher", lambda: encoder_config(crepa))
+    if config is None:
+        return False
+    check = plan.attempt("teacher", lambda: check_repository("teacher", _encoder(crepa), None, ["."]))
+    if check:
+        plan.checks.append(check)
+    return True
+
+
+def _check_optimizer(plan: Plan, profile: Profile) -> None:
+    if profile.train.optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
+        plan.add("optimizer", "failure", "adamw8bit needs bitsandbytes", "pip install 'crepa[bnb]'")
+
+
+def _check_run_folder(plan: Plan, profile: Profile) -> None:
+    folder = plan.attempt("run folder", lambda: new_run_folder(profile))
+    if folder:
+        plan.checks.append(check_folder("run folder", folder))
+
+
+def _check_clips(plan: Plan, family: Family | None, profile: Profile, listener: Listener) -> list[PreparedClip] | None:
+    """The usable clips; the others are named."""
+    folder = plan.attempt("clips", lambda: clips_folder(profile.data))
+    if folder is None:
+        return None
+    if family is None:
+        plan.attempt("clips", lambda: find_clips(folder))
+        return None
+
+    def listen(event: Event) -> None:
+        listener(event)
+        if isinstance(event, ClipSkipped):
+            plan.skipped[event.name] = event.reason
+            plan.add("clip", "warning", f"{event.name} is left out: {event.reason}")
+
+    clips = plan.attempt("clips", lambda: _drained(scan(family, folder, clip_form(profile.data)), listen))
+    if clips:
+        counts = Counter(clip.bucket for clip in clips)
+        plan.buckets = [BucketCount(key.frames, key.height, key.width, counts[key]) for key in sorted(counts)]
+        plan.add("clips", "fine", _summary(len(clips), plan.buckets))
+    return clips
+
+
+def _drained(events: Generator[Event, None, Result], listener: Listener) -> Result:
+    while True:
+        try:
+            event = next(events)
+        except StopIteration as end:
+            result: Result = end.value
+            return result
+        listener(event)
+
+
+def _summary(clips: int, buckets: Sequence[BucketCount]) -> str:
+    lines = [f"{one.width}x{one.height}, {one.frames} frames: {one.clips}" for one in buckets]
+    return "\n".join([f"{clips} usable, by size", *lines])
+
+
+def _check_cache(plan: Plan, family: Family, profile: Profile, clips: list[PreparedClip]) -> None:
+    texts = {clip.clip.caption for clip in clips} | {*profile.validation.prompts, ""}
+    stored = _teacher(profile.crepa) if profile.crepa.teacher_cache else None
+    buckets = [clip.bucket for clip in clips]
+    dtype = getattr(torch, profile.model.dtype)
+    parts = plan.attempt("cache", lambda: cache_bytes(family, buckets, len(texts), dtype, stored))
+    if parts is None:
+        return
+    plan.cache_bytes = parts
+    folder = Path(profile.data.cache) if profile.data.cache else clips_folder(profile.data) / CACHE_FOLDER
+    by_part = ", ".join(f"{name} {decimal(size)}" for name, size in parts.items())
+    total = sum(parts.values())
+    plan.checks.append(check_folder("cache", folder, total, f"{decimal(total)} for these clips ({by_part}); "))

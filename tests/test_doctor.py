@@ -1,0 +1,296 @@
+"""`crepa doctor`: what it finds on this machine and in a plan, and the exit code that it promises."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import OpenTiny, RunCrepa
+from packaging.requirements import Requirement
+from packaging.version import Version
+from safetensors import safe_open
+
+from crepa_cli.data.cache import Cache
+from crepa_cli.data.demo import write_demo_clips
+from crepa_cli.data.prepare import ClipForm, prepare
+from crepa_cli.doctor import devices
+from crepa_cli.doctor.cache_size import cache_bytes
+from crepa_cli.doctor.disk import check_folder
+from crepa_cli.doctor.environment import check_library, pinned_versions
+from crepa_cli.doctor.hub import check_repository
+from crepa_cli.errors import UserError
+from crepa_cli.profile import Crepa
+
+DEMO = ["--profile", "t2v", "--model", "wan", "--demo"]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder, without a network."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path
+
+
+@pytest.fixture
+def doctor(run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs `crepa doctor --json`, checks its exit code, and returns what it prints."""
+
+    def run(*arguments: str, exit_code: int) -> Any:
+        assert run_crepa("doctor", "--json", *arguments) == exit_code
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return json.loads(captured.out)
+
+    return run
+
+
+def status(report: Any, name: str) -> str:
+    return next(check["status"] for check in report["checks"] if check["name"] == name)
+
+
+def failures(report: Any) -> dict[str, str]:
+    return {check["name"]: check["message"] for check in report["checks"] if check["status"] == "failure"}
+
+
+def stored_bytes(cache: Path, part: str) -> int:
+    """Bytes of the tensors in a part of a cache."""
+    total = 0
+    for path in (cache / part).rglob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            total += sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118
+    return total
+
+
+def test_the_demo_would_train_and_its_cache_has_the_predicted_size(folder: Path) -> None:
+    crepa = [sys.executable, "-m", "crepa_cli"]
+    printed = subprocess.run([*crepa, "doctor", *DEMO, "--json"], check=True, capture_output=True, text=True)
+    assert not printed.stderr
+    plan = json.loads(printed.stdout)["plan"]
+    assert {(one["width"], one["height"]): one["clips"] for one in plan["buckets"]} == {
+        (96, 64): 3,
+        (80, 80): 3,
+        (64, 96): 2,
+    }
+    assert {one["frames"] for one in plan["buckets"]} == {17}
+    assert plan["profile"]["crepa"]["scheduler"] == "cosine"
+
+    subprocess.run([*crepa, "train", *DEMO, "--cache-only", "--quiet"], check=True)
+    cache = folder / "crepa-demo/clips/.crepa-cache"
+    for part in ("latents", "prompts", "features"):
+        assert plan["cache_bytes"][part] == pytest.approx(stored_bytes(cache, part), rel=0.01)
+
+
+@pytest.mark.parametrize("task", ["t2v", "i2v"])
+@pytest.mark.parametrize("name", ["wan", "ltxvideo", "sanavideo", "kandinsky5_video"])
+def test_every_family_stores_what_is_predicted(
+    name: str, task: str, folder: Path, open_tiny: OpenTiny, tiny_dinov2: Path
+) -> None:
+    family = open_tiny(name, task)
+    write_demo_clips(folder / "clips", count=1)
+    crepa = Crepa(encoder=str(tiny_dinov2), encoder_image_size="grid")
+    cache = Cache(folder / "cache")
+    form = ClipForm(128, 96, 17, 16)
+    events = prepare(family, folder / "clips", form, crepa, [], cache, torch.device("cpu"), torch.float32)
+    while True:
+        try:
+            next(events)
+        except StopIteration as end:
+            clips = end.value
+            break
+    predicted = cache_bytes(family, [clip.bucket for clip in clips], 1, torch.float32, crepa)
+    for part in ("latents", "features"):
+        assert predicted[part] == pytest.approx(stored_bytes(cache.root, part), abs=8)
+    # In the tiny checkpoints masks are a larger share than in real ones.
+    assert predicted["prompts"] == pytest.approx(stored_bytes(cache.root, "prompts"), rel=0.07)
+
+
+def test_without_settings_the_machine_alone_is_looked_at(doctor: Any) -> None:
+    report = doctor(exit_code=0)
+    assert report["plan"] is None
+    assert {"python", "torch", "video", "hub login", "runs folder"} <= {check["name"] for check in report["checks"]}
+
+
+def test_a_table_for_the_terminal(run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_crepa("doctor", *DEMO) == 0
+    shown = capsys.readouterr().out
+    assert "96x64, 17 frames: 3" in shown
+    assert "Training would start." in shown
+
+
+def test_all_mistakes_of_the_settings_at_once(doctor: Any) -> None:
+    Path("crepa.toml").write_text("[crepa]\nlamda = 0.3\n[train]\nsteps = 0\n")
+    message = failures(doctor("--set", "data.fps=-1", exit_code=2))["profile"]
+    assert "crepa.lamda" in message
+    assert "train.steps = 0" in message
+    assert "data.fps = -1" in message
+    assert "--model" in message
+
+
+def test_all_mistakes_of_the_plan_at_once(doctor: Any) -> None:
+    Path("run").mkdir()
+    Path("run/profile.toml").touch()
+    report = doctor("--model", "wan", "--data", "nowhere", "--set", "train.output=run", exit_code=2)
+    messages = failures(report)
+    assert messages.keys() == {"checkpoint", "teacher", "run folder", "clips"}
+    assert "local folder" in messages["checkpoint"]
+    assert "nowhere" in messages["clips"]
+    assert status(report, "hub") == "warning"
+
+
+def test_a_block_past_the_last_one(doctor: Any) -> None:
+    report = doctor(*DEMO, "--set", "crepa.block_index=99", exit_code=2)
+    assert "0 to 11" in failures(report)["checkpoint"]
+    assert report["plan"]["cache_bytes"] is None
+
+
+def test_unreadable_and_short_clips_are_named(doctor: Any) -> None:
+    doctor(*DEMO, exit_code=0)
+    clips = Path("crepa-demo/clips")
+    (clips / "clip-00.mp4").write_bytes(b"no video")
+    (clips / "clip-01.txt").unlink()
+    report = doctor("--model", "wan", *local_flags(), exit_code=0)
+    skipped = report["plan"]["skipped"]
+    assert skipped.keys() == {"clip-00.mp4", "clip-01.mp4"}
+    assert "caption" in skipped["clip-01.mp4"]
+    assert sum(one["clips"] for one in report["plan"]["buckets"]) == 6
+    too_long = doctor(*DEMO, "--set", "data.frames=17", "--set", "data.fps=0.5", exit_code=2)
+    assert "too short" in too_long["plan"]["skipped"]["clip-02.mp4"]
+    assert "no usable clip" in failures(too_long)["clips"]
+
+
+def local_flags() -> list[str]:
+    """What names the demo's files without `--demo`, which would make clips anew."""
+    settings = {"crepa.encoder": "crepa-demo/dinov2", "crepa.encoder_image_size": 56, "data.width": 96}
+    settings |= {"data.height": 64, "data.frames": 17}
+    sets = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
+    return ["--checkpoint", "crepa-demo/wan-t2v", "--data", "crepa-demo/clips", *sets]
+
+
+def test_no_features_where_no_encoder_teaches(doctor: Any) -> None:
+    backbone = ["--set", "crepa.use_backbone_features=true", "--set", "crepa.teacher_block_index=11"]
+    report = doctor(*DEMO, *backbone, exit_code=0)
+    assert report["plan"]["cache_bytes"]["features"] == 0
+    assert "teacher" not in {check["name"] for check in report["checks"]}
+
+
+def test_an_optimizer_that_is_not_installed(doctor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("crepa_cli.doctor.plan.find_spec", lambda _: None)
+    report = doctor(*DEMO, "--set", "train.optimizer=adamw8bit", exit_code=2)
+    assert failures(report) == {"optimizer": "adamw8bit needs bitsandbytes"}
+
+
+def test_a_machine_that_cannot_encode_video(doctor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: str) -> None:
+        raise ValueError("unknown codec")
+
+    monkeypatch.setattr("av.codec.Codec", missing)
+    assert "libx264" in failures(doctor(exit_code=1))["video"]
+
+
+def test_libraries_that_are_missing_or_too_old(doctor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs = SimpleNamespace(metadata={"Requires-Python": ">=99"}, requires=["torch>=99", "nowhere-to-be-found"])
+    installed = metadata.distribution
+    monkeypatch.setattr(metadata, "distribution", lambda name: needs if name == "crepa" else installed(name))
+    report = doctor(*DEMO, exit_code=1)
+    assert failures(report).keys() == {"python", "torch", "nowhere-to-be-found"}
+    assert report["plan"] is None
+
+
+def test_a_checkout_that_is_not_installed(doctor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = metadata.distribution
+
+    def distribution(name: str) -> metadata.Distribution:
+        if name == "crepa":
+            raise metadata.PackageNotFoundError(name)
+        return installed(name)
+
+    monkeypatch.setattr(metadata, "distribution", distribution)
+    assert status(doctor(exit_code=0), "crepa") == "warning"
+
+
+@pytest.mark.parametrize(
+    ("installed", "found"), [("1.9", "failure"), ("2.0", "fine"), ("2.4.1+cpu", "fine"), ("2.5", "warning")]
+)
+def test_a_library_against_the_oldest_and_the_tested_version(
+    installed: str, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda _: installed)
+    assert check_library(Requirement("torch>=2.0"), Version("2.4.1")).status == found
+
+
+def test_the_pinned_versions_are_known() -> None:
+    assert {"torch", "diffusers", "transformers"} <= pinned_versions().keys()
+
+
+def test_a_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "get_device_properties": lambda _: SimpleNamespace(name="Card"),
+        "get_device_capability": lambda _: (9, 0),
+        "mem_get_info": lambda _: (60 * 10**9, 80 * 10**9),
+    }
+    for name, function in facts.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    monkeypatch.setattr(devices, "attention_kernels", lambda _: ["flash", "plain"])
+    (check,) = devices.check_devices()
+    assert check.status == "fine"
+    assert check.name == "cuda:0: Card"
+    assert "60.0 GB of 80.0 GB free" in check.message
+    assert "flash, plain" in check.message
+
+    def busy(_: torch.device) -> None:
+        raise RuntimeError("device is busy")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", busy)
+    assert [check.status for check in devices.check_devices()] == ["failure"]
+
+
+def test_room_on_the_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=20 * 10**9))
+    assert check_folder("cache", folder / "new/cache", needed=10**9).status == "fine"
+    assert check_folder("cache", folder, needed=19 * 10**9).status == "warning"
+    assert check_folder("cache", folder, needed=21 * 10**9).status == "failure"
+    (folder / "file").touch()
+    assert check_folder("cache", folder / "file/cache").status == "failure"
+
+
+def test_a_snapshot_counts_once_all_its_weights_are_there(folder: Path) -> None:
+    snapshot = folder / "hub/models--owner--name/snapshots/abc"
+    (snapshot / "transformer").mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs/main").write_text("abc")
+    parts = ["model-1.safetensors", "model-2.safetensors"]
+    index = {"weight_map": dict(zip("ab", parts, strict=True))}
+    (snapshot / "transformer/model.safetensors.index.json").write_text(json.dumps(index))
+
+    def found() -> str:
+        return check_repository("weights", "owner/name", None, ["transformer"]).status
+
+    (snapshot / "transformer" / parts[0]).touch()
+    assert found() == "failure"
+    (snapshot / "transformer" / parts[1]).touch()
+    assert found() == "fine"
+
+
+def test_a_local_checkpoint_without_weights(folder: Path) -> None:
+    (folder / "transformer").mkdir()
+    with pytest.raises(UserError, match="transformer"):
+        check_repository("weights", str(folder), None, ["transformer"])
+
+
+def test_help_loads_no_torch() -> None:
+    code = (
+        "import sys\nfrom crepa_cli.cli import main\nsys.argv = ['crepa', 'doctor', '--help']\n"
+        "try:\n    main()\nexcept SystemExit:\n    assert not {'torch', 'diffusers', 'av'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
