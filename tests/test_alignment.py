@@ -14,7 +14,7 @@ from memory import LiveBytes
 from torch import Tensor
 
 from crepa_cli.alignment import Alignment, Crepa, TokenGrid, layersync_loss, loss
-from crepa_cli.alignment.grid import interpolation_matrix, matching_frames
+from crepa_cli.alignment.grid import interpolation_taps, matching_frames
 from crepa_cli.alignment.loss import neighbor_weights
 
 GRIDS = st.tuples(st.integers(1, 5), st.integers(1, 5))
@@ -59,7 +59,7 @@ def test_compared_positions_are_less_than_half_a_patch_apart(
         rows, columns = (torch.arange(size, dtype=torch.float64) + 0.5 for size in (grid.rows, grid.columns))
         places = torch.stack(torch.meshgrid(rows / grid.rows, columns / grid.columns, indexing="ij"), dim=-1)
         resampling, rows = loss._Resampling(grid, target), slice(0, target.rows)
-        return resampling(places[None, resampling.window(rows)], rows)[0]
+        return resampling(places[None, resampling.window(rows)], rows, torch.float64)[0]
 
     misplaced = (compared(student) - compared(teacher)) * torch.tensor([target.rows, target.columns])
     assert misplaced.norm(dim=-1).mean() < 0.5
@@ -70,7 +70,11 @@ def test_compared_positions_are_less_than_half_a_patch_apart(
 def test_interpolation_is_that_of_torch(source: int, target: int) -> None:
     values = torch.randn(1, 3, source, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     expected = F.interpolate(values, size=target, mode="linear", align_corners=False)
-    torch.testing.assert_close(values @ interpolation_matrix(source, target).T, expected, rtol=1e-9, atol=1e-12)
+    taps = interpolation_taps(slice(0, target), source, target)
+    found = torch.lerp(
+        values[..., taps.lower], values[..., taps.upper], torch.tensor(taps.fraction, dtype=torch.float64)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 @given(student=st.integers(1, 50), factor=st.integers(1, 8))

@@ -7,10 +7,9 @@ number of tokens fits many grids, and the wrong one pairs every patch with a str
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -52,21 +51,34 @@ def coarser_grid(student: TokenGrid, teacher: TokenGrid) -> TokenGrid:
     return student if student.tokens <= teacher.tokens else teacher
 
 
-def interpolation_matrix(source: int, target: int) -> Tensor:
-    """Linear interpolation with half-pixel centers along one axis, as a float64 matrix `[target, source]`.
+class Taps(NamedTuple):
+    """Linear interpolation along one axis: target position i is `lower[i]` moved by `fraction[i]` to `upper[i]`."""
 
-    Row i holds the weights of the source positions in target position i; each row sums to 1. Along rows and then along
-    columns it is `torch.nn.functional.interpolate(mode="bilinear", align_corners=False)`.
+    lower: list[int]
+    upper: list[int]
+    fraction: list[float]
+
+    def renumbered(self, kept: Sequence[int]) -> Taps:
+        """The same taps where only these source positions are left."""
+        place = {position: index for index, position in enumerate(kept)}
+        return Taps([place[one] for one in self.lower], [place[one] for one in self.upper], self.fraction)
+
+
+def interpolation_taps(targets: slice, source: int, target: int) -> Taps:
+    """How some target positions are made of source positions, with half-pixel centers.
+
+    Along rows and then along columns it is `torch.nn.functional.interpolate(mode="bilinear", align_corners=False)`.
+
+    Args:
+        targets: the consecutive target positions that are asked for.
+        source: source positions in all.
+        target: target positions in all.
     """
-    centers = (torch.arange(target, dtype=torch.float64) + 0.5) * (source / target) - 0.5
-    distance = centers.clamp(0, source - 1)[:, None] - torch.arange(source, dtype=torch.float64)
-    return (1 - distance.abs()).clamp(min=0)
-
-
-def source_window(target_window: slice, source: int, target: int) -> slice:
-    """The consecutive source positions that a window of target positions is interpolated from."""
-    first, last = (
+    centers = [
         min(max((index + 0.5) * (source / target) - 0.5, 0.0), source - 1.0)
-        for index in (target_window.start, target_window.stop - 1)
+        for index in range(targets.start, targets.stop)
+    ]
+    lower = [math.floor(center) for center in centers]
+    return Taps(
+        lower, [math.ceil(center) for center in centers], [c - low for c, low in zip(centers, lower, strict=True)]
     )
-    return slice(math.floor(first), math.ceil(last) + 1)

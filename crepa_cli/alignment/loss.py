@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from crepa_cli.alignment.grid import (
+    Taps,
     TokenGrid,
     coarser_grid,
-    interpolation_matrix,
+    interpolation_taps,
     matching_frames,
-    source_window,
 )
 
 CHUNK_TOKENS = 4096
@@ -178,23 +178,41 @@ class _Resampling(NamedTuple):
 
     def window(self, rows: slice) -> slice:
         """The source rows that these rows of the result are made of."""
-        return source_window(rows, self.source.rows, self.rows) if self.target else slice(0, self.source.rows)
-
-    def __call__(self, values: Tensor, rows: slice) -> Tensor:
-        """`[T, source rows of the window, source columns, C]` to `[T, rows * columns, C]`."""
         if self.target is None:
-            return values.mean((1, 2))[:, None]
-        if self.source.rows != self.rows:
-            weights = interpolation_matrix(self.source.rows, self.rows)[rows, self.window(rows)]
-            values = _interpolate(values, weights, axis=1)
-        if self.source.columns != self.columns:
-            values = _interpolate(values, interpolation_matrix(self.source.columns, self.columns), axis=2)
-        return values.flatten(1, 2)
+            return slice(0, self.source.rows)
+        taps = interpolation_taps(rows, self.source.rows, self.rows)
+        return slice(taps.lower[0], taps.upper[-1] + 1)
+
+    def __call__(self, values: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
+        """`[T, source rows of the window, source columns, C]` to `[T, rows * columns, C]` in `dtype`."""
+        if self.target is None:
+            return values.to(dtype).mean((1, 2))[:, None]
+        if self.source.rows == self.rows:
+            return self._along_columns(values, dtype).flatten(1, 2)
+        taps, start = interpolation_taps(rows, self.source.rows, self.rows), self.window(rows).start
+        if self.source.rows < self.rows:
+            values = _interpolate(values, taps.renumbered(range(start, start + values.shape[1])), 1, dtype)
+            return self._along_columns(values, dtype).flatten(1, 2)
+        # A coarser grid reads two rows for each of its own: the others are not even converted.
+        needed = sorted({*taps.lower, *taps.upper})
+        values = self._along_columns(_select(values, 1, [row - start for row in needed]), dtype)
+        return _interpolate(values, taps.renumbered(needed), 1, dtype).flatten(1, 2)
+
+    def _along_columns(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.source.columns == self.columns:
+            return values.to(dtype)
+        taps = interpolation_taps(slice(0, self.columns), self.source.columns, self.columns)
+        return _interpolate(values, taps, 2, dtype)
 
 
-def _interpolate(values: Tensor, weights: Tensor, axis: int) -> Tensor:
-    """Apply weights `[target, source]` along one axis of `values`."""
-    return torch.movedim(torch.tensordot(weights.to(values), values, dims=([1], [axis])), 0, axis)
+def _interpolate(values: Tensor, taps: Taps, axis: int, dtype: torch.dtype) -> Tensor:
+    lower, upper = (_select(values, axis, positions).to(dtype) for positions in (taps.lower, taps.upper))
+    fraction = torch.tensor(taps.fraction, device=values.device, dtype=dtype)
+    return torch.lerp(lower, upper, fraction.view([-1 if at == axis else 1 for at in range(values.ndim)]))
+
+
+def _select(values: Tensor, axis: int, positions: list[int]) -> Tensor:
+    return values.index_select(axis, torch.tensor(positions, device=values.device))
 
 
 class _Plan(NamedTuple):
@@ -247,7 +265,7 @@ class _Plan(NamedTuple):
         window = features[chunk.clip].unflatten(1, (grid.rows, grid.columns))[:, self.teacher.window(chunk.rows)]
         if self.teacher_frames != list(range(grid.frames)):
             window = window[self.teacher_frames]
-        unit = F.normalize(self.teacher(window.to(self.weights.dtype), chunk.rows), dim=-1)
+        unit = F.normalize(self.teacher(window, chunk.rows, self.weights.dtype), dim=-1)
         return torch.tensordot(self.weights[chunk.frames], unit, dims=1), unit[chunk.frames]
 
     def project(self, hidden: Tensor, chunk: _Chunk, parameters: tuple[Tensor, ...]) -> Tensor:
@@ -258,7 +276,7 @@ class _Plan(NamedTuple):
         """
         norm_weight, norm_bias, weight, bias = parameters
         normed = F.layer_norm(hidden.to(weight.dtype), norm_weight.shape, norm_weight, norm_bias, self.norm_eps)
-        return F.normalize(F.linear(self.student(normed, chunk.rows), weight, bias), dim=-1)
+        return F.normalize(F.linear(self.student(normed, chunk.rows, normed.dtype), weight, bias), dim=-1)
 
 
 class _FrameSimilarities(torch.autograd.Function):
