@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import typer
+from conftest import RunCrepa
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
@@ -529,3 +530,28 @@ def test_deep_nesting_ends_in_no_traceback(depth: int):
     except UserError:
         return
     assert "optimizer" in import_config(config, "config.json").without_counterpart
+
+
+@pytest.mark.parametrize("in_terminal", [False, True])
+@pytest.mark.parametrize("preset", ["t2v", "i2v", "solid-background"])
+@pytest.mark.parametrize("family", ["wan", "ltxvideo", "sanavideo", "kandinsky5_video"])
+def test_every_preset_of_every_family_makes_a_profile(
+    family: str,
+    preset: str,
+    in_terminal: bool,
+    folder: Path,
+    run_crepa: RunCrepa,
+    capsys: pytest.CaptureFixture[str],
+):
+    task = "i2v" if preset == "i2v" else "t2v"
+    if in_terminal:
+        assert terminal(folder, f"{family}\n{task}\n{preset}\nclips\n24\n")[0] == 0
+    else:
+        succeed("--model", family, "--task", task, "--profile", preset, "--data", "clips")
+    assert run_crepa("train", "--print-profile") == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert f'"{family}"' in lines["model.family"]
+    assert "crepa.toml" in lines["model.family"]
+    assert ("cosine" if task == "t2v" else "constant") in lines["crepa.scheduler"]
+    assert ("2000" if preset == "solid-background" else " 0 ") in lines["crepa.cutoff_step"]
+    assert f"family {family}" in lines["crepa.block_index"]
