@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +20,10 @@ from crepa_cli.models import load_family
 from crepa_cli.models.family import Family
 from crepa_cli.models.tiny import write_once
 from crepa_cli.teachers.dinov2 import write_tiny_dinov2
+
+# Tensors of tiny models are faster on one thread than shared out, here and in the commands that tests start.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 OpenTiny = Callable[[str, str], Family]
 
@@ -66,8 +72,11 @@ def run_crepa(monkeypatch: pytest.MonkeyPatch) -> RunCrepa:
         monkeypatch.setattr(sys, "argv", ["crepa", *map(str, arguments)])
         # Accelerate allows one precision per process; each run of a test stands for a process.
         AcceleratorState._reset_state(reset_partial_state=True)
-        with pytest.raises(SystemExit) as exit_:
-            main()
+        try:
+            with pytest.raises(SystemExit) as exit_:
+                main()
+        finally:
+            logging.captureWarnings(False)
         return int(exit_.value.code or 0)
 
     return run
