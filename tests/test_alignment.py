@@ -85,7 +85,7 @@ def test_a_latent_frame_meets_the_video_frame_it_begins_with(student: int, facto
 
 @given(seed=st.integers(0, 99), options=SETTINGS, frames=st.integers(1, 6), student=GRIDS, teacher=GRIDS)
 @settings(**CASES)
-def test_similarities_lie_between_minus_one_and_one(seed, options, frames, student, teacher) -> None:  # type: ignore[no-untyped-def]
+def test_similarities_lie_between_minus_one_and_one(seed, options, frames, student, teacher) -> None:
     student_grid, teacher_grid = TokenGrid(frames, *student), TokenGrid(frames, *teacher)
     crepa, hidden, features = case(seed, options, student_grid, teacher_grid)
     with torch.no_grad():  # features equal to the projections are the extreme
@@ -100,7 +100,7 @@ def test_similarities_lie_between_minus_one_and_one(seed, options, frames, stude
 
 @given(seed=st.integers(0, 99), options=SETTINGS, student=GRIDS, scale=st.floats(1e-3, 1e3))
 @settings(**CASES)
-def test_scaled_features_give_the_same_loss(seed, options, student, scale) -> None:  # type: ignore[no-untyped-def]
+def test_scaled_features_give_the_same_loss(seed, options, student, scale) -> None:
     grid, teacher_grid = TokenGrid(4, *student), TokenGrid(7, 3, 3)
     crepa, hidden, features = case(seed, options, grid, teacher_grid)
     assert_equal(crepa(hidden, features * scale, grid, teacher_grid), crepa(hidden, features, grid, teacher_grid))
@@ -108,7 +108,7 @@ def test_scaled_features_give_the_same_loss(seed, options, student, scale) -> No
 
 @given(seed=st.integers(0, 99), options=SETTINGS, frames=st.integers(1, 6))
 @settings(**CASES)
-def test_cumulative_is_adjacent_at_distance_one(seed, options, frames) -> None:  # type: ignore[no-untyped-def]
+def test_cumulative_is_adjacent_at_distance_one(seed, options, frames) -> None:
     grid = TokenGrid(frames, 2, 3)
     crepa, hidden, features = case(seed, options | {"adjacent_distance": 1}, grid, grid)
     first = crepa(hidden, features, grid, grid)
@@ -118,7 +118,7 @@ def test_cumulative_is_adjacent_at_distance_one(seed, options, frames) -> None: 
 
 @given(seed=st.integers(0, 99), options=SETTINGS)
 @settings(**CASES)
-def test_a_clip_of_one_frame_has_no_neighbors(seed, options) -> None:  # type: ignore[no-untyped-def]
+def test_a_clip_of_one_frame_has_no_neighbors(seed, options) -> None:
     grid = TokenGrid(1, 3, 2)
     crepa, hidden, features = case(seed, options, grid, grid)
     alignment = crepa(hidden, features, grid, grid)
@@ -128,7 +128,7 @@ def test_a_clip_of_one_frame_has_no_neighbors(seed, options) -> None:  # type: i
 
 @given(seed=st.integers(0, 99), options=SETTINGS, student=GRIDS, teacher=GRIDS, size=st.integers(1, 200))
 @settings(**CASES)
-def test_the_chunk_size_changes_nothing_beyond_rounding(seed, options, student, teacher, size) -> None:  # type: ignore[no-untyped-def]
+def test_the_chunk_size_changes_nothing_beyond_rounding(seed, options, student, teacher, size) -> None:
     student_grid, teacher_grid = TokenGrid(4, *student), TokenGrid(4, *teacher)
     crepa, hidden, features = case(seed, options, student_grid, teacher_grid)
 
@@ -147,7 +147,7 @@ def test_the_chunk_size_changes_nothing_beyond_rounding(seed, options, student, 
 
 @given(seed=st.integers(0, 99), options=SETTINGS, order=st.permutations(range(3)))
 @settings(**CASES)
-def test_permuted_clips_permute_their_gradients_and_nothing_else(seed, options, order) -> None:  # type: ignore[no-untyped-def]
+def test_permuted_clips_permute_their_gradients_and_nothing_else(seed, options, order) -> None:
     grid, teacher_grid = TokenGrid(3, 3, 4), TokenGrid(5, 2, 2)
     crepa, hidden, features = case(seed, options, grid, teacher_grid, clips=3)
     first = crepa(hidden, features, grid, teacher_grid)

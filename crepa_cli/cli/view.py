@@ -74,7 +74,7 @@ def _dashboard(profile: Profile, family: Family, output: Path, device: torch.dev
 
 def _memory(device: torch.device) -> int:
     """The bytes that a device has."""
-    import psutil  # type: ignore[import-untyped]
+    import psutil
     import torch
 
     if device.type == "cuda":

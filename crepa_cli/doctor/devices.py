@@ -6,7 +6,7 @@ import subprocess
 import warnings
 from collections.abc import Iterator
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 import torch
 import torch.nn.functional as F
 from rich.filesize import decimal
