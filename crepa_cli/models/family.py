@@ -105,14 +105,14 @@ class Family(ABC):
         return 0.0, 1.0
 
     @property
-    @abstractmethod
     def block_count(self) -> int:
         """Blocks of the transformer."""
+        return int(self.config["num_layers"])
 
     @property
-    @abstractmethod
     def hidden_size(self) -> int:
         """Width of the blocks' hidden states."""
+        return int(self.config["num_attention_heads"] * self.config["attention_head_dim"])
 
     @property
     @abstractmethod
@@ -237,9 +237,12 @@ class Family(ABC):
 
     # Training.
 
-    @abstractmethod
     def token_grid(self, latents: Tensor) -> TokenGrid:
-        """Where the tokens of latents `[B, C, T, h, w]` are."""
+        """Where the tokens of latents `[B, C, T, h, w]` are: one for each patch."""
+        frames, rows, columns = (
+            size // patch for size, patch in zip(latents.shape[2:], self.config["patch_size"], strict=True)
+        )
+        return TokenGrid(frames, rows, columns)
 
     @abstractmethod
     def step(self, batch: Tensors, noise: Tensor, sigmas: Tensor) -> TransformerStep:

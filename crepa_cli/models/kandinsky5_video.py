@@ -187,13 +187,6 @@ class Kandinsky5Video(Family):
         video: Tensor = vae.decode(scaled, return_dict=False)[0][0]
         return video.float().clamp(-1, 1)
 
-    def token_grid(self, latents: Tensor) -> TokenGrid:
-        """One token for each patch of latents `[B, C, T, h, w]`."""
-        frames, rows, columns = (
-            size // patch for size, patch in zip(latents.shape[2:], self.config["patch_size"], strict=True)
-        )
-        return TokenGrid(frames, rows, columns)
-
     def step(self, batch: Tensors, noise: Tensor, sigmas: Tensor) -> TransformerStep:
         """Channels are last; the first frame of image to video is clean and not scored. Timesteps are sigmas * 1000."""
         latents, grid = batch["latents"], self.token_grid(batch["latents"])

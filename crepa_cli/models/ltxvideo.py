@@ -49,16 +49,6 @@ class LtxVideo(Family):
     }
 
     @property
-    def block_count(self) -> int:
-        """Blocks of the transformer."""
-        return int(self.config["num_layers"])
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of the blocks' hidden states."""
-        return int(self.config["num_attention_heads"] * self.config["attention_head_dim"])
-
-    @property
     def size_multiple(self) -> int:
         """The VAE's compression times the patch: 32 pixels for the published checkpoints."""
         return self._compression[1] * int(self.config["patch_size"])

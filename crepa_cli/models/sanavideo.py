@@ -19,7 +19,6 @@ from diffusers import (
 from torch import Tensor
 from transformers import Gemma2Config, Gemma2Model
 
-from crepa_cli.alignment import TokenGrid
 from crepa_cli.models.family import Family, Tensors, TransformerStep, add_noise, decoded_video, normalized_latents
 from crepa_cli.models.tiny import normalize_latents, smooth_video, tiny_gemma_tokenizer
 
@@ -43,16 +42,6 @@ class SanaVideo(Family):
         "train": {"learning_rate": 1e-4, "timestep_shift": 3.0},
         "validation": {"guidance_scale": 6.0},
     }
-
-    @property
-    def block_count(self) -> int:
-        """Blocks of the transformer."""
-        return int(self.config["num_layers"])
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of the blocks' hidden states."""
-        return int(self.config["num_attention_heads"] * self.config["attention_head_dim"])
 
     @property
     def size_multiple(self) -> int:
@@ -122,13 +111,6 @@ class SanaVideo(Family):
     def decode_latents(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
         """The inverse of `encode_clip`, as far as the VAE is."""
         return decoded_video(pipeline.vae, latents)
-
-    def token_grid(self, latents: Tensor) -> TokenGrid:
-        """One token for each patch of latents `[B, C, T, h, w]`."""
-        frames, rows, columns = (
-            size // patch for size, patch in zip(latents.shape[2:], self.config["patch_size"], strict=True)
-        )
-        return TokenGrid(frames, rows, columns)
 
     def step(self, batch: Tensors, noise: Tensor, sigmas: Tensor) -> TransformerStep:
         """In image to video the first latent frame is clean, and the timestep of its tokens is 0."""

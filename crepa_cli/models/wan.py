@@ -23,7 +23,6 @@ from diffusers import (
 from torch import Tensor
 from transformers import UMT5Config, UMT5EncoderModel
 
-from crepa_cli.alignment import TokenGrid
 from crepa_cli.errors import UserError
 from crepa_cli.models.family import Family, Tensors, TransformerStep, add_noise, decoded_video, normalized_latents
 from crepa_cli.models.tiny import normalize_latents, smooth_video, tiny_clip_vision, tiny_t5_tokenizer
@@ -105,16 +104,6 @@ class Wan(Family):
         return (self._boundary, 1.0) if self.component == "transformer" else (0.0, self._boundary)
 
     @property
-    def block_count(self) -> int:
-        """Blocks of the transformer."""
-        return int(self.config["num_layers"])
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of the blocks' hidden states."""
-        return int(self.config["num_attention_heads"] * self.config["attention_head_dim"])
-
-    @property
     def size_multiple(self) -> int:
         """The VAE's compression times the patch: 16 pixels for Wan 2.1 and A14B, 32 for TI2V."""
         vae = self.read_config("vae/config.json")
@@ -171,13 +160,6 @@ class Wan(Family):
     def decode_latents(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
         """The inverse of `encode_clip`, as far as the VAE is."""
         return decoded_video(pipeline.vae, latents)
-
-    def token_grid(self, latents: Tensor) -> TokenGrid:
-        """One token for each patch of latents `[B, C, T, h, w]`."""
-        frames, rows, columns = (
-            size // patch for size, patch in zip(latents.shape[2:], self.config["patch_size"], strict=True)
-        )
-        return TokenGrid(frames, rows, columns)
 
     def step(self, batch: Tensors, noise: Tensor, sigmas: Tensor) -> TransformerStep:
         """Timesteps are sigmas times 1000: one per clip, or one per token where the checkpoint asks for it."""
