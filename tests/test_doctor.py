@@ -140,8 +140,8 @@ def test_all_mistakes_of_the_plan_at_once(doctor: Any) -> None:
     Path("run/profile.toml").touch()
     report = doctor("--model", "wan", "--data", "nowhere", "--set", "train.output=run", exit_code=2)
     messages = failures(report)
-    assert messages.keys() == {"checkpoint", "teacher", "run folder", "clips"}
-    assert "local folder" in messages["checkpoint"]
+    assert messages.keys() == {"weights", "teacher", "run folder", "clips"}
+    assert "Wan-AI/Wan2.1-T2V-1.3B-Diffusers" in messages["weights"]
     assert "nowhere" in messages["clips"]
     assert status(report, "hub") == "warning"
 

@@ -7,27 +7,20 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from huggingface_hub import constants, get_session, snapshot_download
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from rich.filesize import decimal
 
 from crepa_cli.doctor.findings import Check
 from crepa_cli.errors import UserError
-from crepa_cli.models.checkpoint import needed_files
+from crepa_cli.models.checkpoint import hub_answers, needed_files
 
-TIMEOUT = 5.0
 ADVICE = "connect to the network, log in with hf auth login if it is gated, or name a local folder"
 
 
 def check_hub(repositories: Iterable[str]) -> Iterator[Check]:
     """Whether the Hub answers, where it may be needed; where it does not, what follows asks it no more."""
-    if all(Path(repository).is_dir() for repository in repositories):
-        return
-    try:
-        get_session().head(constants.ENDPOINT, timeout=TIMEOUT)
-    except Exception:  # whatever networks and proxies come up with
-        # Each request would be tried again for half a minute.
-        constants.HF_HUB_OFFLINE = True
+    if not all(Path(repository).is_dir() for repository in repositories) and not hub_answers():
         advice = "connect to the network, unless all that is needed is on this machine"
         yield Check("hub", "warning", f"{constants.ENDPOINT} cannot be reached", advice)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import constants, get_session, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -20,9 +20,15 @@ from huggingface_hub.errors import (
 
 from crepa_cli.errors import UserError
 
+PUBLISHED = Path(__file__).parent / "published"
+"""Configurations of published checkpoints, by Hub id, in the layout of diffusers."""
+HUB_TIMEOUT = 5.0
+
 
 def read_config(checkpoint: str, filename: str, revision: str | None = None) -> dict[str, Any]:
     """A JSON file of a checkpoint, of which nothing else is downloaded.
+
+    Without network, what this package knows of published checkpoints stands in for their files.
 
     Args:
         checkpoint: a local folder or a Hub id.
@@ -37,12 +43,35 @@ def read_config(checkpoint: str, filename: str, revision: str | None = None) -> 
         if not path.is_file():
             raise UserError(f"{checkpoint} has no {filename}; is it a checkpoint in the layout of diffusers?")
     else:
-        path = Path(_from_hub(hf_hub_download, checkpoint, filename=filename, revision=revision))
+        path = _config_from_hub(checkpoint, filename, revision)
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
     return config
+
+
+def _config_from_hub(repository: str, filename: str, revision: str | None) -> Path:
+    try:
+        return Path(_from_hub(hf_hub_download, repository, filename=filename, revision=revision))
+    except UserError as error:
+        published = PUBLISHED / repository / filename
+        if isinstance(error.__cause__, LocalEntryNotFoundError) and published.is_file():
+            return published
+        raise
+
+
+def hub_answers() -> bool:
+    """Whether the Hub can be reached; where it cannot, this process asks it no more.
+
+    Otherwise each request would be tried again for half a minute.
+    """
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
+    except Exception:  # whatever networks and proxies come up with
+        constants.HF_HUB_OFFLINE = True
+        return False
+    return True
 
 
 def fetch(checkpoint: str, revision: str | None = None, folders: Iterable[str] | None = None) -> Path:

@@ -159,6 +159,14 @@ class Family(ABC):
         )
         return transformer.requires_grad_(False)
 
+    def empty_transformer(self, dtype: torch.dtype) -> ModelMixin:
+        """The transformer as `load_transformer` has it, but for its weights: by the configuration alone.
+
+        In `torch.device("meta")` or in a FakeTensorMode it takes no memory.
+        """
+        transformer = getattr(diffusers, self.transformer_class).from_config(self.config)
+        return transformer.to(dtype).requires_grad_(False)
+
     def blocks(self, transformer: nn.Module) -> nn.ModuleList:
         """The transformer's blocks, in order."""
         blocks = getattr(transformer, self.blocks_attribute)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from diffusers import ModelMixin
 from torch import nn
 
 from crepa_cli.alignment import CoefficientSchedule, Crepa
@@ -13,18 +14,26 @@ from crepa_cli.training.adapter import make_trainable
 from crepa_cli.training.aligned import AlignedTransformer, BlockPair
 
 
-def build_model(profile: Profile, family: Family, feature_size: int | None) -> AlignedTransformer:
+def frozen_dtype(profile: Profile) -> torch.dtype:
+    """The dtype that the transformer is loaded in."""
+    # What is trained is kept in float32: steps of 1e-5 of a weight are lost in bfloat16.
+    dtype = torch.float32 if profile.adapter.kind == "full" else getattr(torch, profile.model.dtype)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def build_model(
+    profile: Profile, family: Family, transformer: ModelMixin, feature_size: int | None
+) -> AlignedTransformer:
     """The transformer with what is trained of it, and its alignment.
 
     Args:
         profile: the resolved settings.
         family: of the checkpoint.
+        transformer: in `frozen_dtype`.
         feature_size: width of the teacher's features; None for a transformer without alignment.
     """
     settings = profile.crepa
-    # What is trained is kept in float32: steps of 1e-5 of a weight are lost in bfloat16.
-    dtype = torch.float32 if profile.adapter.kind == "full" else getattr(torch, profile.model.dtype)
-    transformer = family.load_transformer(dtype)
     make_trainable(transformer, profile.adapter)
     if profile.train.activation_checkpointing:
         transformer.enable_gradient_checkpointing()

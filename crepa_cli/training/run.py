@@ -17,7 +17,7 @@ from crepa_cli.data.prepare import ClipForm, encoder_config, prepare, prompt_key
 from crepa_cli.errors import UserError
 from crepa_cli.events import Event, Notice
 from crepa_cli.models import load_family
-from crepa_cli.models.checkpoint import require_index
+from crepa_cli.models.checkpoint import fetch, require_index
 from crepa_cli.models.family import Family
 from crepa_cli.profile import Data, Profile
 from crepa_cli.training.adapter import export_mistakes
@@ -131,6 +131,8 @@ def train(
         RunError: if the training fails.
     """
     folder, form = clips_folder(profile.data), clip_form(profile.data)
+    # Without network this ends here, not after an hour of reading clips.
+    fetch(family.checkpoint, family.revision, folders=())
     checkpoints = complete_checkpoints(output / "checkpoints")
     if resume and not checkpoints:
         raise UserError(f"nothing to resume: {output} has no complete checkpoint; leave --resume out to start anew")

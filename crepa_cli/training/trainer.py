@@ -6,16 +6,14 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel, free_memory
-from torch import Tensor
 
 from crepa_cli.data.dataset import Batch, ClipDataset, prefetched
 from crepa_cli.data.online import OnlineTeacher
@@ -35,7 +33,7 @@ from crepa_cli.models.family import Family, Tensors
 from crepa_cli.profile import Profile
 from crepa_cli.training.adapter import export_weights
 from crepa_cli.training.aligned import AlignedTransformer
-from crepa_cli.training.build import build_model, coefficient_schedule, make_optimizer, trainable
+from crepa_cli.training.build import build_model, coefficient_schedule, frozen_dtype, make_optimizer, trainable
 from crepa_cli.training.checkpoints import (
     checkpoint_path,
     load_checkpoint,
@@ -43,18 +41,9 @@ from crepa_cli.training.checkpoints import (
     remove_old_checkpoints,
     save_checkpoint,
 )
-from crepa_cli.training.flow import diffusion_loss, sample_sigmas, seeded_generator
+from crepa_cli.training.flow import sample_sigmas, seeded_generator
 from crepa_cli.training.sampling import sample_videos
-
-
-class _Losses(NamedTuple):
-    """Of a micro-batch or, averaged, of a step: 0-d tensors; not a number for what is off."""
-
-    total: Tensor
-    diffusion: Tensor
-    crepa: Tensor
-    similarity: Tensor
-    layersync: Tensor
+from crepa_cli.training.step import Losses, Teaching, step_losses
 
 
 class Trainer:
@@ -104,7 +93,9 @@ class Trainer:
         if progress:
             self.schedule.load_state_dict(progress["schedule"])
         torch.manual_seed(train.seed)
-        aligned = build_model(profile, family, None if self._alignment_finished(self.start) else feature_size)
+        transformer = family.load_transformer(frozen_dtype(profile))
+        teacher_size = None if self._alignment_finished(self.start) else feature_size
+        aligned = build_model(profile, family, transformer, teacher_size)
         groups = [trainable(aligned.transformer), trainable(aligned.crepa) if aligned.crepa else []]
         optimizer = make_optimizer(train.optimizer, groups, train.learning_rate, train.weight_decay)
         self.lr_scheduler = get_scheduler(
@@ -181,20 +172,19 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         if self.average:
             self.average.step(trainable(self.aligned.transformer))
-        mean = torch.stack([torch.stack(part) for part in losses]).mean(0)
-        total, diffusion, crepa, similarity, layersync = self.accelerator.reduce(mean, "mean").tolist()
-        aligned = not math.isnan(similarity)
-        if aligned:
+        means = self._means(losses)
+        similarity = means.get("similarity")
+        if similarity is not None:
             self.schedule.observe(similarity)
         seconds = time.perf_counter() - started
         clips = train.batch_size * train.gradient_accumulation * self.accelerator.num_processes
         return StepDone(
             step=step,
-            loss=total,
-            diffusion_loss=diffusion,
-            crepa_loss=crepa if aligned else None,
-            crepa_similarity=similarity if aligned else None,
-            layersync_loss=None if math.isnan(layersync) else layersync,
+            loss=means["total"],
+            diffusion_loss=means["diffusion"],
+            crepa_loss=means.get("crepa"),
+            crepa_similarity=similarity,
+            layersync_loss=means.get("layersync"),
             crepa_similarity_ema=self.schedule.similarity_ema,
             crepa_coefficient=coefficient,
             crepa_cutoff=self.schedule.cut_off or self._alignment_finished(step),
@@ -205,8 +195,8 @@ class Trainer:
             peak_memory_bytes=peak_memory(self.accelerator.device),
         )
 
-    def _backward(self, batch: Batch, index: int, step: int, coefficient: float) -> _Losses:
-        """Accumulate the gradients of one micro-batch."""
+    def _backward(self, batch: Batch, index: int, step: int, coefficient: float) -> Tensors:
+        """Accumulate the gradients of one micro-batch, and return its losses by name."""
         train, device = self.profile.train, self.accelerator.device
         generator = seeded_generator(train.seed, "noise", index, self._rank)
         shift = train.timestep_shift or self.family.timestep_shift(batch.tensors["latents"])
@@ -214,35 +204,21 @@ class Trainer:
         sigmas = sample_sigmas(train.batch_size, train.timestep_sampling, shift, generator, bounds).to(device)
         noise = torch.randn(batch.tensors["latents"].shape, generator=generator).to(device)
         tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.tensors.items()}
-        target = self.family.step(tensors, noise, sigmas)
         features, teacher_grid = batch.features, batch.teacher_grid
         if features is not None:
             features = features.to(device, non_blocking=True)
         elif self.online_teacher is not None:
             features, teacher_grid = self.online_teacher.features(tensors["latents"])
-        grid = self.family.token_grid(tensors["latents"])
-        output = self.model(target.inputs, grid, features, teacher_grid)
-        diffusion = diffusion_loss(output.prediction, target, sigmas, train.loss_weighting)
-        crepa = similarity = layersync = torch.full_like(diffusion, math.nan)
-        loss = diffusion
-        if output.alignment is not None:
-            crepa, similarity = output.alignment.loss, output.alignment.similarity
-            loss = diffusion + coefficient * crepa
-        if output.layersync is not None:
-            layersync = output.layersync
-            loss = loss + self.profile.layersync.lambda_ * layersync
-        _require_finite(
-            {
-                "diffusion loss": diffusion,
-                "alignment loss": crepa if output.alignment else None,
-                "LayerSync loss": output.layersync,
-            },
-            step,
-            batch.clips,
-        )
-        losses = _Losses(*(value.detach() for value in (loss, diffusion, crepa, similarity, layersync)))
-        self.accelerator.backward(loss / train.gradient_accumulation)
-        return losses
+        teaching = Teaching(features, teacher_grid, coefficient)
+        losses = step_losses(self.model, self.family, self.profile, tensors, noise, sigmas, teaching)
+        _require_finite(losses, step, batch.clips)
+        self.accelerator.backward(losses.total / train.gradient_accumulation)
+        return {name: loss.detach() for name, loss in losses._asdict().items() if loss is not None}
+
+    def _means(self, losses: list[Tensors]) -> dict[str, float]:
+        """The means of micro-batches over this step and all processes."""
+        means = torch.stack([torch.stack(list(part.values())) for part in losses]).mean(0)
+        return dict(zip(losses[0], self.accelerator.reduce(means, "mean").tolist(), strict=True))
 
     def _read_batch(self, index: int) -> Batch:
         """Read the micro-batch of this process with this index, counted over the whole run."""
@@ -354,12 +330,12 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _require_finite(terms: Mapping[str, Tensor | None], step: int, clips: tuple[str, ...]) -> None:
-    bad = [name for name, value in terms.items() if value is not None and not torch.isfinite(value)]
+def _require_finite(losses: Losses, step: int, clips: tuple[str, ...]) -> None:
+    bad = [name for name, loss in losses._asdict().items() if loss is not None and not torch.isfinite(loss)]
     if bad:
         raise RunError(
-            f"step {step}: the {' and the '.join(bad)} of {', '.join(clips)} is not finite; nothing was written, the "
-            "last checkpoint is good. Lower train.learning_rate or look at the clip, then go on with --resume"
+            f"step {step}: the {' and the '.join(bad)} loss of {', '.join(clips)} is not finite; nothing was written, "
+            "the last checkpoint is good. Lower train.learning_rate or look at the clip, then go on with --resume"
         )
 
 

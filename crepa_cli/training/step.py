@@ -1,0 +1,62 @@
+"""One step's losses: from prepared tensors and noise to what the backward starts from."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from crepa_cli.alignment import TokenGrid
+from crepa_cli.models.family import Family, Tensors
+from crepa_cli.profile import Profile
+from crepa_cli.training.flow import diffusion_loss
+
+
+class Losses(NamedTuple):
+    """Of a micro-batch: 0-d tensors; None for what is off."""
+
+    total: Tensor
+    diffusion: Tensor
+    crepa: Tensor | None = None
+    similarity: Tensor | None = None
+    layersync: Tensor | None = None
+
+
+class Teaching(NamedTuple):
+    """What CREPA adds to a step: an encoder's features `[B, T', N', D]` and their grid, and the coefficient."""
+
+    features: Tensor | None = None
+    grid: TokenGrid | None = None
+    coefficient: float = 0.0
+
+
+def step_losses(
+    model: nn.Module,
+    family: Family,
+    profile: Profile,
+    tensors: Tensors,
+    noise: Tensor,
+    sigmas: Tensor,
+    teaching: Teaching,
+) -> Losses:
+    """The forward pass of a micro-batch; `total` has the gradient.
+
+    Args:
+        model: an `AlignedTransformer`, or what Accelerate wraps around one.
+        family: of its transformer.
+        profile: the weighting of the losses.
+        tensors: clips and captions with a batch dimension, on the device of the model.
+        noise: like the latents.
+        sigmas: `[B]`.
+        teaching: without features where a block is the teacher, and where alignment is off.
+    """
+    target = family.step(tensors, noise, sigmas)
+    output = model(target.inputs, family.token_grid(tensors["latents"]), teaching.features, teaching.grid)
+    diffusion = diffusion_loss(output.prediction, target, sigmas, profile.train.loss_weighting)
+    total, alignment = diffusion, output.alignment
+    if alignment is not None:
+        total = total + teaching.coefficient * alignment.loss
+    if output.layersync is not None:
+        total = total + profile.layersync.lambda_ * output.layersync
+    crepa, similarity = (alignment.loss, alignment.similarity) if alignment else (None, None)
+    return Losses(total, diffusion, crepa, similarity, output.layersync)
