@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -11,6 +12,7 @@ from rich.console import Console
 from crepa_cli import __version__
 from crepa_cli.cli.doctor import doctor
 from crepa_cli.cli.init import init
+from crepa_cli.cli.probe import probe_blocks
 from crepa_cli.cli.train import train
 from crepa_cli.errors import RunError, UserError
 
@@ -22,6 +24,7 @@ app = typer.Typer(
 )
 app.command()(init)
 app.command()(train)
+app.command()(probe_blocks)
 app.command()(doctor)
 
 
@@ -45,13 +48,14 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        _fail(str(error), code=2)
+        _fail(error, code=2)
     except RunError as error:
-        _fail(str(error), code=1)
+        _fail(error, code=1)
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(error: Exception, code: int) -> NoReturn:
     console = Console(stderr=True, highlight=False)
-    console.print("[bold red]error:[/]", end=" ")
-    console.print(message, markup=False, soft_wrap=True)
+    rank = os.environ.get("RANK", "0")
+    console.print("[bold red]error:[/]" if rank == "0" else f"[bold red]error in process {rank}:[/]", end=" ")
+    console.print("\n".join([str(error), *getattr(error, "__notes__", ())]), markup=False, soft_wrap=True)
     sys.exit(code)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 class HiddenStateCapture:
     """Forward hooks on some of a transformer's blocks.
 
-    The hooks record within `recording()` alone. Under activation checkpointing the backward runs the blocks, and with
-    them the hooks, once more: by then recording is over, so that the states are those of the forward pass and no
-    second copy is kept.
+    The hooks listen within `recording()` and `watching()` alone. Under activation checkpointing the backward runs the
+    blocks, and with them the hooks, once more: by then that is over, so that the states are those of the forward pass
+    and no second copy is kept.
 
     Args:
         blocks: the transformer's blocks.
@@ -22,24 +22,31 @@ class HiddenStateCapture:
     """
 
     def __init__(self, blocks: nn.ModuleList, indices: Collection[int]) -> None:
-        self._states: dict[int, Tensor] | None = None
+        self._listener: Callable[[int, Tensor], None] | None = None
         self._handles = {index: blocks[index].register_forward_hook(self._hook(index)) for index in set(indices)}
 
     def _hook(self, index: int) -> Any:
-        def keep(_block: nn.Module, _inputs: Any, output: Tensor | tuple[Tensor, ...]) -> None:
-            if self._states is not None:
-                self._states[index] = output if isinstance(output, Tensor) else output[0]
+        def tell(_block: nn.Module, _inputs: Any, output: Tensor | tuple[Tensor, ...]) -> None:
+            if self._listener is not None:
+                self._listener(index, output if isinstance(output, Tensor) else output[0])
 
-        return keep
+        return tell
 
     @contextmanager
     def recording(self) -> Iterator[dict[int, Tensor]]:
         """Yields the dictionary, block index to hidden states, that a forward pass inside the context fills."""
-        self._states = {}
+        states: dict[int, Tensor] = {}
+        with self.watching(states.__setitem__):
+            yield states
+
+    @contextmanager
+    def watching(self, listener: Callable[[int, Tensor], None]) -> Iterator[None]:
+        """Hand each block's index and hidden states to `listener` during a forward pass, and keep none of them."""
+        self._listener = listener
         try:
-            yield self._states
+            yield
         finally:
-            self._states = None
+            self._listener = None
 
     def keep_only(self, indices: Collection[int]) -> None:
         """Take the hooks off all other blocks."""

@@ -1,0 +1,180 @@
+"""`crepa probe-blocks`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from crepa_cli.cli.completion import family_names, preset_names
+from crepa_cli.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+    from crepa_cli.events import Event
+    from crepa_cli.models.family import Family
+    from crepa_cli.probe.answer import Answer
+    from crepa_cli.probe.measure import Measurement
+    from crepa_cli.profile import Profile
+
+Flag = typer.Option
+
+
+def probe_blocks(
+    family: Annotated[
+        str, typer.Argument(metavar="FAMILY", help="Model family, such as wan.", autocompletion=family_names)
+    ],
+    profile: Annotated[str | None, Flag(help="Name of a preset, or a TOML file.", autocompletion=preset_names)] = None,
+    checkpoint: Annotated[str | None, Flag(help="Hub id or local folder of a checkpoint.")] = None,
+    task: Annotated[str | None, Flag(help="t2v (text to video) or i2v (image to video).")] = None,
+    data: Annotated[str | None, Flag(help="Measure on this folder of clips with captions.")] = None,
+    demo: Annotated[bool, Flag("--demo", help="Measure a tiny model on generated clips; downloads nothing.")] = False,
+    sets: Annotated[list[str] | None, Flag("--set", help="Any setting, as table.key=value; repeatable.")] = None,
+    write: Annotated[bool, Flag("--write", help="Put the recommended block into crepa.toml.")] = False,
+    plot: Annotated[Path | None, Flag(metavar="FILE.svg", help="Draw what was measured over depth.")] = None,
+    as_json: Annotated[bool, Flag("--json", help="Print one JSON object, for scripts.")] = False,
+) -> None:
+    """Say which block to align, and why.
+
+    Without clips it answers from the checkpoint's configuration. With --data or --demo it measures every block.
+    Stopped with Ctrl-C, the same command goes on where it was.
+    """
+    from rich.console import Console
+
+    from crepa_cli.cli.train import resolve, silence_libraries
+    from crepa_cli.files import write_whole
+
+    measured = demo or data is not None
+    if (write or plot) and not measured:
+        raise UserError(f"{'--write' if write else '--plot'} needs a measurement: add --data DIR, or --demo")
+    project = _project_file(family) if write else None
+    silence_libraries()
+    flags = {"model.family": family, "model.checkpoint": checkpoint, "model.task": task, "data.path": data}
+    try:
+        answer = _answer(resolve(profile, flags, sets or [], demo).profile, measured=measured, demo=demo)
+    except KeyboardInterrupt:
+        typer.echo("Stopped; the same command goes on from here.", err=True)
+        raise typer.Exit(130) from None
+    if plot:
+        from crepa_cli.probe.plot import draw_measurement
+
+        write_whole(plot, draw_measurement(answer))
+    if as_json:
+        typer.echo(json.dumps(answer.to_json(), indent=2, ensure_ascii=False))
+    else:
+        from crepa_cli.probe.show import show
+
+        show(answer, Console())
+    if project and answer.recommended:
+        _write_block(project, family, answer.recommended.block)
+
+
+def _answer(profile: Profile, *, measured: bool, demo: bool) -> Answer:
+    from crepa_cli.models.checkpoint import hub_answers
+    from crepa_cli.probe.answer import describe
+    from crepa_cli.probe.recommend import recommend
+
+    if demo:
+        from crepa_cli.training.demo import write_demo
+
+        write_demo(profile)
+    elif not all(Path(str(one)).is_dir() for one in _repositories(profile, measured=measured)):
+        hub_answers()
+    opened = _open_family(profile)
+    answer = describe(opened, profile.crepa.block_index)
+    if not measured:
+        return answer
+    from crepa_cli.probe.measure import measure
+
+    with _progress() as listener:
+        measurement = _drained(measure(profile, opened), listener)
+    return replace(answer, measurement=measurement, recommended=recommend(measurement, answer.default))
+
+
+def _repositories(profile: Profile, *, measured: bool) -> list[str | None]:
+    """Hub ids and local folders that the answer needs."""
+    return [profile.model.checkpoint, *([profile.crepa.encoder] if measured else [])]
+
+
+def _open_family(profile: Profile) -> Family:
+    """The checkpoint, whatever blocks and validation the settings name: these are not in question here."""
+    from crepa_cli.profile import Crepa, LayerSync, Validation
+    from crepa_cli.training.run import open_family
+
+    unasked = {"crepa": Crepa(enabled=False), "layersync": LayerSync(), "validation": Validation()}
+    return open_family(profile.model_copy(update=unasked))
+
+
+def _drained(events: Generator[Event, None, Measurement], listener: Callable[[Event], None]) -> Measurement:
+    while True:
+        try:
+            event = next(events)
+        except StopIteration as end:
+            measurement: Measurement = end.value
+            return measurement
+        listener(event)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[Event], None]]:
+    """A bar for each stage, and a line for each clip that is left out, on stderr: scripts read stdout."""
+    from rich.console import Console
+    from rich.progress import Progress as ProgressBars
+
+    from crepa_cli.events import ClipSkipped, Notice, Progress
+
+    stages: dict[str, TaskID] = {}
+    console = Console(stderr=True)
+    with ProgressBars(console=console, transient=True) as bars:
+
+        def listen(event: Event) -> None:
+            if isinstance(event, ClipSkipped):
+                console.print(f"skipped {event.name}: {event.reason}", markup=False)
+            elif isinstance(event, Notice):
+                console.print(event.message, markup=False)
+            elif isinstance(event, Progress):
+                if event.stage not in stages:
+                    stages[event.stage] = bars.add_task(event.stage, total=event.total)
+                bars.update(stages[event.stage], completed=event.done)
+
+        yield listen
+
+
+def _project_file(family: str) -> Path:
+    """The crepa.toml that the runs of this folder read.
+
+    Raises:
+        UserError: if there is none, or it is for another family.
+    """
+    from crepa_cli.profile.files import find_project_file, parse_toml, read_text
+
+    path = find_project_file(Path())
+    if path is None:
+        raise UserError("--write: there is no crepa.toml here; crepa init writes one")
+    path = Path(os.path.relpath(path))
+    model = parse_toml(read_text(path, str(path)), str(path)).get("model")
+    named = model.get("family", family) if isinstance(model, dict) else family
+    if named != family:
+        raise UserError(f"--write: {path} is for the family {named!r}, and {family} is probed")
+    return path
+
+
+def _write_block(path: Path, family: str, block: int) -> None:
+    from crepa_cli.files import write_whole
+    from crepa_cli.profile.edit import with_number
+    from crepa_cli.profile.files import parse_toml, read_text
+    from crepa_cli.profile.layers import Setting, checked_profile, known_settings
+
+    text = with_number(read_text(path, str(path)), str(path), "crepa", "block_index", block)
+    mistakes: list[str] = []
+    settings = [*known_settings(parse_toml(text, str(path)), str(path), mistakes)]
+    checked_profile([*settings, Setting("model", "family", family, "FAMILY")], mistakes)
+    write_whole(path, text.encode())
+    typer.echo(f"Wrote crepa.block_index = {block} to {path}.", err=True)

@@ -1,0 +1,210 @@
+"""The measurement: clips are prepared as for training, noised, and run through the frozen transformer.
+
+What a clip gives is stored once it is complete, so that a measurement that was stopped goes on with the next clip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor
+
+from crepa_cli.data.cache import Cache, cache_key
+from crepa_cli.data.dataset import ClipDataset
+from crepa_cli.data.prepare import PreparedClip, prepare
+from crepa_cli.errors import RunError, UserError
+from crepa_cli.events import Event, Notice, Progress
+from crepa_cli.models.capture import HiddenStateCapture
+from crepa_cli.models.checkpoint import fetch, fingerprint
+from crepa_cli.models.family import Family, Tensors
+from crepa_cli.probe.clip import KERNEL_TOKENS, PROJECTOR_TOKENS, ClipProbe
+from crepa_cli.probe.metrics import NEIGHBORS, NormalEquations, predicted_cosine
+from crepa_cli.profile import Profile
+from crepa_cli.training.run import CACHE_FOLDER, PRECISION, clip_form, clips_folder
+
+LEVELS = (0.2, 0.4, 0.6, 0.8)
+"""Noise levels, as shares of the range that the transformer is used for."""
+CLIPS = 32
+"""Clips that are measured, at most: the order of the blocks settles long before a large folder is through."""
+FOLDS = 4
+
+
+class HeldOut(NamedTuple):
+    """The mean cosine of a clip's features with what is predicted for them by a projector fitted to other clips.
+
+    `cosines` `[clips, blocks, levels]` are of a projector; `constant` `[clips]` is the cosine with the mean feature of
+    those other clips, which needs no states at all.
+    """
+
+    cosines: Tensor
+    constant: Tensor
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured, by block and noise level.
+
+    Attributes:
+        clips: how many were measured.
+        sigmas: the noise levels.
+        cknna: `[blocks, levels]`, the mean over clips.
+        cka: likewise.
+        drift: `[blocks, levels]`, 1 - cos of neighboring frames' states over that of their features: below 1 the
+            states change less from frame to frame than what they are compared with.
+        projector: None for a single clip, which leaves no other one to fit a projector to.
+    """
+
+    clips: int
+    sigmas: list[float]
+    cknna: Tensor
+    cka: Tensor
+    drift: Tensor
+    projector: HeldOut | None
+
+
+def measure(profile: Profile, family: Family) -> Generator[Event, None, Measurement]:
+    """Measure every block on the clips of the settings; yields what happens.
+
+    Args:
+        profile: the resolved settings.
+        family: of the checkpoint.
+
+    Raises:
+        UserError: if no clip is usable, a block is the teacher, or the checkpoint is not there.
+        RunError: if memory is not enough, or hidden states are not finite.
+    """
+    if profile.crepa.use_backbone_features:
+        raise UserError(
+            "crepa.use_backbone_features = true: blocks are compared with an encoder's features, and no encoder "
+            "teaches here; add --set crepa.use_backbone_features=false"
+        )
+    folder = clips_folder(profile.data)
+    # Without network this ends here, not after an hour of reading clips.
+    fetch(family.checkpoint, family.revision, folders=())
+    accelerator = Accelerator(mixed_precision=PRECISION[profile.model.dtype])
+    cache = Cache(Path(profile.data.cache) if profile.data.cache else folder / CACHE_FOLDER)
+    dtype = getattr(torch, profile.model.dtype)
+    form = clip_form(profile.data)
+    clips = yield from prepare(family, folder, form, profile.crepa, [], cache, accelerator.device, dtype)
+    if len(clips) > CLIPS:
+        yield Notice(f"{CLIPS} of {len(clips)} clips are measured")
+    # The order of digests is arbitrary, and the same on every machine: a fair choice of clips and folds.
+    clips = sorted(clips, key=lambda clip: clip.digest)[:CLIPS]
+    low, high = family.sigma_range
+    sigmas = [low + level * (high - low) for level in LEVELS]
+    keys = _keys(profile, family, clips, sigmas)
+    try:
+        yield from _run_clips(profile, family, clips, keys, sigmas, cache, accelerator)
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            f"out of memory on {accelerator.device}: set fewer frames (data.frames) or a smaller size "
+            "(data.width, data.height), or take a smaller checkpoint"
+        ) from error
+    projector = (yield from _held_out(cache, keys)) if len(clips) > 1 else None
+    return _summary(cache, keys, sigmas, projector)
+
+
+def _keys(profile: Profile, family: Family, clips: list[PreparedClip], sigmas: list[float]) -> list[str]:
+    """The cache key of each clip's part: everything that it depends on."""
+    common: dict[str, object] = {
+        "kind": "probe",
+        "family": family.name,
+        "task": family.task,
+        "transformer": fingerprint(family.fetch() / family.component),
+        "dtype": profile.model.dtype,
+        "seed": profile.train.seed,
+        "sigmas": sigmas,
+        "tokens": [KERNEL_TOKENS, PROJECTOR_TOKENS, NEIGHBORS],
+    }
+    return [
+        cache_key(**common, latents=clip.latents_key, prompt=clip.prompt_key, features=clip.features_key)
+        for clip in clips
+    ]
+
+
+def _run_clips(
+    profile: Profile,
+    family: Family,
+    clips: list[PreparedClip],
+    keys: list[str],
+    sigmas: list[float],
+    cache: Cache,
+    accelerator: Accelerator,
+) -> Generator[Event, None, None]:
+    """Store the part of each clip that has none yet."""
+    missing = [index for index, key in enumerate(keys) if not cache.has("probe", key)]
+    if not missing:
+        return
+    transformer = family.load_transformer(getattr(torch, profile.model.dtype)).to(accelerator.device)
+    capture = HiddenStateCapture(family.blocks(transformer), range(family.block_count))
+    dataset = ClipDataset(clips, cache, "")
+    total, done = len(clips) * len(sigmas), (len(clips) - len(missing)) * len(sigmas)
+    for index in missing:
+        batch = dataset.batch([index], [False], with_features=True)
+        seed = profile.train.seed, "probe", clips[index].digest
+        probe = ClipProbe(family, transformer, capture, batch, sigmas, seed)
+        for level in range(len(sigmas)):
+            with accelerator.autocast():
+                probe.run(level)
+            if not probe.tensors["states"][:, level].isfinite().all():
+                raise RunError(
+                    f"the hidden states of {batch.clips[0]} at sigma {sigmas[level]:g} are not finite in "
+                    f"{profile.model.dtype}; are the checkpoint's files whole?"
+                )
+            done += 1
+            yield Progress("blocks", done, total)
+        cache.write("probe", keys[index], probe.tensors)
+
+
+def _held_out(cache: Cache, keys: list[str]) -> Generator[Event, None, HeldOut]:
+    """Cross-validation over clips: each is predicted by a projector that was fitted to the other folds.
+
+    One block at a time, so that memory does not grow with the blocks, and clip after clip. One projector serves all
+    noise levels, as in training.
+    """
+    first = cache.read("probe", keys[0])
+    blocks, levels, _, hidden_size = first["states"].shape
+    feature_size = first["features"].shape[1]
+    cosines = torch.empty(len(keys), blocks, levels, dtype=torch.float64)
+    constant = torch.empty(len(keys), dtype=torch.float64)
+    folds = [range(len(keys))[fold::FOLDS] for fold in range(min(FOLDS, len(keys)))]
+    for block in range(blocks):
+        parts = [NormalEquations(hidden_size, feature_size) for _ in folds]
+        for part, fold in zip(parts, folds, strict=True):
+            for clip in fold:
+                states, features = _states_and_features(cache, keys[clip], block)
+                part.add(states.flatten(0, 1), features.repeat(levels, 1))
+        for held_out, fold in enumerate(folds):
+            others = NormalEquations(hidden_size, feature_size)
+            for part in (*parts[:held_out], *parts[held_out + 1 :]):
+                others.merge(part)
+            weights = others.solve()
+            for clip in fold:
+                states, features = _states_and_features(cache, keys[clip], block)
+                cosines[clip, block] = predicted_cosine(weights, states, features).mean(1)
+                constant[clip] = F.cosine_similarity(others.constant(), features.double(), dim=-1).mean()
+        yield Progress("projectors", block + 1, blocks)
+    return HeldOut(cosines, constant)
+
+
+def _states_and_features(cache: Cache, key: str, block: int) -> tuple[Tensor, Tensor]:
+    """A block's stored states `[levels, S, H]` and their features `[S, D]`; what is not used is not read."""
+    tensors = cache.read("probe", key)
+    return tensors["states"][block], tensors["features"]
+
+
+def _summary(cache: Cache, keys: list[str], sigmas: list[float], projector: HeldOut | None) -> Measurement:
+    figures = [_figures(cache.read("probe", key)) for key in keys]
+    cknna, cka, drift, feature_drift = (torch.stack(values).mean(0) for values in zip(*figures, strict=True))
+    return Measurement(len(keys), sigmas, cknna, cka, drift / feature_drift, projector)
+
+
+def _figures(tensors: Tensors) -> list[Tensor]:
+    """A clip's own figures in float64, copied: the file with its states is let go."""
+    return [tensors[name].double() for name in ("cknna", "cka", "drift", "feature_drift")]

@@ -1,0 +1,54 @@
+"""One setting changed in a TOML file that its user wrote: everything else stays as it is, comments included."""
+
+from __future__ import annotations
+
+import re
+
+from crepa_cli.errors import UserError
+from crepa_cli.profile.files import parse_toml
+
+
+def with_number(text: str, label: str, table: str, key: str, value: int) -> str:
+    """The text of a TOML file with `key = value` in its `[table]`.
+
+    Args:
+        text: the file's.
+        label: how to call it.
+        table: is added at the end where there is none.
+        key: is put first in the table where it is not there yet.
+        value: the new one.
+
+    Raises:
+        UserError: if the text is no TOML, or spells the table in another way than `[table]`.
+    """
+    expected = parse_toml(text, label)
+    settings = expected.setdefault(table, {})
+    newline = "\r\n" if "\r\n" in text else "\n"
+    header = re.search(rf"^[ \t]*\[[ \t]*{table}[ \t]*\][^\r\n]*", text, re.MULTILINE)
+    if header is None:
+        separator = newline if text.endswith("\n") else 2 * newline
+        changed = f"{text}{separator}[{table}]{newline}{key} = {value}{newline}"
+    else:
+        changed = text[: header.end()] + _in_table(text[header.end() :], key, value, newline)
+    if isinstance(settings, dict):
+        settings[key] = value
+    if not _says(changed, expected):
+        raise UserError(
+            f"{label}: [{table}] is written in a way that cannot be changed safely; set {key} = {value} in it"
+        )
+    return changed
+
+
+def _in_table(rest: str, key: str, value: int, newline: str) -> str:
+    """What follows a table's header, with the key changed or added."""
+    end = re.search(r"^[ \t]*\[", rest, re.MULTILINE)
+    body, others = (rest[: end.start()], rest[end.start() :]) if end else (rest, "")
+    body, count = re.subn(rf"^([ \t]*{key}[ \t]*=[ \t]*)[^\s#]+", rf"\g<1>{value}", body, count=1, flags=re.MULTILINE)
+    return body + others if count else f"{newline}{key} = {value}{body}{others}"
+
+
+def _says(text: str, expected: dict[str, object]) -> bool:
+    try:
+        return parse_toml(text, "") == expected
+    except UserError:
+        return False
