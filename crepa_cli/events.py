@@ -8,7 +8,10 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Progress:
-    """The preparation finished `done` of `total` pieces of a stage: scanning, prompts, latents or features."""
+    """`done` of `total` pieces of a stage are finished, or of this process's share of it.
+
+    Stages of the preparation are scanning, prompts, latents and features; of a measurement blocks and projectors.
+    """
 
     stage: str
     done: int
@@ -66,6 +69,14 @@ class StepDone:
 
 
 @dataclass(frozen=True)
+class StepSkipped:
+    """An optimizer step that changed nothing, because a loss or the gradient was not finite, and of which clips."""
+
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class AlignmentDropped:
     """Alignment can never come back from this step on; hook, projector and features are gone."""
 
@@ -103,6 +114,7 @@ Event = (
     | Notice
     | TrainingStarted
     | StepDone
+    | StepSkipped
     | AlignmentDropped
     | CheckpointSaved
     | ValidationSampled

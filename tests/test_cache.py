@@ -215,7 +215,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(*{"mkdir": (Path, "mkdir", full), "fsync": (os, "fsync", full)}[step])
-    with pytest.raises(UserError, match=r"No space left on device. This file needs 3 bytes; [\d,]+ bytes are free in"):
+    with pytest.raises(UserError, match=r"No space left on device. It needs 3 bytes; [\d,]+ bytes are free in"):
         write_whole(tmp_path / "new" / "file" if step == "mkdir" else tmp_path / "file", b"abc")
     monkeypatch.undo()
     assert files(tmp_path) == []

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from crepa_cli.data.clips import ClipError, ClipScan, file_digest, find_clips
 from crepa_cli.errors import UserError
 
-FUZZ = settings(max_examples=500, deadline=None, derandomize=True, database=None)
+FUZZ = settings(max_examples=1500, deadline=None, derandomize=True, database=None)
 
 
 def put(folder: Path, files: dict[str, str | bytes]) -> None:

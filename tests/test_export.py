@@ -21,6 +21,7 @@ from crepa_cli.models.family import Family, Tensors
 from crepa_cli.models.wan import Wan
 from crepa_cli.profile import Adapter
 from crepa_cli.training.adapter import COMFYUI_FILE, export_weights, make_trainable
+from crepa_cli.training.checkpoints import trained_weights
 
 READERS: dict[str, Any] = {
     "wan": _convert_non_diffusers_wan_lora_to_diffusers,
@@ -44,7 +45,7 @@ def exported(family: Family, folder: Path, **settings: object) -> tuple[Tensors,
     for parameter in transformer.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter)
-    export_weights(family, transformer, adapter, folder)
+    export_weights(family, transformer, trained_weights(transformer), adapter, folder)
     assert {path.name for path in folder.iterdir()} == {DIFFUSERS_FILE, COMFYUI_FILE}
     return load_file(folder / DIFFUSERS_FILE), load_file(folder / COMFYUI_FILE)
 

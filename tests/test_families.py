@@ -21,6 +21,7 @@ from crepa_cli.models.family import Family, Tensors
 from crepa_cli.profile import Adapter
 from crepa_cli.training.adapter import export_weights, make_trainable
 from crepa_cli.training.aligned import HiddenStateCapture
+from crepa_cli.training.checkpoints import trained_weights
 from crepa_cli.training.flow import diffusion_loss, sample_sigmas
 
 CAPTION = "colored waves drift"
@@ -165,7 +166,7 @@ def test_an_exported_lora_loads_in_the_published_pipeline(
     for parameter in transformer.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.5)
-    export_weights(family, transformer, settings, tmp_path / "weights")
+    export_weights(family, transformer, trained_weights(transformer), settings, tmp_path / "weights")
     trained = get_peft_model_state_dict(transformer)
 
     pipeline_class = getattr(diffusers, family.pipeline_class)

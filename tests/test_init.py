@@ -454,7 +454,7 @@ CREPA = st.fixed_dictionaries(
         "threshold_mode": st.sampled_from(["permanent", "recoverable"]),
     },
 )
-FUZZ = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(deadline=None, max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @FUZZ

@@ -58,8 +58,8 @@ KEYS = {
     "adapter": "kind rank alpha dropout target_modules export",
     "data": "path width height frames fps repeats caption_dropout cache",
     "train": "steps batch_size gradient_accumulation learning_rate optimizer weight_decay lr_scheduler "
-    "lr_warmup_steps max_grad_norm activation_checkpointing compile ema timestep_sampling timestep_shift "
-    "loss_weighting seed output",
+    "lr_warmup_steps max_grad_norm max_skipped_steps sharding activation_checkpointing compile ema timestep_sampling "
+    "timestep_shift loss_weighting seed output",
     "validation": "every prompts images steps guidance_scale frames",
     "checkpoints": "every keep",
     "report": "every trackers",
@@ -428,7 +428,7 @@ SCALARS = st.one_of(
 )
 VALUES = st.one_of(SCALARS, st.lists(SCALARS, max_size=3), st.dictionaries(st.text(max_size=3), SCALARS, max_size=2))
 NAMES = st.one_of(st.sampled_from(sorted(f"{t}.{k}" for t, keys in known_keys().items() for k in keys)), st.text())
-FUZZ = settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(deadline=None, max_examples=500, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def survives(folder: Path, *sets: str, **arguments: Any) -> None:

@@ -35,7 +35,7 @@ def demo_run(demo: Path) -> Path:
 def test_the_demo_leaves_the_files_of_a_run(demo_run: Path) -> None:
     for step in (20, 40, 60):
         files = {path.name for path in (demo_run / "checkpoints" / f"step-{step:06d}").iterdir()}
-        assert files == {"model.safetensors", "optimizer.safetensors", "state.json"}
+        assert files == {"model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"}
     for step in (30, 60):
         video = probe(demo_run / "samples" / f"step-{step:06d}" / "00.mp4")
         assert (video.frames, video.width, video.height) == (17, 96, 64)
@@ -155,18 +155,18 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(
     assert_same_tensors(after_cutoff / WEIGHTS, whole / WEIGHTS)
 
 
-def test_ctrl_c_saves_a_checkpoint_and_ends_with_130(demo: Path) -> None:
-    run = demo / "runs" / "stopped"
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_save_a_checkpoint(number: signal.Signals, demo: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "crepa_cli", "train", *SHORT, "--output", run], cwd=demo, stdout=subprocess.DEVNULL
+        [sys.executable, "-m", "crepa_cli", "train", *SHORT, "--output", tmp_path], cwd=demo, stdout=subprocess.DEVNULL
     )
-    while len(read_metrics(run / "metrics.jsonl")) < 2:
+    while len(read_metrics(tmp_path / "metrics.jsonl")) < 2:
         assert process.poll() is None
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    assert process.wait() == 130
-    (checkpoint,) = (run / "checkpoints").iterdir()
-    steps = len(read_metrics(run / "metrics.jsonl"))
+    process.send_signal(number)
+    assert process.wait() == 128 + number
+    (checkpoint,) = (tmp_path / "checkpoints").iterdir()
+    steps = len(read_metrics(tmp_path / "metrics.jsonl"))
     assert json.loads((checkpoint / "state.json").read_text())["progress"]["step"] == steps < 16
 
 

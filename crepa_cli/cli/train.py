@@ -6,7 +6,7 @@ import logging
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from crepa_cli.cli.completion import family_names, preset_names
+from crepa_cli.cli.launch import launch, launched
 from crepa_cli.cli.view import Listener, open_view
+from crepa_cli.errors import UserError
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from rich.console import Console
 
     from crepa_cli.events import Event
@@ -42,6 +45,7 @@ def train(
     log_level: Annotated[LogLevel, Flag(help="Show what libraries log at this level or above.")] = "warning",
     print_profile: Annotated[bool, Flag("--print-profile", help="Show the settings, and train nothing.")] = False,
     cache_only: Annotated[bool, Flag("--cache-only", help="Prepare the clips, and train nothing.")] = False,
+    processes: Annotated[int, Flag(min=1, help="Processes to start on this machine, one for each GPU.")] = 1,
     sets: Annotated[list[str] | None, Flag("--set", help="Any setting, as table.key=value; repeatable.")] = None,
 ) -> None:
     """Fine-tune a video diffusion transformer with cross-frame alignment."""
@@ -62,18 +66,20 @@ def train(
     console = Console()
     if print_profile:
         _print_profile(resolved, console)
+    elif processes > 1 and not launched():
+        _check(resolved.profile, processes, resume=resume, demo=demo)
+        raise typer.Exit(launch(processes))
     else:
         view = partial(open_view, console=console, plain=plain, quiet=quiet, log_level=log_level)
         _train(resolved.profile, view, resume=resume, cache_only=cache_only, demo=demo)
 
 
-def _run_to_resume(profile: str | None, output: str | None) -> tuple[str | None, str]:
+def _run_to_resume(profile: str | None, output: str | None) -> tuple[str, str]:
     """The settings and the folder of the run to go on with: its own settings, unless others are named."""
-    from crepa_cli.training.run import newest_run
+    from crepa_cli.training.run import run_to_resume
 
-    run = Path(output) if output else newest_run()
-    settings = run / "profile.toml"
-    return profile or (str(settings) if settings.exists() else None), str(run)
+    run = run_to_resume(output)
+    return profile or str(run / "profile.toml"), str(run)
 
 
 def resolve(profile: str | None, flags: Mapping[str, object], sets: list[str], demo: bool) -> ResolvedProfile:
@@ -102,31 +108,44 @@ def _print_profile(resolved: ResolvedProfile, console: Console) -> None:
     console.print(table)
 
 
-def _train(profile: Profile, view: OpenView, *, resume: bool, cache_only: bool, demo: bool) -> None:
-    from crepa_cli.report.card import write_model_card
-    from crepa_cli.report.metrics import MetricsFile
-    from crepa_cli.report.plot import CurvesFile
-    from crepa_cli.report.trackers import Trackers
+def _check(profile: Profile, processes: int, *, resume: bool, demo: bool) -> None:
+    """Find mistakes before processes are started, which would each tell of them."""
+    import torch
+
     from crepa_cli.training import run
+    from crepa_cli.training.demo import write_demo
 
     if demo:
-        from crepa_cli.training.demo import write_demo
-
         write_demo(profile)
     run.clips_folder(profile.data)
+    run.open_family(profile)
+    if not resume:
+        run.new_run_folder(profile)
+    devices = torch.cuda.device_count()
+    if 0 < devices < processes:
+        raise UserError(f"--processes {processes}: this machine has {devices} GPUs, and each process needs its own")
+
+
+def _train(profile: Profile, view: OpenView, *, resume: bool, cache_only: bool, demo: bool) -> None:
+    from crepa_cli.processes import from_main, start_processes
+    from crepa_cli.report.card import write_model_card
+    from crepa_cli.training import run
+    from crepa_cli.training.demo import write_demo
+
+    state = start_processes()
+    if demo:
+        with state.local_main_process_first():
+            write_demo(profile)
+    run.clips_folder(profile.data)
     family = run.open_family(profile)
-    output = Path(profile.train.output or ".") if resume else run.new_run_folder(profile)
+    output = Path(profile.train.output or ".") if resume else from_main(lambda: run.new_run_folder(profile))
     accelerator = run.make_accelerator(profile, output)
     listeners: list[Listener] = []
-    if not cache_only:
+    if state.is_main_process and not cache_only:
         output.mkdir(parents=True, exist_ok=True)
         _write_profile(profile, output)
-        listeners += [
-            MetricsFile(output / "metrics.jsonl"),
-            CurvesFile(output, profile.crepa.similarity_threshold),
-            Trackers(accelerator, profile),
-        ]
-    with _stop_requests() as signals, view(profile, family, output, accelerator.device) as shown:
+        listeners = _file_listeners(profile, output, accelerator)
+    with _stop_requests() as signals, view(profile, family, output, accelerator) as shown:
         events = run.train(
             profile,
             family,
@@ -136,11 +155,26 @@ def _train(profile: Profile, view: OpenView, *, resume: bool, cache_only: bool, 
             cache_only=cache_only,
             should_stop=lambda: bool(signals),
         )
-        trained = _listen(events, [*listeners, *shown], signals)
+        # Closed at once where a listener fails, so that the trainer can save a checkpoint.
+        with closing(events):
+            trained = _listen(events, [*listeners, *shown], signals)
+    accelerator.end_training()
     if signals:
         raise typer.Exit(128 + signals[0])
-    if trained:
+    if trained and state.is_main_process:
         write_model_card(output, family, profile)
+
+
+def _file_listeners(profile: Profile, output: Path, accelerator: Accelerator) -> list[Listener]:
+    from crepa_cli.report.metrics import MetricsFile
+    from crepa_cli.report.plot import CurvesFile
+    from crepa_cli.report.trackers import Trackers
+
+    return [
+        MetricsFile(output / "metrics.jsonl"),
+        CurvesFile(output, profile.crepa.similarity_threshold),
+        Trackers(accelerator, profile),
+    ]
 
 
 def _listen(events: Iterator[Event], listeners: list[Listener], signals: list[int]) -> bool:
@@ -167,11 +201,12 @@ def _write_profile(profile: Profile, output: Path) -> None:
 
 @contextmanager
 def _stop_requests() -> Iterator[list[int]]:
-    """The signals that asked the run to stop; a second one ends it at once."""
+    """The signals that asked the run to stop; a second Ctrl-C ends it at once."""
     received: list[int] = []
 
     def request(number: int, _frame: object) -> None:
-        if received:
+        # A launcher answers Ctrl-C with SIGTERM to processes that have had the Ctrl-C already.
+        if number == signal.SIGINT in received:
             sys.exit(128 + number)
         received.append(number)
 

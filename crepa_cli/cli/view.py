@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+    from accelerate import Accelerator
     from rich.console import Console
 
     from crepa_cli.events import Event
@@ -26,7 +27,7 @@ def open_view(
     profile: Profile,
     family: Family,
     output: Path,
-    device: torch.device,
+    accelerator: Accelerator,
     console: Console,
     *,
     plain: bool,
@@ -34,6 +35,8 @@ def open_view(
     log_level: str,
 ) -> Iterator[list[Listener]]:
     """The dashboard in a terminal, plain lines elsewhere, nothing but errors where it is to be quiet.
+
+    Of several processes the main one shows it, and the others are quiet.
 
     What libraries log at `log_level` or above is shown in the same place.
     """
@@ -44,7 +47,7 @@ def open_view(
 
     level = logging.getLevelNamesMapping()[log_level.upper()]
     with ExitStack() as stack:
-        if quiet:
+        if quiet or not accelerator.is_main_process:
             errors = PlainLines(Console(stderr=True), profile.report.every)
             stack.enter_context(records_as_notices(errors, logging.ERROR))
             yield []
@@ -53,7 +56,7 @@ def open_view(
             stack.enter_context(records_as_notices(lines, level))
             yield [lines]
         else:
-            dashboard = stack.enter_context(_dashboard(profile, family, output, device, console))
+            dashboard = stack.enter_context(_dashboard(profile, family, output, accelerator.device, console))
             stack.enter_context(prints_as_notices(dashboard))
             stack.enter_context(records_as_notices(dashboard, level))
             yield [dashboard]

@@ -2,7 +2,7 @@
 
 An entry is one safetensors file, named by a hash of everything that it depends on. It appears whole under its
 name or not at all, so any number of processes may share a store without locks: two that compute the same
-entry write the same bytes, and the later rename wins.
+entry write the same tensors, and the later rename wins.
 """
 
 import hashlib

@@ -1,17 +1,19 @@
 """The preparation: everything that depends on the clips alone is computed once, stored, and found again.
 
 Three stages in turn, so that text encoder, VAE and teacher are never in memory together: prompts, latents, features.
-A stage whose entries are all in the cache loads no model.
+A stage whose entries are all in the cache loads no model. The processes of a run share out what is missing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from accelerate import PartialState
 from diffusers.training_utils import free_memory
 from torch import Tensor
 
@@ -24,6 +26,7 @@ from crepa_cli.errors import UserError
 from crepa_cli.events import ClipSkipped, Event, Progress
 from crepa_cli.models.checkpoint import fetch, fingerprint, read_config
 from crepa_cli.models.family import Family, Tensors
+from crepa_cli.processes import from_all, from_main
 from crepa_cli.profile import Crepa
 from crepa_cli.teachers.dinov2 import ENCODERS, Dinov2Teacher, input_size
 
@@ -172,7 +175,7 @@ def _prepare_prompts(
 ) -> Generator[Event, None, list[PreparedClip]]:
     texts = sorted({clip.clip.caption for clip in clips} | set(prompts))
     keys = {text: prompt_key(family, text, dtype) for text in texts}
-    missing = [text for text in texts if not cache.has("prompts", keys[text])]
+    missing = from_main(lambda: [text for text in texts if not cache.has("prompts", keys[text])])
     if missing:
         yield from _encode_prompts(family, {text: keys[text] for text in missing}, cache, device, dtype)
         free_memory()
@@ -199,7 +202,7 @@ def _prepare_latents(
         return cache_key(kind="latents", family=family.name, task=family.task, vae=vae, **_content(clip, fps))
 
     clips = [replace(clip, latents_key=key(clip)) for clip in clips]
-    missing = [clip for clip in clips if not cache.has("latents", clip.latents_key)]
+    missing = from_main(lambda: [clip for clip in clips if not cache.has("latents", clip.latents_key)])
     if not missing:
         return clips
     encoded = yield from _encode_latents(family, missing, fps, cache, device)
@@ -236,7 +239,7 @@ def _prepare_features(
         key = cache_key(kind="features", encoder=encoder, chosen=frames, size=size, **_content(clip, fps))
         inputs[key] = frames, size
         keyed.append(replace(clip, features_key=key))
-    missing = [clip for clip in keyed if not cache.has("features", str(clip.features_key))]
+    missing = from_main(lambda: [clip for clip in keyed if not cache.has("features", str(clip.features_key))])
     if not missing:
         return keyed
     encoded = yield from _encode_features(crepa, missing, inputs, fps, cache, device)
@@ -266,15 +269,31 @@ def _encode_features(
 def _each(
     stage: str, items: Sequence[Item], work: Callable[[Item], Result], *, name: Callable[[Item], str]
 ) -> Generator[Event, None, list[Result]]:
-    """Work on each item, yield the progress, and return the results; items whose clip is unreadable are skipped."""
-    results = []
-    for done, item in enumerate(items, start=1):
+    """Work on each item, yield the progress, and return the results; items whose clip is unreadable are skipped.
+
+    The processes of a run share out the items, and each returns all results. A mistake that ends one ends all.
+    """
+    state = PartialState()
+    mine = range(len(items))[state.process_index :: state.num_processes]
+    outcomes: list[tuple[int, Result | ClipError | UserError]] = []
+    for done, index in enumerate(mine, start=1):
         try:
             with torch.no_grad():
-                results.append(work(item))
+                outcomes.append((index, work(items[index])))
         except ClipError as error:
-            yield ClipSkipped(name(item), str(error))
-        yield Progress(stage, done, len(items))
+            outcomes.append((index, error))
+        except UserError as error:
+            outcomes.append((index, error))
+            break
+        yield Progress(stage, done, len(mine))
+    results = []
+    for index, outcome in sorted(from_all(outcomes), key=itemgetter(0)):
+        if isinstance(outcome, UserError):
+            raise outcome
+        if isinstance(outcome, ClipError):
+            yield ClipSkipped(name(items[index]), str(outcome))
+        else:
+            results.append(outcome)
     return results
 
 

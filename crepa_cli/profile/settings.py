@@ -156,6 +156,15 @@ class Train(Table):
         default=0, ge=0, description="Optimizer steps in which the learning rate rises from 0; 'constant' ignores it."
     )
     max_grad_norm: float = Field(default=1.0, ge=0, description="Gradients are clipped to this norm; 0 turns it off.")
+    max_skipped_steps: int = Field(
+        default=10,
+        ge=0,
+        description="Steps in a row that are skipped when a loss or gradient is not finite; one more ends the run.",
+    )
+    sharding: bool = Field(
+        default=False,
+        description="Share weights and optimizer out over the processes (FSDP2), for models too large for one GPU.",
+    )
     activation_checkpointing: bool = Field(
         default=True, description="Recompute activations in the backward pass: far less memory, about a third slower."
     )

@@ -149,5 +149,5 @@ class Dashboard:
 def _steps_before(started: TrainingStarted) -> Iterator[StepDone]:
     """The steps of earlier sessions, so that curves and best values are those of the whole run."""
     for line in read_metrics(started.output / "metrics.jsonl") if started.step else ():
-        if line["step"] < started.step:
+        if line["step"] < started.step and not line.pop("skipped", None):
             yield StepDone(**line)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from crepa_cli.events import Event, StepDone, TrainingStarted
+from crepa_cli.events import Event, StepDone, StepSkipped, TrainingStarted
 
 
 class MetricsFile:
@@ -24,8 +24,14 @@ class MetricsFile:
         if isinstance(event, TrainingStarted):
             self._keep_until(event.step)
         elif isinstance(event, StepDone):
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(event)) + "\n")
+            self._append(asdict(event) | {"skipped": None})
+        elif isinstance(event, StepSkipped):
+            nothing = dict.fromkeys(field.name for field in fields(StepDone))
+            self._append(nothing | {"step": event.step, "skipped": event.reason})
+
+    def _append(self, line: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
     def _keep_until(self, step: int) -> None:
         kept = [line for line in read_metrics(self.path) if line["step"] < step]

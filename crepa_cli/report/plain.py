@@ -12,6 +12,7 @@ from crepa_cli.events import (
     Notice,
     Progress,
     StepDone,
+    StepSkipped,
     TrainingEnded,
     TrainingStarted,
     ValidationSampled,
@@ -44,6 +45,8 @@ def describe(event: Event) -> str:
                 f"similarity={number(event.crepa_similarity)} average={number(event.crepa_similarity_ema)} "
                 f"lr={event.learning_rate:.2e} grad_norm={event.grad_norm:.3f} seconds={event.step_seconds:.3f}"
             )
+        case StepSkipped(step, reason):
+            return f"step {step} skipped: {reason}"
         case AlignmentDropped(step, reason):
             return f"alignment is off from step {step} on: {reason}"
         case CheckpointSaved(_, path):

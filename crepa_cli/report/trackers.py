@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 from accelerate import Accelerator
 
-from crepa_cli.events import Event, StepDone, TrainingEnded, TrainingStarted
+from crepa_cli.events import Event, StepDone, TrainingStarted
 from crepa_cli.profile import Profile
 
 
@@ -26,5 +26,3 @@ class Trackers:
         elif isinstance(event, StepDone) and event.step % self.profile.report.every == 0:
             values = {name: value for name, value in asdict(event).items() if value is not None}
             self.accelerator.log(values, step=event.step)
-        elif isinstance(event, TrainingEnded):
-            self.accelerator.end_training()

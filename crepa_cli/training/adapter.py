@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,13 +10,18 @@ import diffusers
 import torch
 from diffusers import ModelMixin
 from diffusers.training_utils import cast_training_params
+from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from crepa_cli.errors import UserError
+from crepa_cli.files import whole_folder
 from crepa_cli.models import FAMILIES, load_family
 from crepa_cli.models.family import COMFYUI_FILE, Family, Tensors
 from crepa_cli.profile import Adapter
+
+WEIGHTS_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
+"""Names of the files that diffusers' `from_pretrained` looks for."""
 
 
 def make_trainable(transformer: ModelMixin, adapter: Adapter) -> None:
@@ -43,25 +47,33 @@ def make_trainable(transformer: ModelMixin, adapter: Adapter) -> None:
     cast_training_params(transformer, dtype=torch.float32)
 
 
-def export_weights(family: Family, transformer: ModelMixin, adapter: Adapter, folder: Path) -> None:
+def export_weights(family: Family, transformer: ModelMixin, weights: Tensors, adapter: Adapter, folder: Path) -> None:
     """Write what was trained in the layouts of the settings, replacing what the folder held; whole or not at all.
 
     A LoRA becomes `pytorch_lora_weights.safetensors`, for `pipeline.load_lora_weights`, and `comfyui_lora.safetensors`;
     a full fine-tune becomes `transformer/`, for `from_pretrained`.
+
+    Args:
+        family: of the transformer.
+        transformer: whose configuration, and that of its LoRA, go with the weights.
+        weights: the trained parameters, by their names in the transformer.
+        adapter: what was trained, and the layouts.
+        folder: where the files go.
+
+    Raises:
+        UserError: if the disk is full or the folder cannot be written.
     """
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    if adapter.kind == "full":
-        transformer.save_pretrained(partial / "transformer")
-    else:
-        _export_lora(family, transformer, adapter, partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.replace(folder)
+    with whole_folder(folder, sum(tensor.nbytes for tensor in weights.values())) as partial:
+        if adapter.kind == "full":
+            transformer.save_config(partial / "transformer")
+            save_torch_state_dict(weights, partial / "transformer", filename_pattern=WEIGHTS_PATTERN)
+        else:
+            _export_lora(family, transformer, weights, adapter, partial)
 
 
-def _export_lora(family: Family, transformer: ModelMixin, adapter: Adapter, folder: Path) -> None:
-    layers, config = get_peft_model_state_dict(transformer), transformer.peft_config["default"]
+def _export_lora(family: Family, transformer: ModelMixin, weights: Tensors, adapter: Adapter, folder: Path) -> None:
+    layers = get_peft_model_state_dict(transformer, state_dict=weights)
+    config = transformer.peft_config["default"]
     if "diffusers" in adapter.export:
         getattr(diffusers, family.pipeline_class).save_lora_weights(
             folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=config.to_dict()

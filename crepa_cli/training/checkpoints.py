@@ -1,13 +1,13 @@
-"""Checkpoints: all that a run needs to go on, in safetensors and JSON, whole or absent."""
+"""Checkpoints: all that a run needs to go on, in safetensors and JSON, whole or absent, with checksums."""
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,11 +19,30 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from crepa_cli.files import remove_folder, remove_leftovers, whole_folder
+from crepa_cli.models.family import Tensors
 
 OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
 SEPARATOR = ":"
 """Between the name of a parameter and that of its optimizer state, such as `exp_avg`."""
 NAME = re.compile(r"step-(\d{6,})")
+MANIFEST = "manifest.json"
+"""Size and CRC-32 of every other file of a checkpoint."""
+CHUNK = 2**24
+
+
+class Snapshot(NamedTuple):
+    """What a checkpoint holds, gathered from all processes on the CPU of the main one.
+
+    `average` is the moving average of the weights; `state` are JSON values: progress, and groups of the optimizer.
+    """
+
+    model: Tensors
+    optimizer: Tensors
+    average: Tensors
+    state: dict[str, Any]
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -31,7 +50,7 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:06d}"
 
 
-def complete_checkpoints(folder: Path) -> list[Path]:
+def checkpoints_in(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first. One that was not finished has another name."""
     if not folder.is_dir():
         return []
@@ -39,41 +58,65 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def save_checkpoint(
-    path: Path,
+def trained_weights(model: nn.Module) -> Tensors:
+    """The trained parameters by name, on the CPU of the main process; every process has to call it."""
+    weights = cast(Tensors, get_model_state_dict(model, options=OPTIONS))
+    # What was sharded comes as views of larger buffers, which safetensors refuses.
+    return {name: weight.clone() if _is_view(weight) else weight for name, weight in weights.items()}
+
+
+def take_snapshot(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     average: list[Tensor] | None,
     progress: Mapping[str, Any],
-) -> None:
-    """Write a checkpoint under a temporary name and rename it.
+) -> Snapshot:
+    """Gather what is saved; every process of a run has to call it, and the main one has the tensors.
 
     Args:
-        path: its final folder.
         model: whose trained parameters are saved, those of the projector included.
         optimizer: over these parameters.
         average: the moving average of the weights, in the order of the parameters.
         progress: JSON values: the step, the schedules.
     """
-    partial = path.with_name(f"{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    weights = cast(dict[str, Tensor], get_model_state_dict(model, options=OPTIONS))
-    save_file(_contiguous(weights), partial / "model.safetensors")
-    optimizer_state = cast(dict[str, Any], get_optimizer_state_dict(model, optimizer, options=OPTIONS))
+    states = cast(dict[str, Any], get_optimizer_state_dict(model, optimizer, options=OPTIONS))
     moments = {
         f"{parameter}{SEPARATOR}{name}": tensor
-        for parameter, state in optimizer_state["state"].items()
+        for parameter, state in states.get("state", {}).items()
         for name, tensor in state.items()
     }
-    save_file(_contiguous(moments), partial / "optimizer.safetensors")
-    if average is not None:
-        save_file({str(index): tensor.cpu() for index, tensor in enumerate(average)}, partial / "average.safetensors")
-    (partial / "state.json").write_text(
-        json.dumps({"progress": progress, "param_groups": optimizer_state["param_groups"]}), encoding="utf-8"
+    averages = {str(index): whole_tensor(tensor).cpu() for index, tensor in enumerate(average or ())}
+    return Snapshot(
+        trained_weights(model), moments, averages, {"progress": progress, "param_groups": states.get("param_groups")}
     )
-    shutil.rmtree(path, ignore_errors=True)
-    partial.replace(path)
+
+
+def write_checkpoint(path: Path, snapshot: Snapshot) -> None:
+    """Write a checkpoint whole or not at all.
+
+    Raises:
+        UserError: if the disk is full or the folder cannot be written; what was there before is untouched.
+    """
+    files = {"model": snapshot.model, "optimizer": snapshot.optimizer, "average": snapshot.average}
+    size = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
+    with whole_folder(path, size) as partial:
+        for name, tensors in files.items():
+            if tensors or name != "average":
+                contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+                save_file(contiguous, partial / f"{name}.safetensors")
+        (partial / "state.json").write_text(json.dumps(snapshot.state), encoding="utf-8")
+        (partial / MANIFEST).write_text(json.dumps(_manifest(partial), indent=2), encoding="utf-8")
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is undamaged, and what is wrong with those after it."""
+    messages: list[str] = []
+    for path in reversed(checkpoints_in(folder)):
+        damage = _damage(path)
+        if damage is None:
+            return path, messages
+        messages.append(f"{path} is damaged and skipped: {damage}")
+    return None, messages
 
 
 def read_progress(path: Path) -> dict[str, Any]:
@@ -104,14 +147,64 @@ def load_checkpoint(
     if average is not None:
         saved = load_file(path / "average.safetensors")
         for index, tensor in enumerate(average):
-            tensor.copy_(saved[str(index)])
+            tensor.copy_(_like(saved[str(index)], tensor))
 
 
 def remove_old_checkpoints(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints."""
-    for path in complete_checkpoints(folder)[:-keep]:
-        shutil.rmtree(path)
+    """Delete all but the newest `keep` checkpoints, and what killed runs left."""
+    for path in checkpoints_in(folder)[:-keep]:
+        remove_folder(path)
+    remove_leftovers(folder)
 
 
-def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+def plain_state(scheduler: torch.optim.lr_scheduler.LRScheduler) -> dict[str, object]:
+    """A scheduler's state as JSON values: without its functions, which come from the settings."""
+    state = scheduler.state_dict()
+    return state | {"lr_lambdas": [None] * len(state["lr_lambdas"])}
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """A tensor without its sharding; every process has to call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _is_view(tensor: Tensor) -> bool:
+    return tensor.untyped_storage().nbytes() != tensor.nbytes
+
+
+def _like(tensor: Tensor, other: Tensor) -> Tensor:
+    """A tensor, sharded as the other one is."""
+    return distribute_tensor(tensor, other.device_mesh, other.placements) if isinstance(other, DTensor) else tensor
+
+
+def _manifest(folder: Path) -> dict[str, dict[str, int]]:
+    files = (path for path in sorted(folder.iterdir()) if path.name != MANIFEST)
+    return {path.name: {"bytes": path.stat().st_size, "crc32": _checksum(path)} for path in files}
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, in words."""
+    try:
+        expected = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        found = _manifest(path)
+    except (OSError, ValueError) as error:
+        return f"{MANIFEST} cannot be read: {error}"
+    if found == expected:
+        return None
+    if not isinstance(expected, dict):
+        return f"{MANIFEST} holds no table"
+    changed = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+    return f"{', '.join(changed)} not as written"
+
+
+def _checksum(path: Path) -> int:
+    crc = 0
+    for chunk in _chunks(path):
+        crc = zlib.crc32(chunk, crc)
+    return crc
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            yield chunk

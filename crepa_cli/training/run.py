@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import torch
@@ -19,9 +19,10 @@ from crepa_cli.events import Event, Notice
 from crepa_cli.models import load_family
 from crepa_cli.models.checkpoint import fetch, require_index
 from crepa_cli.models.family import Family
+from crepa_cli.processes import from_main
 from crepa_cli.profile import Data, Profile
 from crepa_cli.training.adapter import export_mistakes
-from crepa_cli.training.checkpoints import complete_checkpoints
+from crepa_cli.training.checkpoints import newest_checkpoint
 from crepa_cli.training.sampling import image_mistakes
 from crepa_cli.training.trainer import Trainer
 
@@ -89,20 +90,12 @@ def clips_folder(data: Data) -> Path:
 
 
 def make_accelerator(profile: Profile, output: Path) -> Accelerator:
-    """Device, precision and trackers.
-
-    Raises:
-        UserError: if a launcher started several processes.
-    """
-    accelerator = Accelerator(
+    """Device, precision, processes and trackers."""
+    return Accelerator(
         mixed_precision=PRECISION[profile.model.dtype],
         log_with=list(profile.report.trackers) or None,
         project_config=ProjectConfiguration(project_dir=str(output), logging_dir=str(output / "trackers")),
-        step_scheduler_with_optimizer=False,
     )
-    if accelerator.num_processes > 1:
-        raise UserError(f"crepa trains in one process so far, and {accelerator.num_processes} were started")
-    return accelerator
 
 
 def train(
@@ -114,7 +107,7 @@ def train(
     resume: bool,
     cache_only: bool,
     should_stop: Callable[[], bool],
-) -> Iterator[Event]:
+) -> Generator[Event, None, None]:
     """Prepare the clips, then train; yields what happens.
 
     Args:
@@ -133,9 +126,7 @@ def train(
     folder, form = clips_folder(profile.data), clip_form(profile.data)
     # Without network this ends here, not after an hour of reading clips.
     fetch(family.checkpoint, family.revision, folders=())
-    checkpoints = complete_checkpoints(output / "checkpoints")
-    if resume and not checkpoints:
-        raise UserError(f"nothing to resume: {output} has no complete checkpoint; leave --resume out to start anew")
+    checkpoint = (yield from _newest_checkpoint(output)) if resume else None
     damaged: list[str] = []
     cache = Cache(
         Path(profile.data.cache) if profile.data.cache else folder / CACHE_FOLDER,
@@ -164,9 +155,19 @@ def train(
         accelerator,
         feature_size,
         online,
-        checkpoints[-1] if resume else None,
+        checkpoint,
     )
     yield from trainer.run(should_stop)
+
+
+def _newest_checkpoint(output: Path) -> Generator[Event, None, Path | None]:
+    """The checkpoint to go on from; None where the run has not come to its first one."""
+    path, damaged = from_main(lambda: newest_checkpoint(output / "checkpoints"))
+    for message in damaged:
+        yield Notice(message)
+    if path is None:
+        yield Notice(f"{output} has no complete checkpoint: it starts from step 0")
+    return path
 
 
 def new_run_folder(profile: Profile) -> Path:
@@ -185,16 +186,20 @@ def new_run_folder(profile: Profile) -> Path:
     return output
 
 
-def newest_run() -> Path:
-    """The run in `runs/` that was worked on last.
+def run_to_resume(output: str | None) -> Path:
+    """The folder of the run to go on with: `output`, or the one in `runs/` that was worked on last.
 
     Raises:
-        UserError: if there is none.
+        UserError: if there is no run.
     """
-    runs = list(Path("runs").glob("*/profile.toml"))
-    if not runs:
-        raise UserError("nothing to resume: there is no run in runs/; name its folder with --output")
-    return max((path.parent for path in runs), key=lambda run: (run / "metrics.jsonl").stat().st_mtime)
+    if output is None:
+        runs = [path.parent for path in Path("runs").glob("*/profile.toml")]
+        if not runs:
+            raise UserError("nothing to resume: there is no run in runs/; name its folder with --output")
+        return max(runs, key=lambda run: max(path.stat().st_mtime for path in run.iterdir()))
+    if not Path(output, "profile.toml").is_file():
+        raise UserError(f"nothing to resume: {output} holds no run; leave --resume out to start one there")
+    return Path(output)
 
 
 def _numbered(stem: str, path: Path) -> re.Match[str] | None:

@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from diffusers.training_utils import free_memory
 from PIL import Image, ImageOps
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from crepa_cli.data.prepare import ClipForm
 from crepa_cli.data.sheet import frame_row, write_sheet
 from crepa_cli.data.video import write_video
 from crepa_cli.models.family import Family, Tensors
+from crepa_cli.processes import from_all
 from crepa_cli.profile import Validation
 
 
@@ -28,10 +31,13 @@ def sample_videos(
     images: Sequence[str],
     form: ClipForm,
     seed: int,
-    device: torch.device,
+    accelerator: Accelerator,
     **arguments: Any,
 ) -> tuple[Path, ...]:
     """Sample one mp4 per prompt into a folder, with a sheet of their frames, and return the videos' paths.
+
+    The processes of a run share out the prompts, and the main one writes; a sharded transformer needs them all for
+    each prompt.
 
     Args:
         family: whose pipeline samples.
@@ -42,28 +48,46 @@ def sample_videos(
         images: files of the first frames, one for each video of image to video; none for text to video.
         form: size, length and frame rate of the videos.
         seed: of the noise, the same for each prompt, so that one step's videos can be held against another's.
-        device: where the pipeline runs.
+        accelerator: device and processes.
         arguments: for the pipeline's call: num_inference_steps, guidance_scale.
     """
-    pipeline = family.load_sampling_pipeline(transformer).to(device)
+    device = accelerator.device
+    pipeline = family.load_sampling_pipeline(transformer)
+    for component in pipeline.components.values():
+        # The transformer is in its place already, and its weights cannot be moved where they are sharded.
+        if isinstance(component, nn.Module) and component is not transformer:
+            component.to(device)
     transformer.eval()
-    paths, rows = [], []
-    for index, prompt in enumerate(prompts):
+    mine = range(len(prompts))
+    if not isinstance(transformer, FSDPModule):
+        mine = mine[accelerator.process_index :: accelerator.num_processes]
+    videos = []
+    for index in mine:
         generator = torch.Generator().manual_seed(seed)
         inputs = family.form_arguments(**form._asdict()) | arguments
-        inputs |= family.sampling_arguments(_to(prompt, device), _to(negative_prompt, device))
+        inputs |= family.sampling_arguments(_to(prompts[index], device), _to(negative_prompt, device))
         if images:
             inputs["image"] = first_frame(images[index], form.width, form.height)
         video = pipeline(**inputs, generator=generator, output_type="pt").frames[0]
-        paths.append(folder / f"{index:02d}.mp4")
-        frames = (video.float().clamp(0, 1) * 255).round().byte()
-        write_video(paths[-1], frames, form.fps)
-        rows.append(frame_row(frames))
-    write_sheet(folder / "sheet.png", rows)
+        videos.append((index, (video.float().clamp(0, 1) * 255).round().byte().cpu()))
     transformer.train()
     del pipeline
     free_memory()
-    return tuple(paths)
+    frames = dict(from_all(videos))
+    if accelerator.is_main_process:
+        _write_videos(folder, [frames[index] for index in range(len(prompts))], form.fps)
+    return tuple(_video_path(folder, index) for index in range(len(prompts)))
+
+
+def _write_videos(folder: Path, videos: Sequence[Tensor], fps: float) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, frames in enumerate(videos):
+        write_video(_video_path(folder, index), frames, fps)
+    write_sheet(folder / "sheet.png", [frame_row(frames) for frames in videos])
+
+
+def _video_path(folder: Path, index: int) -> Path:
+    return folder / f"{index:02d}.mp4"
 
 
 def first_frame(path: str, width: int, height: int) -> Image.Image:

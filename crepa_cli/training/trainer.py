@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -24,26 +23,32 @@ from crepa_cli.events import (
     AlignmentDropped,
     CheckpointSaved,
     Event,
+    Notice,
     StepDone,
+    StepSkipped,
     TrainingEnded,
     TrainingStarted,
     ValidationSampled,
 )
 from crepa_cli.models.family import Family, Tensors
+from crepa_cli.processes import from_all
 from crepa_cli.profile import Profile
 from crepa_cli.training.adapter import export_weights
-from crepa_cli.training.aligned import AlignedTransformer
 from crepa_cli.training.build import build_model, coefficient_schedule, frozen_dtype, make_optimizer, trainable
 from crepa_cli.training.checkpoints import (
     checkpoint_path,
     load_checkpoint,
+    plain_state,
     read_progress,
     remove_old_checkpoints,
-    save_checkpoint,
+    take_snapshot,
+    trained_weights,
+    write_checkpoint,
 )
 from crepa_cli.training.flow import sample_sigmas, seeded_generator
+from crepa_cli.training.parallel import describe_share, replicated, shard
 from crepa_cli.training.sampling import sample_videos
-from crepa_cli.training.step import Losses, Teaching, step_losses
+from crepa_cli.training.step import Teaching, not_finite, peak_memory, step_losses
 
 
 class Trainer:
@@ -86,6 +91,9 @@ class Trainer:
         train = profile.train
         progress = read_progress(resume) if resume else {}
         self.start: int = progress.get("step", 0)
+        self.done = self.saved = self.start
+        self.stopping = False
+        self.between_steps = True
         self.order = BatchOrder(
             dataset.buckets(), batch_size=train.batch_size, seed=train.seed, repeats=profile.data.repeats
         )
@@ -95,89 +103,102 @@ class Trainer:
         torch.manual_seed(train.seed)
         transformer = family.load_transformer(frozen_dtype(profile))
         teacher_size = None if self._alignment_finished(self.start) else feature_size
-        aligned = build_model(profile, family, transformer, teacher_size)
-        groups = [trainable(aligned.transformer), trainable(aligned.crepa) if aligned.crepa else []]
-        optimizer = make_optimizer(train.optimizer, groups, train.learning_rate, train.weight_decay)
+        self.aligned = build_model(profile, family, transformer, teacher_size)
+        if train.sharding:
+            shard(self.aligned, family.blocks(transformer), accelerator)
+        self.model = replicated(self.aligned, accelerator)
+        groups = [trainable(module) if module else [] for module in (transformer, self.aligned.crepa)]
+        self.optimizer = make_optimizer(train.optimizer, groups, train.learning_rate, train.weight_decay)
         self.lr_scheduler = get_scheduler(
             train.lr_scheduler,
-            optimizer,
+            self.optimizer,
             num_warmup_steps=train.lr_warmup_steps,
             num_training_steps=train.steps,
         )
         self.average = EMAModel(groups[0], decay=train.ema) if train.ema else None
-        self.model, self.optimizer = accelerator.prepare(aligned, optimizer)
-        if self.average:
-            self.average.to(accelerator.device)
+        self.skipped_in_a_row: int = progress.get("skipped_in_a_row", 0)
         if resume:
             self._restore(resume, progress)
 
-    @property
-    def aligned(self) -> AlignedTransformer:
-        """The trained module, without what Accelerate wraps around it."""
-        aligned = self.accelerator.unwrap_model(self.model)
-        assert isinstance(aligned, AlignedTransformer)
-        return aligned
-
     def run(self, should_stop: Callable[[], bool]) -> Iterator[Event]:
-        """Train to the last step, or until `should_stop` is true after one; a checkpoint is saved either way.
+        """Train to the last step, or until `should_stop` is true on any process; a checkpoint is saved either way.
+
+        An error saves one too, where this process can do that alone.
 
         Raises:
-            RunError: if a loss is not finite.
+            RunError: if a loss or gradient is not finite in too many steps in a row.
         """
-        profile, steps = self.profile, self.profile.train.steps
+        profile = self.profile
+        micro_batches = profile.train.gradient_accumulation * self.accelerator.num_processes
         yield TrainingStarted(
             self.output,
             self.start,
-            steps,
+            profile.train.steps,
             len(self.dataset.clips),
-            math.ceil(self.order.batches_per_epoch / profile.train.gradient_accumulation),
+            math.ceil(self.order.batches_per_epoch / micro_batches),
             sum(parameter.numel() for parameter in trainable(self.aligned)),
         )
+        if profile.train.sharding:
+            yield Notice(f"sharded: {describe_share(self.aligned)}")
+        try:
+            yield from self._steps(should_stop)
+        except (Exception, GeneratorExit) as error:
+            if self.between_steps and self.done > self.saved and self.accelerator.num_processes == 1:
+                error.add_note(f"A checkpoint was saved first: {self._save_checkpoint().path}")
+            raise
+
+    def _steps(self, should_stop: Callable[[], bool]) -> Iterator[Event]:
+        profile, steps = self.profile, self.profile.train.steps
         batches = prefetched(self._read_batch, self.start * profile.train.gradient_accumulation)
-        done = self.start
         for step in range(self.start, steps):
             if self.aligned.crepa is not None and self._alignment_finished(step):
                 self._drop_alignment()
                 yield AlignmentDropped(step, self._reason_of_cutoff(step))
-            yield self._optimizer_step(step, batches)
-            done = step + 1
-            stopped = done < steps and should_stop()
-            if stopped or done == steps or _due(done, profile.checkpoints.every):
-                yield self._save_checkpoint(done)
+            event = self._optimizer_step(step, batches, should_stop)
+            self.done = step + 1
+            yield event
+            stopped = self.stopping and self.done < steps
+            failed = self.skipped_in_a_row > profile.train.max_skipped_steps
+            if stopped or failed or self.done == steps or _due(self.done, profile.checkpoints.every):
+                yield self._save_checkpoint()
+            if failed:
+                raise RunError(
+                    f"{self.skipped_in_a_row} steps in a row were skipped, because a loss or the gradient was not "
+                    f"finite; metrics.jsonl names the clips. Lower train.learning_rate or look at the clips, then go "
+                    "on with --resume"
+                )
             if stopped:
-                yield TrainingEnded(done, None)
+                yield TrainingEnded(self.done, None)
                 return
-            if profile.validation.prompts and _due(done, profile.validation.every):
-                yield self._sample(done)
-        yield TrainingEnded(done, self._export())
+            if profile.validation.prompts and _due(self.done, profile.validation.every):
+                yield self._sample()
+        yield TrainingEnded(self.done, self._export())
 
     # One step.
 
-    def _optimizer_step(self, step: int, batches: Iterator[Batch]) -> StepDone:
+    def _optimizer_step(
+        self, step: int, batches: Iterator[Batch], should_stop: Callable[[], bool]
+    ) -> StepDone | StepSkipped:
         started = time.perf_counter()
         train = self.profile.train
-        torch.manual_seed(seeded_generator(train.seed, "dropout", step, self._rank).initial_seed())
         coefficient = self.schedule.coefficient(step) if self.aligned.crepa else 0.0
         learning_rate = self.lr_scheduler.get_last_lr()[0]
-        losses = []
+        losses, clips = [], []
         for micro in range(train.gradient_accumulation):
             last = micro == train.gradient_accumulation - 1
+            index = step * train.gradient_accumulation + micro
+            batch = next(batches)
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                index = step * train.gradient_accumulation + micro
-                losses.append(self._backward(next(batches), index, step, coefficient))
-        parameters = trainable(self.aligned)
-        norm = self.accelerator.clip_grad_norm_(parameters, train.max_grad_norm or math.inf)
-        self.optimizer.step()
-        self.lr_scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.average:
-            self.average.step(trainable(self.aligned.transformer))
-        means = self._means(losses)
+                losses.append(self._backward(batch, self._global(index), coefficient))
+            clips.append(batch.clips)
+        norm = float(self.accelerator.clip_grad_norm_(trainable(self.aligned), train.max_grad_norm or math.inf))
+        means = self._means(losses, should_stop())
+        if not all(math.isfinite(value) for value in (norm, *means.values())):
+            return self._skip(step, losses, clips)
         similarity = means.get("similarity")
-        if similarity is not None:
-            self.schedule.observe(similarity)
+        self._update(similarity)
         seconds = time.perf_counter() - started
-        clips = train.batch_size * train.gradient_accumulation * self.accelerator.num_processes
+        batch_size = train.batch_size * train.gradient_accumulation * self.accelerator.num_processes
         return StepDone(
             step=step,
             loss=means["total"],
@@ -189,16 +210,40 @@ class Trainer:
             crepa_coefficient=coefficient,
             crepa_cutoff=self.schedule.cut_off or self._alignment_finished(step),
             learning_rate=learning_rate,
-            grad_norm=float(norm),
+            grad_norm=norm,
             step_seconds=seconds,
-            samples_per_second=clips / seconds,
+            samples_per_second=batch_size / seconds,
             peak_memory_bytes=peak_memory(self.accelerator.device),
         )
 
-    def _backward(self, batch: Batch, index: int, step: int, coefficient: float) -> Tensors:
-        """Accumulate the gradients of one micro-batch, and return its losses by name."""
+    def _update(self, similarity: float | None) -> None:
+        """Take a step with the gradients that there are, which are finite."""
+        self.between_steps = False
+        self.optimizer.step()
+        self.lr_scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average:
+            self.average.step(trainable(self.aligned.transformer))
+        if similarity is not None:
+            self.schedule.observe(similarity)
+        self.skipped_in_a_row = 0
+        self.between_steps = True
+
+    def _skip(self, step: int, losses: list[Tensors], clips: list[tuple[str, ...]]) -> StepSkipped:
+        """Leave weights, averages and schedules as they are."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.skipped_in_a_row += 1
+        here = [term for part, names in zip(losses, clips, strict=True) for term in not_finite(part, names)]
+        reasons = from_all(here) or [
+            f"the gradient of {', '.join(from_all([name for names in clips for name in names]))}"
+        ]
+        return StepSkipped(step, f"{' and '.join(reasons)} is not finite")
+
+    def _backward(self, batch: Batch, index: int, coefficient: float) -> Tensors:
+        """Accumulate the gradients of the micro-batch with this index of the run, and return its losses by name."""
         train, device = self.profile.train, self.accelerator.device
-        generator = seeded_generator(train.seed, "noise", index, self._rank)
+        torch.manual_seed(seeded_generator(train.seed, "dropout", index).initial_seed())
+        generator = seeded_generator(train.seed, "noise", index)
         shift = train.timestep_shift or self.family.timestep_shift(batch.tensors["latents"])
         bounds = self.family.sigma_range
         sigmas = sample_sigmas(train.batch_size, train.timestep_sampling, shift, generator, bounds).to(device)
@@ -210,26 +255,32 @@ class Trainer:
         elif self.online_teacher is not None:
             features, teacher_grid = self.online_teacher.features(tensors["latents"])
         teaching = Teaching(features, teacher_grid, coefficient)
-        losses = step_losses(self.model, self.family, self.profile, tensors, noise, sigmas, teaching)
-        _require_finite(losses, step, batch.clips)
+        with self.accelerator.autocast():
+            losses = step_losses(self.model, self.family, self.profile, tensors, noise, sigmas, teaching)
         self.accelerator.backward(losses.total / train.gradient_accumulation)
         return {name: loss.detach() for name, loss in losses._asdict().items() if loss is not None}
 
-    def _means(self, losses: list[Tensors]) -> dict[str, float]:
-        """The means of micro-batches over this step and all processes."""
+    def _means(self, losses: list[Tensors], stop: bool) -> dict[str, float]:
+        """The means of micro-batches over this step and all processes, which agree on whether to stop."""
         means = torch.stack([torch.stack(list(part.values())) for part in losses]).mean(0)
-        return dict(zip(losses[0], self.accelerator.reduce(means, "mean").tolist(), strict=True))
+        *values, stops = self.accelerator.reduce(torch.cat([means, means.new_tensor([stop])]), "mean").tolist()
+        self.stopping = stops > 0
+        return dict(zip(losses[0], values, strict=True))
 
     def _read_batch(self, index: int) -> Batch:
         """Read the micro-batch of this process with this index, counted over the whole run."""
-        indices = self.order.batch(index * self.accelerator.num_processes + self._rank)
-        generator = seeded_generator(self.profile.train.seed, "captions", index, self._rank)
+        index = self._global(index)
+        indices = self.order.batch(index)
+        generator = seeded_generator(self.profile.train.seed, "captions", index)
         drop = torch.rand(len(indices), generator=generator) < self.profile.data.caption_dropout
         return self.dataset.batch(indices, drop.tolist(), with_features=self.aligned.crepa is not None)
 
-    @property
-    def _rank(self) -> int:
-        return int(self.accelerator.process_index)
+    def _global(self, index: int) -> int:
+        """The index among the micro-batches of all processes: what is random depends on it alone.
+
+        Two processes thus do what one does that accumulates twice as many micro-batches.
+        """
+        return int(index * self.accelerator.num_processes + self.accelerator.process_index)
 
     # Alignment.
 
@@ -241,9 +292,12 @@ class Trainer:
         for parameter in projector:
             self.optimizer.state.pop(parameter, None)
         projector.clear()
+        # Data parallelism would go on to wait for the projector's gradients: it starts anew without them.
+        self.model = self.aligned
         self.aligned.drop_alignment()
         self.online_teacher = None
         free_memory()
+        self.model = replicated(self.aligned, self.accelerator)
 
     def _reason_of_cutoff(self, step: int) -> str:
         settings = self.profile.crepa
@@ -256,30 +310,33 @@ class Trainer:
 
     # Files.
 
-    def _save_checkpoint(self, step: int) -> Event:
-        path = checkpoint_path(self.output / "checkpoints", step)
+    def _save_checkpoint(self) -> CheckpointSaved:
+        path = checkpoint_path(self.output / "checkpoints", self.done)
         progress = {
-            "step": step,
+            "step": self.done,
             "schedule": self.schedule.state_dict(),
-            "lr_scheduler": _plain_state(self.lr_scheduler),
+            "lr_scheduler": plain_state(self.lr_scheduler),
             "average_steps": self.average.optimization_step if self.average else 0,
+            "skipped_in_a_row": self.skipped_in_a_row,
         }
         average = self.average.shadow_params if self.average else None
-        save_checkpoint(path, self.aligned, self.optimizer.optimizer, average, progress)
-        remove_old_checkpoints(path.parent, self.profile.checkpoints.keep)
-        return CheckpointSaved(step, path)
+        snapshot = take_snapshot(self.aligned, self.optimizer, average, progress)
+        if self.accelerator.is_main_process:
+            write_checkpoint(path, snapshot)
+            remove_old_checkpoints(path.parent, self.profile.checkpoints.keep)
+        self.saved = self.done
+        return CheckpointSaved(self.done, path)
 
-    def _restore(self, path: Path, progress: dict[str, object]) -> None:
+    def _restore(self, path: Path, progress: dict[str, Any]) -> None:
         average = self.average.shadow_params if self.average else None
-        load_checkpoint(path, self.aligned, self.optimizer.optimizer, average)
+        load_checkpoint(path, self.aligned, self.optimizer, average)
         self.lr_scheduler.load_state_dict(progress["lr_scheduler"])
         if self.average:
             self.average.optimization_step = progress["average_steps"]
 
-    def _sample(self, step: int) -> Event:
+    def _sample(self) -> Event:
         validation = self.profile.validation
-        folder = self.output / "samples" / f"step-{step:06d}"
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = self.output / "samples" / f"step-{self.done:06d}"
         guidance = {} if validation.guidance_scale is None else {"guidance_scale": validation.guidance_scale}
         with self._averaged_weights(), torch.no_grad(), self.accelerator.autocast():
             paths = sample_videos(
@@ -291,16 +348,18 @@ class Trainer:
                 images=validation.images,
                 form=self.form._replace(frames=validation.frames or self.form.frames),
                 seed=self.profile.train.seed,
-                device=self.accelerator.device,
+                accelerator=self.accelerator,
                 num_inference_steps=validation.steps,
                 **guidance,
             )
-        return ValidationSampled(step, paths)
+        return ValidationSampled(self.done, paths)
 
     def _export(self) -> Path:
-        folder = self.output / "weights"
+        folder, transformer = self.output / "weights", self.aligned.transformer
         with self._averaged_weights():
-            export_weights(self.family, self.aligned.transformer, self.profile.adapter, folder)
+            weights = trained_weights(transformer)
+            if self.accelerator.is_main_process:
+                export_weights(self.family, transformer, weights, self.profile.adapter, folder)
         return folder
 
     @contextmanager
@@ -318,28 +377,5 @@ class Trainer:
             self.average.restore(parameters)
 
 
-def peak_memory(device: torch.device) -> int:
-    """Most bytes in use so far: allocated on the GPU, or resident in the process on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _require_finite(losses: Losses, step: int, clips: tuple[str, ...]) -> None:
-    bad = [name for name, loss in losses._asdict().items() if loss is not None and not torch.isfinite(loss)]
-    if bad:
-        raise RunError(
-            f"step {step}: the {' and the '.join(bad)} loss of {', '.join(clips)} is not finite; nothing was written, "
-            "the last checkpoint is good. Lower train.learning_rate or look at the clip, then go on with --resume"
-        )
-
-
-def _plain_state(scheduler: torch.optim.lr_scheduler.LRScheduler) -> dict[str, object]:
-    """A scheduler's state as JSON values: without its functions, which come from the settings."""
-    state = scheduler.state_dict()
-    return state | {"lr_lambdas": [None] * len(state["lr_lambdas"])}

@@ -1,0 +1,67 @@
+"""The processes of a run: who is there, and what they tell each other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+
+from crepa_cli.errors import RunError, UserError
+
+Value = TypeVar("Value")
+
+TIMEOUT = timedelta(hours=12)
+"""How long processes wait for each other: in the preparation one may have far longer clips than another."""
+
+
+def start_processes() -> PartialState:
+    """Join the processes that a launcher started, or stand alone.
+
+    Raises:
+        UserError: if the launcher was told to train in a way that would silently not happen.
+        RunError: if the processes did not find each other.
+    """
+    for variable, name in {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}.items():
+        if os.environ.get(variable, "").lower() == "true":
+            raise UserError(
+                f"accelerate was configured for {name}, which crepa does not use: take that out of its configuration; "
+                "train.sharding = true shares the weights out over the processes"
+            )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started == 1:
+        return PartialState()
+    # Accelerate joins processes on the CPU only where it is told to be there.
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=TIMEOUT)
+    if state.num_processes != started:
+        raise RunError(f"{started} processes were started, and they found {state.num_processes}")
+    return state
+
+
+def from_main(compute: Callable[[], Value]) -> Value:
+    """What `compute` gives on the main process, for all of them; every process has to call it.
+
+    Raises:
+        UserError: in every process, if `compute` raises it.
+    """
+    outcome: Value | UserError | None = None
+    if PartialState().is_main_process:
+        try:
+            outcome = compute()
+        except UserError as error:
+            outcome = error
+    (result,) = broadcast_object_list([outcome])
+    if isinstance(result, UserError):
+        raise result
+    shared: Value = result
+    return shared
+
+
+def from_all(values: list[Value]) -> list[Value]:
+    """The values of all processes in one list; every process has to call it."""
+    gathered: list[Value] = gather_object(values)
+    return gathered

@@ -1,0 +1,54 @@
+"""One model over several processes: a copy in each, or its weights shared out."""
+
+from __future__ import annotations
+
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from crepa_cli.errors import RunError, UserError
+from crepa_cli.training.aligned import AlignedTransformer
+
+
+def shard(aligned: AlignedTransformer, blocks: nn.ModuleList, accelerator: Accelerator) -> None:
+    """Share out the weights over all processes, block by block, in place (FSDP2, arXiv 2304.11277).
+
+    Transformer and projector are sharded apart, so that the projector can be dropped.
+
+    Raises:
+        UserError: if there is but one process.
+        RunError: if a trained weight is not shared out afterwards.
+    """
+    if accelerator.num_processes == 1:
+        raise UserError("train.sharding = true needs several processes: start them with --processes N, or turn it off")
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    roots = [aligned.transformer] + ([aligned.crepa] if aligned.crepa else [])
+    for module in (*blocks, *roots):
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    whole = [name for name, weight in aligned.named_parameters() if not isinstance(weight, DTensor)]
+    if whole:
+        raise RunError(f"train.sharding = true, but {len(whole)} weights are not sharded, such as {whole[0]}")
+
+
+def describe_share(aligned: AlignedTransformer) -> str:
+    """How much of a sharded module's weights this process holds."""
+    weights = list(aligned.parameters())
+    here = sum(weight.to_local().numel() for weight in weights if isinstance(weight, DTensor))
+    return f"this process holds {here:,} of {sum(weight.numel() for weight in weights):,} weights"
+
+
+def replicated(aligned: AlignedTransformer, accelerator: Accelerator) -> nn.Module:
+    """The aligned transformer on its device, as it is called: where there are several processes, a copy in each.
+
+    A sharded one is returned as it is.
+    """
+    if isinstance(aligned.transformer, FSDPModule):
+        return aligned
+    aligned.to(accelerator.device)
+    if accelerator.num_processes == 1:
+        return aligned
+    devices = None if accelerator.device.type == "cpu" else [accelerator.local_process_index]
+    return DistributedDataParallel(aligned, device_ids=devices)

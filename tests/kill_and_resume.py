@@ -1,0 +1,128 @@
+"""Kill a run at random moments and go on with it each time: it must end as a run that was left alone.
+
+    python tests/kill_and_resume.py --count 30
+
+Each time the demo's run is killed (SIGKILL, which nothing can answer) after a random time, in its preparation, a step,
+a checkpoint, a validation or its export, and started again with `--resume` until it ends. Weights, optimizer, average
+and metrics are then compared bit for bit with those of a run that was not killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+RUN = Path("runs/killed")
+TRAIN = [sys.executable, "-u", "-m", "crepa_cli", "train", "--plain"]
+SETTINGS = [
+    *("--profile", "t2v", "--model", "wan", "--demo", "--steps", "12"),
+    *("--set", "checkpoints.every=2", "--set", "validation.every=6", "--set", "validation.steps=2"),
+    *("--set", "train.ema=0.9", "--set", "adapter.dropout=0.1"),
+    *("--set", "crepa.similarity_threshold=0.12", "--set", "crepa.similarity_ema_decay=0.9"),
+]
+EXACT = ("step", "loss", "crepa_similarity_ema", "crepa_coefficient", "crepa_cutoff", "learning_rate", "grad_norm")
+STATES = ("model", "optimizer", "average")
+MOST_SESSIONS = 40
+
+
+def command() -> list[str]:
+    """What a user types: the run from its start, or going on with it."""
+    return [*TRAIN, "--resume", "--output", str(RUN)] if (RUN / "profile.toml").exists() else whole_run(RUN)
+
+
+def whole_run(output: Path) -> list[str]:
+    """The command of a run from its start."""
+    return [*TRAIN, *SETTINGS, "--output", str(output)]
+
+
+def session(kill_after: float | None) -> tuple[bool, str]:
+    """Run a command, killed after some seconds or left alone: whether it ended by itself, and its output."""
+    process = subprocess.Popen(command(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        output, _ = process.communicate(timeout=kill_after)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return False, process.communicate()[0]
+    if process.returncode:
+        raise SystemExit(f"a resumed run failed with exit code {process.returncode}:\n{output}")
+    return True, output
+
+
+def last_event(output: str) -> str:
+    """What the run told last."""
+    lines = output.strip().splitlines()
+    return lines[-1] if lines else "nothing yet"
+
+
+def differences(ours: Path, theirs: Path) -> list[str]:
+    """The files of two runs that are not equal, bit for bit."""
+    names = ["weights/pytorch_lora_weights", *(f"checkpoints/step-000012/{name}" for name in STATES)]
+    found = [name for name in names if not same_tensors(ours / f"{name}.safetensors", theirs / f"{name}.safetensors")]
+    if metrics(ours) != metrics(theirs):
+        found.append("metrics.jsonl")
+    return found
+
+
+def same_tensors(ours: Path, theirs: Path) -> bool:
+    """Whether two files hold the same tensors."""
+    first, second = load_file(ours), load_file(theirs)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def metrics(run: Path) -> list[list[Any]]:
+    """The values of each step that do not depend on the machine's speed."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [[line[key] for key in EXACT] for line in lines]
+
+
+def kill_and_resume(count: int, seed: int) -> None:
+    """Kill runs of the demo in the current folder `count` times in all.
+
+    Raises:
+        SystemExit: if one does not go on, or ends otherwise than the run that was not killed.
+    """
+    randomness = random.Random(seed)
+    whole = Path("runs/whole")
+    started = time.monotonic()
+    subprocess.run(whole_run(whole), check=True, stdout=subprocess.DEVNULL)
+    longest = time.monotonic() - started
+    killed = 0
+    while killed < count:
+        shutil.rmtree(RUN, ignore_errors=True)
+        if randomness.random() < 0.5:
+            # The next one is killed in its preparation too.
+            shutil.rmtree("crepa-demo/clips/.crepa-cache", ignore_errors=True)
+        for _ in range(MOST_SESSIONS):
+            after = randomness.uniform(0.1, longest) if killed < count else None
+            ended, output = session(after)
+            if ended:
+                break
+            killed += 1
+            print(f"{killed}: killed after {after:.1f} s; the run had told: {last_event(output)}", flush=True)
+        else:
+            raise SystemExit(f"the run did not end in {MOST_SESSIONS} sessions")
+        if found := differences(RUN, whole):
+            raise SystemExit(f"not equal to the run that was not killed: {', '.join(found)}")
+        print(f"a run that was killed ended as one that was not; {killed} of {count} kills so far", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=30, help="how often a run is killed")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        kill_and_resume(arguments.count, arguments.seed)

@@ -1,0 +1,260 @@
+"""What happens on rented machines: numbers that blow up, damaged files, full disks, errors in the middle."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import RunCrepa
+from safetensors.torch import load_file
+
+from crepa_cli.data.cache import Cache
+from crepa_cli.events import StepDone
+from crepa_cli.report.metrics import MetricsFile, read_metrics
+from crepa_cli.training.checkpoints import checkpoints_in, newest_checkpoint
+
+DEMO = ["train", "--profile", "t2v", "--model", "wan", "--demo", "--plain", "--set", "validation.every=0"]
+WEIGHTS = "weights/pytorch_lora_weights.safetensors"
+
+
+@pytest.fixture(name="in_demo")
+def _in_demo(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(demo)
+
+
+@pytest.fixture
+def stopped_run(demo: Path, tmp_path: Path) -> Path:
+    """A run with checkpoints after 20 and 40 of 60 steps."""
+    run = shutil.copytree(demo / "runs/wan-t2v-1", tmp_path / "run")
+    shutil.rmtree(run / "checkpoints/step-000060")
+    return run
+
+
+def finite(path: Path) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in load_file(path).values())
+
+
+def spoil(cache: Path, kind: str, name: str, value: float, *, entries: int) -> None:
+    """Put a value into the tensor `name` of the first entries of a kind, with a checksum that is right."""
+    store = Cache(cache)
+    for path in sorted((cache / kind).rglob("*.safetensors"))[:entries]:
+        tensors = {key: tensor.clone() for key, tensor in store.read(kind, path.stem).items()}
+        tensors[name].view(-1)[0] = value
+        store.write(kind, path.stem, tensors)
+
+
+SPOILED = {
+    "the diffusion loss of": ("latents", "latents", math.nan),
+    "the crepa loss of": ("features", "features", math.inf),
+}
+
+
+@pytest.mark.usefixtures("in_demo")
+@pytest.mark.parametrize("term", SPOILED)
+def test_a_step_that_is_not_finite_is_skipped_and_names_term_and_clip(
+    term: str, tmp_path: Path, run_crepa: RunCrepa
+) -> None:
+    """Two of eight clips are spoiled; nothing that is not finite reaches weights, averages or schedule."""
+    cache = shutil.copytree("crepa-demo/clips/.crepa-cache", tmp_path / "cache")
+    kind, name, value = SPOILED[term]
+    spoil(cache, kind, name, value, entries=2)
+    run = tmp_path / "run"
+    flags = ["--steps", 10, "--set", f"data.cache={cache}", "--set", "train.ema=0.9", "--set", "checkpoints.every=1"]
+    flags += ["--set", "checkpoints.keep=10", "--set", "crepa.similarity_threshold=0.9", "--output", run]
+    assert run_crepa(*DEMO, *flags) == 0
+    lines = read_metrics(run / "metrics.jsonl")
+    skipped = [line for line in lines if line["skipped"]]
+    assert 0 < len(skipped) < len(lines) == 10
+    for line in skipped:
+        assert line["skipped"].startswith(f"{term} clip-")
+        assert line["loss"] is line["grad_norm"] is None
+        before, after = (run / "checkpoints" / f"step-{line['step'] + more:06d}" for more in (0, 1))
+        if before.exists():
+            states = [load_file(checkpoint / "model.safetensors") for checkpoint in (before, after)]
+            assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    for checkpoint in checkpoints_in(run / "checkpoints"):
+        assert all(finite(checkpoint / f"{part}.safetensors") for part in ("model", "optimizer", "average"))
+        average = json.loads((checkpoint / "state.json").read_text())["progress"]["schedule"]["similarity_ema"]
+        assert average is None or math.isfinite(average)
+    assert finite(run / WEIGHTS)
+
+
+@pytest.mark.usefixtures("in_demo")
+def test_a_gradient_that_overflows_is_not_taken(
+    tmp_path: Path, run_crepa: RunCrepa, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss of the third step is fine, and one number of its gradient is not."""
+    clip, steps = Accelerator.clip_grad_norm_, []
+
+    def overflow(self: Accelerator, parameters: list[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
+        steps.append(parameters)
+        if len(steps) == 3:
+            parameters[0].grad.view(-1)[0] = math.inf
+        return clip(self, parameters, max_norm)
+
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", overflow)
+    run = tmp_path / "run"
+    assert run_crepa(*DEMO, "--steps", 4, "--output", run) == 0
+    skipped = [line["skipped"] for line in read_metrics(run / "metrics.jsonl")]
+    assert skipped[2].startswith("the gradient of clip-")
+    assert skipped[:2] == [None, None]
+    assert finite(run / WEIGHTS)
+
+
+@pytest.mark.usefixtures("in_demo")
+def test_too_many_steps_that_are_not_finite_end_the_run(
+    tmp_path: Path, run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = shutil.copytree("crepa-demo/clips/.crepa-cache", tmp_path / "cache")
+    spoil(cache, "latents", "latents", math.nan, entries=1000)
+    flags = ["--set", f"data.cache={cache}", "--set", "train.max_skipped_steps=2", "--output", tmp_path / "run"]
+    assert run_crepa(*DEMO, *flags) == 1
+    assert "3 steps in a row" in capsys.readouterr().err
+    checkpoint, damaged = newest_checkpoint(tmp_path / "run/checkpoints")
+    assert checkpoint == tmp_path / "run/checkpoints/step-000003"
+    assert finite(checkpoint / "model.safetensors")
+    assert not damaged
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+DAMAGES: dict[str, Any] = {
+    "a flipped bit of the weights": ("model.safetensors", flip_a_bit),
+    "a shorter optimizer": ("optimizer.safetensors", truncate),
+    "a missing file": ("optimizer.safetensors", Path.unlink),
+    "a flipped bit of the manifest": ("manifest.json", flip_a_bit),
+    "a missing manifest": ("manifest.json", Path.unlink),
+    "another progress": ("state.json", flip_a_bit),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over(damage: str, stopped_run: Path) -> None:
+    name, spoil_file = DAMAGES[damage]
+    folder = stopped_run / "checkpoints"
+    spoil_file(folder / "step-000040" / name)
+    found, messages = newest_checkpoint(folder)
+    assert found == folder / "step-000020"
+    (message,) = messages
+    assert "step-000040 is damaged and skipped" in message
+
+
+@pytest.mark.usefixtures("in_demo")
+def test_a_run_goes_on_from_the_newest_checkpoint_that_is_whole(
+    stopped_run: Path, run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flip_a_bit(stopped_run / "checkpoints/step-000040/model.safetensors")
+    (stopped_run / "checkpoints/step-000050.partial").mkdir()
+    flags = ["--steps", 22, "--set", "validation.every=0", "--set", "crepa.decay_steps=50", "--plain"]
+    assert run_crepa("train", "--resume", "--output", stopped_run, *flags) == 0
+    told = capsys.readouterr().out
+    assert "step-000040 is damaged and skipped: model.safetensors not as written" in told
+    assert "training from step 20" in told
+    assert not list((stopped_run / "checkpoints").glob("*.partial"))
+
+
+@pytest.mark.usefixtures("in_demo")
+def test_a_run_without_a_whole_checkpoint_starts_over(
+    stopped_run: Path, run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(stopped_run / "checkpoints")
+    flags = ["--steps", 1, "--set", "validation.every=0", "--plain"]
+    assert run_crepa("train", "--resume", "--output", stopped_run, *flags) == 0
+    assert "no complete checkpoint: it starts from step 0" in capsys.readouterr().out
+    assert len(read_metrics(stopped_run / "metrics.jsonl")) == 1
+
+
+@pytest.mark.usefixtures("in_demo")
+def test_an_error_saves_a_checkpoint_first(
+    tmp_path: Path, run_crepa: RunCrepa, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = MetricsFile.__call__
+
+    def fail_at_step_3(self: MetricsFile, event: Any) -> None:
+        write(self, event)
+        if isinstance(event, StepDone) and event.step == 3:
+            raise OSError("the disk is gone")
+
+    monkeypatch.setattr(MetricsFile, "__call__", fail_at_step_3)
+    with pytest.raises(OSError, match="the disk is gone"):
+        run_crepa(*DEMO, "--output", tmp_path / "run")
+    assert newest_checkpoint(tmp_path / "run/checkpoints") == (tmp_path / "run/checkpoints/step-000004", [])
+
+
+@pytest.mark.usefixtures("in_demo")
+def test_entries_that_vanish_during_a_run_cost_no_step(
+    tmp_path: Path, run_crepa: RunCrepa, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    cache = shutil.copytree("crepa-demo/clips/.crepa-cache", tmp_path / "cache")
+    write = MetricsFile.__call__
+
+    def delete_after_step_2(self: MetricsFile, event: Any) -> None:
+        write(self, event)
+        if isinstance(event, StepDone) and event.step == 2:
+            shutil.rmtree(cache / "latents")
+
+    monkeypatch.setattr(MetricsFile, "__call__", delete_after_step_2)
+    assert run_crepa(*DEMO, "--output", tmp_path / "run", "--set", f"data.cache={cache}") == 2
+    message = capsys.readouterr().err
+    assert "what is missing is made again" in message
+    checkpoint, _ = newest_checkpoint(tmp_path / "run/checkpoints")
+    assert checkpoint is not None
+    assert f"A checkpoint was saved first: {checkpoint}" in " ".join(message.split())
+    steps = json.loads((checkpoint / "state.json").read_text())["progress"]["step"]
+    assert steps == len(read_metrics(tmp_path / "run/metrics.jsonl"))
+
+
+def test_a_full_disk_leaves_the_checkpoints_before_it(demo: Path, stopped_run: Path) -> None:
+    """A limit on the size of files stands for the full disk; the optimizer's state is larger, the weights are not."""
+    limit = (stopped_run / "checkpoints/step-000040/model.safetensors").stat().st_size + 1000
+
+    def limited() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    before = {path: path.read_bytes() for path in (stopped_run / "checkpoints").rglob("*.*")}
+    command = [sys.executable, "-m", "crepa_cli", "train", "--resume", "--output", stopped_run, "--steps", "41"]
+    command += ["--set", "crepa.decay_steps=50", "--plain"]
+    done = subprocess.run(command, cwd=demo, capture_output=True, text=True, check=False, preexec_fn=limited)
+    assert done.returncode == 2, done.stderr
+    message = " ".join(done.stderr.split())
+    assert "step-000041 cannot be written: File too large. It needs " in message
+    assert "Make room there" in message
+    assert "Traceback" not in message
+    assert {path: path.read_bytes() for path in (stopped_run / "checkpoints").rglob("*.*")} == before
+
+
+def test_two_runs_fill_one_cache_at_once(demo: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "crepa_cli", *DEMO, "--cache-only", "--set", f"data.cache={tmp_path / 'cache'}"]
+    both = [subprocess.Popen(command, cwd=demo, stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [process.wait(timeout=300) for process in both] == [0, 0]
+    store = Cache(tmp_path / "cache", on_damage=lambda path, reason: pytest.fail(f"{path}: {reason}"))
+    for path in (tmp_path / "cache").rglob("*.safetensors"):
+        assert store.has(path.parts[-3], path.stem)
+    assert not list((tmp_path / "cache").rglob(".*.tmp"))
+
+
+def test_runs_killed_at_random_moments_end_as_if_they_had_not_been(tmp_path: Path) -> None:
+    script = Path(__file__).parent / "kill_and_resume.py"
+    done = subprocess.run(
+        [sys.executable, script, "--count", "3"], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
