@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from filelock import FileLock
 from torch import Tensor
 
 from crepa_cli.cli import main
@@ -25,6 +26,7 @@ from crepa_cli.teachers.dinov2 import write_tiny_dinov2
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+CREPA = [sys.executable, "-m", "crepa_cli"]
 OpenTiny = Callable[[str, str], Family]
 
 
@@ -83,9 +85,16 @@ def run_crepa(monkeypatch: pytest.MonkeyPatch) -> RunCrepa:
 
 
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which `crepa train --profile t2v --model wan --demo` has run once, as its user runs it."""
-    folder = tmp_path_factory.mktemp("demo")
-    command = [sys.executable, "-m", "crepa_cli", "train", "--profile", "t2v", "--model", "wan", "--demo", "--plain"]
-    subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+def demo(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A folder in which `crepa train --profile t2v --model wan --demo` has run once, as its user runs it.
+
+    The workers of a test run share it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "demo"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            command = [*CREPA, "train", "--profile", "t2v", "--model", "wan", "--demo", "--plain"]
+            subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
     return folder

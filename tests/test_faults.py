@@ -119,7 +119,9 @@ def test_too_many_steps_that_are_not_finite_end_the_run(
     spoil(cache, "latents", "latents", math.nan, entries=1000)
     flags = ["--set", f"data.cache={cache}", "--set", "train.max_skipped_steps=2", "--output", tmp_path / "run"]
     assert run_crepa(*DEMO, *flags) == 1
-    assert "3 steps in a row" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "step 2: the diffusion loss of clip-" in message
+    assert "3 steps in a row" in message
     checkpoint, damaged = newest_checkpoint(tmp_path / "run/checkpoints")
     assert checkpoint == tmp_path / "run/checkpoints/step-000003"
     assert finite(checkpoint / "model.safetensors")

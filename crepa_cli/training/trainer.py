@@ -161,11 +161,11 @@ class Trainer:
             failed = self.skipped_in_a_row > profile.train.max_skipped_steps
             if stopped or failed or self.done == steps or _due(self.done, profile.checkpoints.every):
                 yield self._save_checkpoint()
-            if failed:
+            if failed and isinstance(event, StepSkipped):
                 raise RunError(
-                    f"{self.skipped_in_a_row} steps in a row were skipped, because a loss or the gradient was not "
-                    f"finite; metrics.jsonl names the clips. Lower train.learning_rate or look at the clips, then go "
-                    "on with --resume"
+                    f"step {step}: {event.reason}; {self.skipped_in_a_row} steps in a row were skipped for such a "
+                    "reason (train.max_skipped_steps). The last checkpoint is good: lower train.learning_rate or look "
+                    "at the clips, then go on with --resume"
                 )
             if stopped:
                 yield TrainingEnded(self.done, None)
