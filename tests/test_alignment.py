@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memory import LiveBytes
 from torch import Tensor
 
 from crepa_cli.alignment import Alignment, Crepa, TokenGrid, layersync_loss, loss
 from crepa_cli.alignment.grid import interpolation_taps, matching_frames
 from crepa_cli.alignment.loss import neighbor_weights
+from crepa_cli.doctor.live_bytes import LiveBytes
 
 GRIDS = st.tuples(st.integers(1, 5), st.integers(1, 5))
 SETTINGS = st.fixed_dictionaries(

@@ -37,7 +37,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "predictions"))
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def _no_predictions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is predicted has its own tests; it takes a minute for each of these."""
+    monkeypatch.setattr("crepa_cli.doctor.plan.check_memory", lambda *_: None)
+    monkeypatch.setattr("crepa_cli.doctor.overview.FAMILIES", {})
 
 
 @pytest.fixture
@@ -82,6 +90,9 @@ def test_the_demo_would_train_and_its_cache_has_the_predicted_size(folder: Path)
     }
     assert {one["frames"] for one in plan["buckets"]} == {17}
     assert plan["profile"]["crepa"]["scheduler"] == "cosine"
+    memory = plan["memory"]
+    assert memory["peak"] == max(sum(memory["training"].values()), *memory["preparation"].values())
+    assert memory["savings"][0]["setting"] == "train.batch_size=1"
 
     subprocess.run([*crepa, "train", *DEMO, "--cache-only", "--quiet"], check=True)
     cache = folder / "crepa-demo/clips/.crepa-cache"

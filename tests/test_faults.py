@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import resource
 import shutil
 import signal
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from conftest import RunCrepa
 from safetensors.torch import load_file
@@ -242,6 +244,36 @@ def test_a_full_disk_leaves_the_checkpoints_before_it(demo: Path, stopped_run: P
     assert "Make room there" in message
     assert "Traceback" not in message
     assert {path: path.read_bytes() for path in (stopped_run / "checkpoints").rglob("*.*")} == before
+
+
+@pytest.mark.usefixtures("in_demo")
+def test_out_of_memory_says_what_is_held_and_what_would_lower_it(
+    tmp_path: Path, run_crepa: RunCrepa, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The allocator of the CPU refuses more than any machine has, in the middle of the third step."""
+    attend, calls = F.scaled_dot_product_attention, []
+
+    def hungry(*arguments: Any, **settings: Any) -> torch.Tensor:
+        calls.append(arguments)
+        torch.empty(2**48 if len(calls) == 100 else 0)
+        return attend(*arguments, **settings)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", hungry)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "kept"))
+    assert run_crepa(*DEMO, "--output", tmp_path / "run", "--set", "train.activation_checkpointing=false") == 1
+    message = capsys.readouterr().err
+    held = [
+        size
+        for part in ("weights", "adapter", "gradients", "optimizer", "activations", "alignment")
+        for size in re.findall(rf"{part}: ([\d.]+ [kM]?B|\d+ bytes)", message)
+    ]
+    assert len(held) == 6, message
+    advice = [float(saved) for saved in re.findall(r"--set \S+ saves ([\d.]+) [kM]B", message)]
+    assert "--set train.activation_checkpointing=true saves" in message
+    assert len(advice) >= 3
+    checkpoint, _ = newest_checkpoint(tmp_path / "run/checkpoints")
+    assert checkpoint is not None
+    assert f"A checkpoint was saved first: {checkpoint}" in message
 
 
 def test_two_runs_fill_one_cache_at_once(demo: Path, tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import OpenTiny, RunCrepa
-from memory import LiveBytes
 from published_configs import PUBLISHED
 from torch import Tensor, nn
 
@@ -25,6 +24,7 @@ from crepa_cli.data.cache import Cache
 from crepa_cli.data.dataset import Batch
 from crepa_cli.data.demo import write_demo_clips
 from crepa_cli.data.prepare import ClipForm, prepare
+from crepa_cli.doctor.live_bytes import LiveBytes
 from crepa_cli.models import FAMILIES, load_family
 from crepa_cli.models.capture import HiddenStateCapture
 from crepa_cli.models.wan import Wan, tiny_transformer

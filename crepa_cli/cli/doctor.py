@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from crepa_cli.doctor.findings import Report
     from crepa_cli.events import Event
-    from crepa_cli.profile import ResolvedProfile
+    from crepa_cli.profile import Profile, ResolvedProfile
 
 Flag = typer.Option
 
@@ -27,6 +27,9 @@ def doctor(
     checkpoint: Annotated[str | None, Flag(help="Hub id or local folder of a checkpoint.")] = None,
     task: Annotated[str | None, Flag(help="t2v (text to video) or i2v (image to video).")] = None,
     data: Annotated[str | None, Flag(help="Folder of clips with captions.")] = None,
+    vram: Annotated[
+        float | None, Flag(help="GB (10^9 bytes) of the GPU to plan for; else this machine's.", min=0)
+    ] = None,
     demo: Annotated[bool, Flag("--demo", help="Look at a tiny model and generated clips; downloads nothing.")] = False,
     sets: Annotated[list[str] | None, Flag("--set", help="Any setting, as table.key=value; repeatable.")] = None,
     as_json: Annotated[bool, Flag("--json", help="Print one JSON object, for scripts.")] = False,
@@ -44,11 +47,7 @@ def doctor(
     flags = {"model.family": model, "model.checkpoint": checkpoint, "model.task": task, "data.path": data}
     given = any([profile, *flags.values(), demo, sets]) or find_project_file(Path()) is not None
     with Console(stderr=True).status("looking at this machine") as status:
-        report = _examine(
-            (lambda: resolve(profile, flags, sets or [], demo)) if given else None,
-            demo,
-            lambda event: _show_progress(status, event),
-        )
+        report = _examine((lambda: resolve(profile, flags, sets or [], demo)) if given else None, demo, vram, status)
     if as_json:
         typer.echo(json.dumps(report.to_json(), indent=2, ensure_ascii=False))
     else:
@@ -56,22 +55,42 @@ def doctor(
     raise typer.Exit(report.exit_code)
 
 
-def _examine(resolve: Callable[[], ResolvedProfile] | None, demo: bool, listener: Callable[[Event], None]) -> Report:
+def _examine(resolve: Callable[[], ResolvedProfile] | None, demo: bool, vram: float | None, status: Status) -> Report:
     """The plan is looked at where there are settings, and libraries that can be imported."""
     from crepa_cli.cli.train import silence_libraries
-    from crepa_cli.doctor.disk import check_folder
     from crepa_cli.doctor.environment import check_environment
     from crepa_cli.doctor.findings import Report
 
     machine = Report(check_environment(), None)
     if machine.exit_code:
         return machine
-    if resolve is None:
-        return Report([*machine.environment, check_folder("runs folder", Path("runs"))], None)
     silence_libraries()
+    from crepa_cli.doctor.fit import free_memory
     from crepa_cli.doctor.plan import check_plan
 
-    return Report(machine.environment, check_plan(resolve, demo=demo, listener=listener))
+    limit = free_memory() if vram is None else round(vram * 10**9)
+    if resolve is None:
+        return _overview(machine, limit, status)
+    plan = check_plan(
+        resolve, demo=demo, limit=limit, listener=lambda event: _show_progress(status, event), tell=status.update
+    )
+    return Report(machine.environment, plan)
+
+
+def _overview(machine: Report, limit: int | None, status: Status) -> Report:
+    """The machine, and what each family would take on it."""
+    from crepa_cli.cli.train import resolve
+    from crepa_cli.doctor.disk import check_folder
+    from crepa_cli.doctor.findings import Check, Report
+    from crepa_cli.doctor.overview import family_memories
+
+    def preset(family: str) -> Profile:
+        return resolve("t2v", {"model.family": family}, [], False).profile
+
+    found = list(family_memories(preset, limit, status.update))
+    checks = [one for one in found if isinstance(one, Check)]
+    environment = [*machine.environment, check_folder("runs folder", Path("runs")), *checks]
+    return Report(environment, None, [one for one in found if not isinstance(one, Check)])
 
 
 def _show_progress(status: Status, event: Event) -> None:

@@ -16,13 +16,14 @@ import typer
 from crepa_cli.cli.completion import family_names, preset_names
 from crepa_cli.cli.launch import launch, launched
 from crepa_cli.cli.view import Listener, open_view
-from crepa_cli.errors import UserError
+from crepa_cli.errors import RunError, UserError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from rich.console import Console
 
     from crepa_cli.events import Event
+    from crepa_cli.models.family import Family
     from crepa_cli.profile import Profile, ResolvedProfile
 
 Flag = typer.Option
@@ -156,7 +157,7 @@ def _train(profile: Profile, view: OpenView, *, resume: bool, cache_only: bool, 
             should_stop=lambda: bool(signals),
         )
         # Closed at once where a listener fails, so that the trainer can save a checkpoint.
-        with closing(events):
+        with closing(events), _advice_on_memory(profile, family):
             trained = _listen(events, [*listeners, *shown], signals)
     accelerator.end_training()
     if signals:
@@ -188,6 +189,24 @@ def _listen(events: Iterator[Event], listeners: list[Listener], signals: list[in
         if signals and isinstance(event, Progress):
             break
     return isinstance(event, TrainingEnded) and event.weights is not None
+
+
+@contextmanager
+def _advice_on_memory(profile: Profile, family: Family) -> Iterator[None]:
+    """Say what would lower memory where it was not enough."""
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    from crepa_cli.doctor.out_of_memory import out_of_memory_message
+
+    try:
+        yield
+    except Exception as error:
+        if not should_reduce_batch_size(error):
+            raise
+        failure = RunError(out_of_memory_message(error, profile, family))
+        for note in getattr(error, "__notes__", ()):
+            failure.add_note(note)
+        raise failure from error
 
 
 def _write_profile(profile: Profile, output: Path) -> None:

@@ -152,7 +152,7 @@ def clip_pixels(clip: PreparedClip, fps: float) -> Tensor:
 
 def load_teacher(crepa: Crepa, device: torch.device) -> Dinov2Teacher:
     """The encoder of the settings."""
-    return Dinov2Teacher(encoder_folder(crepa), device)
+    return Dinov2Teacher.load(encoder_folder(crepa), device)
 
 
 def encoder_folder(crepa: Crepa) -> Path:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
+from crepa_cli.alignment import TokenGrid
 from crepa_cli.alignment.grid import matching_frames
 from crepa_cli.data.buckets import Bucket
 from crepa_cli.data.prepare import encoder_config
@@ -45,6 +46,12 @@ class ClipSize:
         """Bytes of one clip's latents and what is stored with them."""
         area = bucket.height * bucket.width
         return round(area * (self.first + (bucket.frames - 1) * self.further)) + self.image
+
+    def empty_latents(self, family: Family, bucket: Bucket) -> Tensor:
+        """Latents `[C, T, h, w]` of one clip on the meta device."""
+        frames = (bucket.frames - 1) // family.frame_multiple + 1
+        shape = self.channels, frames, bucket.height // self.pixels, bucket.width // self.pixels
+        return torch.empty(shape, device="meta")
 
 
 def measure_clip(family: Family) -> ClipSize:
@@ -93,24 +100,41 @@ def prompt_numbers(family: Family) -> int:
 def feature_bytes(family: Family, size: ClipSize, bucket: Bucket, crepa: Crepa) -> int:
     """Bytes of one clip's teacher features."""
     encoder = encoder_config(crepa)
-    latent_frames = (bucket.frames - 1) // family.frame_multiple + 1
-    shape = (1, size.channels, latent_frames, bucket.height // size.pixels, bucket.width // size.pixels)
-    grid = family.token_grid(torch.empty(shape, device="meta"))
-    height, width = input_size(crepa.encoder_image_size, grid, encoder["patch_size"])
-    patches = (height // encoder["patch_size"]) * (width // encoder["patch_size"])
+    grid = teacher_grid(family, size.empty_latents(family, bucket), bucket, crepa, encoder["patch_size"])
+    return int(grid.frames * grid.tokens * encoder["hidden_size"] * FEATURE_BYTES)
+
+
+def teacher_grid(family: Family, latents: Tensor, bucket: Bucket, crepa: Crepa, patch_size: int) -> TokenGrid:
+    """Where the features of one clip are.
+
+    Args:
+        family: of the checkpoint.
+        latents: of the clip, `[C, T, h, w]`.
+        bucket: its shape.
+        crepa: the encoder's settings.
+        patch_size: of the encoder, in pixels.
+    """
+    grid = family.token_grid(latents[None])
+    height, width = input_size(crepa.encoder_image_size, grid, patch_size)
     frames = len(matching_frames(bucket.frames, grid.frames))
-    return int(frames * patches * encoder["hidden_size"] * FEATURE_BYTES)
+    return TokenGrid(frames, height // patch_size, width // patch_size)
 
 
 @torch.no_grad()
 def _encoded(family: Family, frames: int, side: int) -> Tensors:
     """The tensors of a clip without content, but for the embedding of its first frame, which needs its pixels."""
+    family = without_image_encoder(family)
+    return family.encode_clip(empty_vae_pipeline(family), torch.empty(3, frames, side, side, device="meta"))
+
+
+def without_image_encoder(family: Family) -> Family:
+    """The family as if its checkpoint had no image encoder."""
     family = copy(family)
     family.image_components = ()
-    return family.encode_clip(_vae_pipeline(family), torch.empty(3, frames, side, side, device="meta"))
+    return family
 
 
-def _vae_pipeline(family: Family) -> Any:
+def empty_vae_pipeline(family: Family) -> Any:
     """The family's pipeline with a VAE on the meta device and nothing else."""
     config = family.read_config("vae/config.json")
     pipeline_class = getattr(diffusers, family.pipeline_class)

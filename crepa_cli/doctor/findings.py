@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeVar
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
@@ -15,6 +16,8 @@ from crepa_cli.errors import UserError
 Status = Literal["fine", "warning", "failure"]
 Item = TypeVar("Item")
 
+FIGURES = {"bytes", "preparation", "training"}
+"""Columns of numbers."""
 COLORS: dict[Status, str] = {"fine": "green", "warning": "yellow", "failure": "bold red"}
 
 
@@ -38,6 +41,56 @@ class BucketCount:
     clips: int
 
 
+@dataclass(frozen=True)
+class Saving:
+    """A setting as `--set` takes it, and the bytes that it saves in training."""
+
+    setting: str
+    saved: int
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """The most frames, and the largest size, that fit a device as the settings are; None where none do."""
+
+    frames: int | None
+    width: int | None
+    height: int | None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Predicted bytes.
+
+    Attributes:
+        training: by part at the moment of a step at which most is held.
+        preparation: the most that each of its models holds; they are never in memory together.
+        peak: what a device must have free.
+        limit: what it has; None where there is no GPU.
+        savings: settings that lower what training takes, largest saving first.
+        fitting: where the limit is too low, what fits it.
+    """
+
+    training: dict[str, int]
+    preparation: dict[str, int]
+    peak: int
+    limit: int | None
+    savings: list[Saving]
+    fitting: Fitting | None
+
+
+@dataclass(frozen=True)
+class FamilyMemory:
+    """Predicted bytes of a family's default training, and what the device has free, if there is a GPU."""
+
+    family: str
+    checkpoint: str
+    shape: str
+    training: int
+    preparation: int
+    limit: int | None
+
+
 @dataclass
 class Plan:
     """What training would do with these settings, as far as it can be told.
@@ -48,6 +101,7 @@ class Plan:
         buckets: the shapes that clips are brought to.
         skipped: reasons by the name of each clip that is left out.
         cache_bytes: what the cache will take, by part: latents, prompts and features.
+        memory: what training will take.
     """
 
     checks: list[Check] = field(default_factory=list)
@@ -55,6 +109,7 @@ class Plan:
     buckets: list[BucketCount] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     cache_bytes: dict[str, int] | None = None
+    memory: Memory | None = None
 
     def add(self, name: str, status: Status, message: str, advice: str = "") -> None:
         """Add a check."""
@@ -71,10 +126,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Report:
-    """All that was found; there is no plan where no settings were given."""
+    """All that was found; there is no plan where no settings were given, but then what each family takes."""
 
     environment: list[Check]
     plan: Plan | None
+    families: list[FamilyMemory] = field(default_factory=list)
 
     @property
     def exit_code(self) -> int:
@@ -89,13 +145,18 @@ class Report:
         plan = asdict(self.plan) if self.plan else None
         if plan:
             del plan["checks"]
-        return {"checks": [asdict(check) for check in checks], "plan": plan}
+        families = [asdict(family) for family in self.families]
+        return {"checks": [asdict(check) for check in checks], "plan": plan, "families": families}
 
     def show(self, console: Console) -> None:
         """Print the report as tables."""
         console.print(_table("Environment", self.environment))
         if self.plan:
             console.print(_table("Plan", self.plan.checks))
+            if self.plan.memory:
+                console.print(memory_table(self.plan.memory))
+        if self.families:
+            console.print(families_table(self.families))
         console.print(self._verdict())
 
     def _verdict(self) -> Text:
@@ -127,3 +188,34 @@ def _lines(check: Check) -> Iterator[str]:
     yield check.message
     if check.advice:
         yield f"→ {check.advice}"
+
+
+def memory_table(memory: Memory) -> Table:
+    """What training takes by part, its preparation, and what would save most."""
+    table = _figures("Memory, predicted on fake tensors", "part", "bytes")
+    for part, size in memory.training.items():
+        table.add_row(part, decimal(size))
+    table.add_row("training", decimal(sum(memory.training.values())), style="bold", end_section=True)
+    for part, size in memory.preparation.items():
+        table.add_row(f"{part}, before training", decimal(size))
+    table.add_section()
+    for saving in memory.savings:
+        table.add_row(f"--set {saving.setting}", f"-{decimal(saving.saved)}", style="dim")
+    return table
+
+
+def families_table(families: list[FamilyMemory]) -> Table:
+    """What every family's default training takes."""
+    table = _figures("Memory of each family's t2v preset", "family", "checkpoint", "clips", "preparation", "training")
+    for one in families:
+        fits = one.limit is None or max(one.training, one.preparation) <= one.limit
+        sizes = decimal(one.preparation), decimal(one.training)
+        table.add_row(one.family, one.checkpoint, one.shape, *sizes, style=None if fits else COLORS["failure"])
+    return table
+
+
+def _figures(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(column, justify="right" if column in FIGURES else "left", overflow="fold")
+    return table

@@ -16,6 +16,7 @@ from crepa_cli.data.prepare import PreparedClip, encoder_config, scan
 from crepa_cli.doctor.cache_size import cache_bytes
 from crepa_cli.doctor.disk import check_folder
 from crepa_cli.doctor.findings import BucketCount, Plan
+from crepa_cli.doctor.fit import Tell, check_memory
 from crepa_cli.doctor.hub import check_hub, check_repository
 from crepa_cli.events import ClipSkipped, Event
 from crepa_cli.models.family import Family
@@ -28,13 +29,17 @@ Result = TypeVar("Result")
 Listener = Callable[[Event], None]
 
 
-def check_plan(resolve: Callable[[], ResolvedProfile], *, demo: bool, listener: Listener) -> Plan:
+def check_plan(
+    resolve: Callable[[], ResolvedProfile], *, demo: bool, limit: int | None, listener: Listener, tell: Tell
+) -> Plan:
     """Look at everything that training would, in its order, and go on after a mistake as far as it lets.
 
     Args:
         resolve: gives the settings.
         demo: write the demo's files first.
+        limit: bytes that the device has free; None where there is no GPU to compare with.
         listener: is told what happens while the clips are looked at.
+        tell: is told what is predicted.
     """
     plan = Plan()
     resolved = plan.attempt("profile", resolve)
@@ -51,11 +56,13 @@ def check_plan(resolve: Callable[[], ResolvedProfile], *, demo: bool, listener: 
     if family:
         _check_checkpoint(plan, family, profile)
     teacher_known = teacher is None or _check_teacher(plan, teacher)
-    _check_optimizer(plan, profile)
+    optimizer_known = _check_optimizer(plan, profile)
     _check_run_folder(plan, profile)
     clips = _check_clips(plan, family, profile, listener)
     if family and teacher_known and clips:
         _check_cache(plan, family, profile, clips)
+    if family and teacher_known and optimizer_known:
+        check_memory(plan, family, profile, limit, tell)
     return plan
 
 
@@ -98,9 +105,12 @@ def _check_teacher(plan: Plan, crepa: Crepa) -> bool:
     return True
 
 
-def _check_optimizer(plan: Plan, profile: Profile) -> None:
-    if profile.train.optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
+def _check_optimizer(plan: Plan, profile: Profile) -> bool:
+    """Whether the optimizer is installed."""
+    installed = profile.train.optimizer != "adamw8bit" or find_spec("bitsandbytes") is not None
+    if not installed:
         plan.add("optimizer", "failure", "adamw8bit needs bitsandbytes", "pip install 'crepa[bnb]'")
+    return installed
 
 
 def _check_run_folder(plan: Plan, profile: Profile) -> None:

@@ -165,7 +165,7 @@ class Family(ABC):
         In `torch.device("meta")` or in a FakeTensorMode it takes no memory.
         """
         transformer = getattr(diffusers, self.transformer_class).from_config(self.config)
-        return transformer.to(dtype).requires_grad_(False)
+        return in_loaded_dtypes(transformer, dtype)
 
     def blocks(self, transformer: nn.Module) -> nn.ModuleList:
         """The transformer's blocks, in order."""
@@ -231,6 +231,14 @@ class Family(ABC):
         """The tensors of a caption, each without a batch dimension, as the pipeline's own call has them."""
 
     @abstractmethod
+    def longest_prompt(self, dtype: torch.dtype) -> Tensors:
+        """Tensors like those of `encode_prompt` for the longest caption that fits, without content.
+
+        Args:
+            dtype: of the text encoder.
+        """
+
+    @abstractmethod
     def encode_clip(self, pipeline: DiffusionPipeline, video: Tensor) -> Tensors:
         """The tensors of a clip, each without a batch dimension; `latents` `[C, T, h, w]` are among them.
 
@@ -280,6 +288,17 @@ class Family(ABC):
     def form_arguments(self, *, width: int, height: int, frames: int, fps: float) -> dict[str, Any]:  # noqa: ARG002
         """The arguments of the pipeline's call that stand for the size, length and frame rate of the video."""
         return {"width": width, "height": height, "num_frames": frames}
+
+
+def in_loaded_dtypes(model: ModelMixin, dtype: torch.dtype) -> ModelMixin:
+    """A new model of diffusers with the dtypes that `from_pretrained` gives it, and parameters without gradient."""
+    kept = set(model._keep_in_fp32_modules or ())
+    for path, module in model.named_modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            parameter_dtype = dtype if kept.isdisjoint([*path.split("."), name]) else torch.float32
+            # Not model.to(): the parameters of a FakeTensorMode can be replaced, but not converted.
+            setattr(module, name, nn.Parameter(parameter.to(parameter_dtype), requires_grad=False))
+    return model
 
 
 def add_noise(latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:

@@ -145,7 +145,13 @@ class Kandinsky5Video(Family):
 
     def load_transformer(self, dtype: torch.dtype) -> ModelMixin:
         """The transformer, with attention that knows the length of each caption of a batch."""
-        transformer = super().load_transformer(dtype)
+        return self._with_caption_attention(super().load_transformer(dtype))
+
+    def empty_transformer(self, dtype: torch.dtype) -> ModelMixin:
+        """The same without weights."""
+        return self._with_caption_attention(super().empty_transformer(dtype))
+
+    def _with_caption_attention(self, transformer: ModelMixin) -> ModelMixin:
         attend_captions = CaptionAttention()
         transformer.register_forward_pre_hook(attend_captions.take_lengths, with_kwargs=True)
         for block in transformer.text_transformer_blocks:
@@ -172,6 +178,14 @@ class Kandinsky5Video(Family):
         padded = embeds.new_zeros(PROMPT_TOKENS, embeds.shape[-1])
         padded[:length] = embeds[0]
         return {"prompt_embeds": padded, "prompt_length": torch.tensor(length), "pooled_embeds": pooled[0]}
+
+    def longest_prompt(self, dtype: torch.dtype) -> Tensors:
+        """`prompt_embeds` `[512, D]`, `prompt_length` and `pooled_embeds` `[E]`."""
+        return {
+            "prompt_embeds": torch.empty(PROMPT_TOKENS, self.config["in_text_dim"], dtype=dtype),
+            "prompt_length": torch.tensor(PROMPT_TOKENS, device="cpu"),
+            "pooled_embeds": torch.empty(self.config["in_text_dim2"], dtype=dtype),
+        }
 
     def encode_clip(self, pipeline: DiffusionPipeline, video: Tensor) -> Tensors:
         """`latents` `[C, T, h, w]`, and for image to video `first_frame` `[C, 1, h, w]`, encoded on its own."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import (
     AutoencoderKLLTXVideo,
@@ -104,6 +106,13 @@ class LtxVideo(Family):
         """`prompt_embeds` `[L, D]` of the T5 encoder and `prompt_attention_mask` `[L]`; L is the pipeline's choice."""
         embeds, mask, _, _ = pipeline.encode_prompt(caption, do_classifier_free_guidance=False)
         return {"prompt_embeds": embeds[0], "prompt_attention_mask": mask[0]}
+
+    def longest_prompt(self, dtype: torch.dtype) -> Tensors:
+        """`prompt_embeds` `[L, D]` and `prompt_attention_mask` `[L]`."""
+        encode = getattr(diffusers, self.pipeline_class).encode_prompt
+        tokens = signature(encode).parameters["max_sequence_length"].default
+        embeds = torch.empty(tokens, self.config["caption_channels"], dtype=dtype)
+        return {"prompt_embeds": embeds, "prompt_attention_mask": torch.empty(tokens, dtype=torch.bool)}
 
     def encode_clip(self, pipeline: DiffusionPipeline, video: Tensor) -> Tensors:
         """`latents` `[C, T, h, w]`, normalized; the first of them is that of the first frame alone."""

@@ -104,6 +104,12 @@ class SanaVideo(Family):
         )
         return {"prompt_embeds": embeds[0], "prompt_attention_mask": mask[0]}
 
+    def longest_prompt(self, dtype: torch.dtype) -> Tensors:
+        """`prompt_embeds` `[300, D]` and `prompt_attention_mask` `[300]`."""
+        tokens = signature(SanaVideoPipeline.encode_prompt).parameters["max_sequence_length"].default
+        embeds = torch.empty(tokens, self.config["caption_channels"], dtype=dtype)
+        return {"prompt_embeds": embeds, "prompt_attention_mask": torch.empty(tokens, dtype=torch.int64)}
+
     def encode_clip(self, pipeline: DiffusionPipeline, video: Tensor) -> Tensors:
         """`latents` `[C, T, h, w]`, normalized; the first of them is that of the first frame alone."""
         return {"latents": normalized_latents(pipeline.vae, video)}

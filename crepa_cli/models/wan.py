@@ -143,6 +143,10 @@ class Wan(Family):
         )
         return {"prompt_embeds": embeds[0]}
 
+    def longest_prompt(self, dtype: torch.dtype) -> Tensors:
+        """`prompt_embeds` `[512, D]`."""
+        return {"prompt_embeds": torch.empty(PROMPT_TOKENS, self.config["text_dim"], dtype=dtype)}
+
     def encode_clip(self, pipeline: DiffusionPipeline, video: Tensor) -> Tensors:
         """`latents` `[C, T, h, w]`, normalized.
 

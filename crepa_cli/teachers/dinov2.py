@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModel, Dinov2Config, Dinov2Model
+from transformers import AutoModel, Dinov2Config, Dinov2Model, PreTrainedModel
 
 from crepa_cli.alignment import TokenGrid
 from crepa_cli.errors import UserError
@@ -50,14 +50,22 @@ class Dinov2Teacher:
     """A DINOv2 encoder, with or without registers.
 
     Args:
-        folder: its local folder, in the layout of transformers.
-        device: where it runs; on a GPU in float16, on the CPU in float32.
+        model: of transformers.
     """
 
-    def __init__(self, folder: Path, device: torch.device) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model.requires_grad_(False).eval()
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device) -> Dinov2Teacher:
+        """The encoder of a local folder, in the layout of transformers.
+
+        Args:
+            folder: where its files are.
+            device: where it runs; on a GPU in float16, on the CPU in float32.
+        """
         dtype = torch.float16 if device.type == "cuda" else torch.float32
-        self.model = AutoModel.from_pretrained(folder, dtype=dtype, use_safetensors=True)
-        self.model.requires_grad_(False).eval().to(device)
+        return cls(AutoModel.from_pretrained(folder, dtype=dtype, use_safetensors=True).to(device))
 
     @property
     def patch_size(self) -> int:

@@ -31,11 +31,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Dinov2Config, Dinov2Model
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from memory import LiveBytes
-
 from crepa_cli.alignment import Crepa, TokenGrid
 from crepa_cli.data.online import OnlineTeacher
+from crepa_cli.doctor.live_bytes import LiveBytes
 from crepa_cli.models import load_family
 from crepa_cli.models.wan import Wan
 from crepa_cli.profile import Crepa as CrepaSettings

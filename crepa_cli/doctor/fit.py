@@ -1,0 +1,85 @@
+"""Whether training fits a device, and what to change where it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from rich.filesize import decimal
+
+from crepa_cli.data.buckets import Bucket, valid_frames
+from crepa_cli.doctor.findings import BucketCount, Fitting, Memory, Plan, Saving
+from crepa_cli.doctor.memory import Prediction, largest_that_fits, predict, savings
+from crepa_cli.models.family import Family
+from crepa_cli.profile import Profile
+from crepa_cli.training.run import clip_form
+
+Tell = Callable[[str], None]
+
+
+def check_memory(plan: Plan, family: Family, profile: Profile, limit: int | None, tell: Tell) -> None:
+    """Predict the memory of the plan, and compare it with what a device has.
+
+    Args:
+        plan: gets the check and the figures; its largest bucket is looked at.
+        family: of the checkpoint.
+        profile: the resolved settings.
+        limit: bytes that the device has free; None where there is no GPU to compare with.
+        tell: is told what is predicted.
+    """
+    bucket = largest_bucket(plan.buckets) or form_bucket(profile, family)
+    tell("predicting memory")
+    prediction = plan.attempt("memory", lambda: predict(profile, family, bucket))
+    if prediction is None:
+        return
+    saved = savings(profile, family, bucket, lambda setting: tell(f"predicting memory with {setting}"))
+    fits = limit is None or prediction.peak <= limit
+    fitting = None
+    if limit is not None and not fits:
+        fitting = largest_that_fits(
+            profile, family, bucket, limit, lambda shape: tell(f"looking for what fits: {shape}")
+        )
+    plan.memory = Memory(prediction.training, prediction.preparation, prediction.peak, limit, saved, fitting)
+    plan.add("memory", "fine" if fits else "failure", _message(prediction, bucket, limit), _advice(saved, fitting))
+
+
+def largest_bucket(buckets: Sequence[BucketCount]) -> Bucket | None:
+    """The shape of the most pixels."""
+    if not buckets:
+        return None
+    largest = max(buckets, key=lambda one: one.frames * one.height * one.width)
+    return Bucket(largest.frames, largest.height, largest.width)
+
+
+def form_bucket(profile: Profile, family: Family) -> Bucket:
+    """The shape that the settings ask for."""
+    form = clip_form(profile.data)
+    frames = valid_frames(form.frames, form.frames, family.frame_multiple)
+    return Bucket(frames or form.frames, form.height, form.width)
+
+
+def free_memory() -> int | None:
+    """Bytes that the first GPU has free; None without one."""
+    try:
+        return torch.cuda.mem_get_info(0)[0] if torch.cuda.is_available() else None
+    except RuntimeError:
+        return None
+
+
+def _message(prediction: Prediction, bucket: Bucket, limit: int | None) -> str:
+    shape = f"{bucket.width}x{bucket.height}, {bucket.frames} frames"
+    taken = f"{decimal(prediction.peak)} at most, for {shape}"
+    return taken if limit is None else f"{taken}; {decimal(limit)} are there"
+
+
+def _advice(saved: Sequence[Saving], fitting: Fitting | None) -> str:
+    if fitting is None:
+        return ""
+    lighter = [f"--set {one.setting} saves {decimal(one.saved)} in training" for one in saved[:3]]
+    if fitting.frames:
+        lighter.append(f"as it is, up to --set data.frames={fitting.frames} fits")
+    if fitting.width:
+        lighter.append(f"as it is, up to --set data.width={fitting.width} --set data.height={fitting.height} fits")
+    if not fitting.frames and not fitting.width:
+        lighter.append("no length and no size fits as it is: combine these settings, or take a smaller checkpoint")
+    return "\n".join(lighter)

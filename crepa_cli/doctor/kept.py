@@ -1,0 +1,53 @@
+"""Predictions that are kept for next time, in the user's cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+
+from crepa_cli import __version__
+from crepa_cli.errors import UserError
+from crepa_cli.files import write_whole
+
+LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
+
+
+def kept(facts: object, predict: Callable[[], dict[str, int]]) -> dict[str, int]:
+    """What was predicted from these facts before, or what `predict` gives now, which is kept.
+
+    Args:
+        facts: JSON values of everything that the prediction depends on, but for the versions of libraries.
+        predict: gives bytes by part.
+    """
+    versions = {"crepa": __version__, **{name: version(name) for name in LIBRARIES}}
+    digest = hashlib.sha256(json.dumps([versions, facts], sort_keys=True, default=str).encode()).hexdigest()
+    file = folder() / f"{digest[:32]}.json"
+    found = _read(file)
+    if found is not None:
+        return found
+    predicted = predict()
+    # A folder that cannot be written costs time alone.
+    with suppress(UserError):
+        write_whole(file, json.dumps(predicted).encode())
+    return predicted
+
+
+def folder() -> Path:
+    """Where predictions are."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crepa" / "memory"
+
+
+def _read(file: Path) -> dict[str, int] | None:
+    """What a file holds; None for one that is not there or damaged."""
+    try:
+        content = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return None
+    if isinstance(content, dict) and content and all(isinstance(size, int) for size in content.values()):
+        return content
+    return None

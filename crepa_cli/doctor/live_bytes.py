@@ -1,0 +1,92 @@
+"""Live bytes of tensors, counted storage by storage: the same on every machine, unlike a process's memory."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+READ_DEVICE = torch.ops.prim.device.default
+
+
+class LiveBytes(TorchDispatchMode):
+    """Within this context, counts the bytes that the storages made in it hold, real or fake.
+
+    Attributes:
+        part: what storages that are made now belong to.
+        live: bytes that are held now.
+        peak: the most bytes that were held at one time.
+        peak_parts: these bytes by part.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no type here
+        self.part = ""
+        self.live = 0
+        self._parts: Counter[str] = Counter()
+        self._owners: dict[int, str] = {}
+        self.reset_peak()
+
+    def reset_peak(self) -> None:
+        """Look for the peak from here on."""
+        self.peak = self.live
+        self.peak_parts = Counter(self._parts)
+
+    def assign(self, part: str, tensors: Iterable[Tensor]) -> None:
+        """Say what the storages of tensors belong to, whatever was said when they were made."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if (owner := self._owners.get(storage._cdata)) is not None:
+                self._parts[owner] -= storage.nbytes()
+                self._parts[part] += storage.nbytes()
+                self._owners[storage._cdata] = part
+
+    @contextmanager
+    def belonging_to(self, part: str) -> Iterator[None]:
+        """What is made in this context belongs to `part`."""
+        before, self.part = self.part, part
+        try:
+            yield
+        finally:
+            self.part = before
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count the storages that an operation made."""
+        if func is READ_DEVICE:
+            # Half of all calls, and the long way through a FakeTensorMode has no other answer.
+            return args[0].fake_device
+        result = func(*args, **(kwargs or {}))
+        new = {tensor.untyped_storage()._cdata: tensor for tensor in _tensors(result)}
+        new = {key: tensor for key, tensor in new.items() if key not in self._owners}
+        if new:
+            given = {tensor.untyped_storage()._cdata for tensor in _tensors([*args, *(kwargs or {}).values()])}
+            for key in new.keys() - given:
+                self._count(new[key].untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        self._owners[key] = self.part
+        self._parts[self.part] += size
+        self.live += size
+        if self.live > self.peak:
+            self.reset_peak()
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._parts[self._owners.pop(key)] -= size
+        self.live -= size
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            yield from _tensors(one)

@@ -1,0 +1,46 @@
+"""Memory of every family's default checkpoint at its default size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from crepa_cli.doctor.findings import Check, FamilyMemory
+from crepa_cli.doctor.fit import form_bucket
+from crepa_cli.doctor.hub import check_hub
+from crepa_cli.doctor.memory import predict
+from crepa_cli.errors import UserError
+from crepa_cli.models import FAMILIES
+from crepa_cli.profile import Profile
+from crepa_cli.training.run import open_family
+
+
+def family_memories(
+    default_profile: Callable[[str], Profile], limit: int | None, tell: Callable[[str], None]
+) -> Iterator[FamilyMemory | Check]:
+    """What each family's default training takes; a check instead of one whose configuration cannot be read.
+
+    Args:
+        default_profile: the settings of a family's default training.
+        limit: bytes that the device has free; None where there is no GPU.
+        tell: is told what is predicted.
+    """
+    profiles = [default_profile(name) for name in FAMILIES]
+    yield from check_hub(str(profile.model.checkpoint) for profile in profiles)
+    for profile in profiles:
+        checkpoint = str(profile.model.checkpoint)
+        tell(f"predicting the memory of {checkpoint}")
+        try:
+            family = open_family(profile)
+            bucket = form_bucket(profile, family)
+            prediction = predict(profile, family, bucket)
+        except UserError as error:
+            yield Check(profile.model.family, "warning", str(error))
+        else:
+            yield FamilyMemory(
+                profile.model.family,
+                checkpoint,
+                f"{bucket.width}x{bucket.height}, {bucket.frames} frames",
+                sum(prediction.training.values()),
+                max(prediction.preparation.values()),
+                limit,
+            )

@@ -1,0 +1,184 @@
+"""Memory of a training, predicted by running its step on fake tensors: no formulas, no weights, no GPU.
+
+The tensors are fake, but the code that runs is the one that trains: model, adapter, projector, optimizer, forward,
+backward. They are fake tensors of the CPU, whose fused attention keeps what the GPU's keeps, and which every build of
+torch has.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from crepa_cli.alignment import Alignment, TokenGrid
+from crepa_cli.doctor.live_bytes import LiveBytes
+from crepa_cli.models.family import Family, Tensors
+from crepa_cli.profile import Profile
+from crepa_cli.training.aligned import AlignedTransformer
+from crepa_cli.training.build import build_model, frozen_dtype, make_optimizer, trainable
+from crepa_cli.training.step import Teaching, step_losses
+
+WEIGHTS, ADAPTER, GRADIENTS, OPTIMIZER = "weights", "adapter", "gradients", "optimizer"
+ACTIVATIONS, ALIGNMENT = "activations", "alignment"
+PARTS = (WEIGHTS, ADAPTER, GRADIENTS, OPTIMIZER, ACTIVATIONS, ALIGNMENT)
+"""What is in memory while it trains."""
+
+
+@dataclass(frozen=True)
+class Clips:
+    """What a batch of prepared clips is, by shape.
+
+    Attributes:
+        tensors: of one clip and one caption, without a batch dimension, on torch's meta device.
+        teacher: grid of an encoder's features; None where none are read.
+        feature_size: width of the features; of the hidden states where a block teaches.
+    """
+
+    tensors: Tensors
+    teacher: TokenGrid | None
+    feature_size: int
+
+
+def predict_training(profile: Profile, family: Family, clips: Clips, *, on_gpu: bool = True) -> dict[str, int]:
+    """Bytes by part at the moment of a training step at which most is held.
+
+    Args:
+        profile: the resolved settings.
+        family: of the checkpoint, of which the configuration alone is read.
+        clips: what is trained on.
+        on_gpu: whether the optimizer works on all parameters at once, as it does there.
+    """
+    with torch.device("meta"):
+        transformer = family.empty_transformer(frozen_dtype(profile))
+        model = build_model(profile, family, transformer, clips.feature_size if profile.crepa.enabled else None)
+    batch = {name: torch.stack([tensor] * profile.train.batch_size) for name, tensor in clips.tensors.items()}
+    with fake_memory() as live:
+        live.part = WEIGHTS
+        make_fake(model)
+        trained = trainable(model.transformer)
+        trained_part = WEIGHTS if profile.adapter.kind == "full" else ADAPTER
+        live.assign(trained_part, trained)
+        _watch(model, live)
+        with live.belonging_to(trained_part):
+            average = EMAModel(trained, decay=profile.train.ema) if profile.train.ema else None
+        with live.belonging_to(OPTIMIZER):
+            optimizer = _optimizer_with_state(profile, model, on_gpu)
+        live.reset_peak()
+        _step(profile, family, model, optimizer, batch, clips, live)
+        del average
+        return {part: live.peak_parts[part] for part in PARTS}
+
+
+def _optimizer_with_state(profile: Profile, model: AlignedTransformer, on_gpu: bool) -> torch.optim.Optimizer:
+    """The optimizer as it is after its first step."""
+    train = profile.train
+    # bitsandbytes does not run on fake tensors: what it takes is less than what AdamW does.
+    groups = [trainable(model.transformer), trainable(model.crepa) if model.crepa else []]
+    optimizer = make_optimizer("adamw", groups, train.learning_rate, train.weight_decay)
+    for group in optimizer.param_groups:
+        group["foreach"] = on_gpu
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
+
+
+def _step(
+    profile: Profile,
+    family: Family,
+    model: AlignedTransformer,
+    optimizer: torch.optim.Optimizer,
+    batch: Tensors,
+    clips: Clips,
+    live: LiveBytes,
+) -> None:
+    """One optimizer step of the trainer."""
+    live.part = ACTIVATIONS
+    # A length on the CPU is read, so it stays what it is.
+    tensors = {name: _like(tensor) if tensor.is_meta else tensor for name, tensor in batch.items()}
+    noise, sigmas = torch.empty(batch["latents"].shape), torch.full((profile.train.batch_size,), 0.5)
+    with live.belonging_to(ALIGNMENT):
+        teaching = Teaching(*_features(clips, profile.train.batch_size), coefficient=1.0)
+    with torch.autocast("cpu", torch.bfloat16, enabled=profile.model.dtype == "bfloat16"):
+        losses = step_losses(model, family, profile, tensors, noise, sigmas, teaching)
+    losses.total.backward()
+    live.part = OPTIMIZER
+    nn.utils.clip_grad_norm_(trainable(model), profile.train.max_grad_norm or math.inf)
+    optimizer.step()
+
+
+def _features(clips: Clips, batch_size: int) -> tuple[Tensor | None, TokenGrid | None]:
+    """Features of an encoder, as the cache has them, and their grid."""
+    grid = clips.teacher
+    if grid is None:
+        return None, None
+    return torch.empty(batch_size, grid.frames, grid.tokens, clips.feature_size, dtype=torch.float16), grid
+
+
+def _watch(model: AlignedTransformer, live: LiveBytes) -> None:
+    """Tell what gradients, and what the alignment's passes make, belong to."""
+    for parameter in trainable(model):
+        parameter.register_post_accumulate_grad_hook(lambda one: live.assign(GRADIENTS, [one.grad]))
+    if model.crepa is None:
+        return
+    live.assign(ALIGNMENT, model.crepa.parameters())
+
+    def belong_to(part: str) -> None:
+        live.part = part
+
+    def before(_crepa: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        belong_to(ALIGNMENT)
+        # Its gradient is there as soon as the backward of the alignment ends.
+        hidden = arguments[0].view_as(arguments[0])
+        hidden.register_hook(lambda _: belong_to(ACTIVATIONS))
+        return hidden, *arguments[1:]
+
+    def after(_crepa: nn.Module, _arguments: Any, alignment: Alignment) -> None:
+        belong_to(ACTIVATIONS)
+        alignment.loss.register_hook(lambda _: belong_to(ALIGNMENT))
+
+    model.crepa.register_forward_pre_hook(before)
+    model.crepa.register_forward_hook(after)
+
+
+@contextmanager
+def fake_memory() -> Iterator[LiveBytes]:
+    """Tensors made in this context are fake, and counted."""
+    # Collecting garbage takes a fifth of the time; what is counted is freed by its last reference.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        with FakeTensorMode(), LiveBytes() as live:
+            yield live
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def make_fake(module: nn.Module) -> None:
+    """Replace the parameters and buffers of a module on the meta device by fake ones of the CPU.
+
+    A model is built on the meta device, because libraries convert modules in place, which fake parameters refuse.
+    """
+    fakes = {one: nn.Parameter(_like(one), one.requires_grad) for one in module.parameters()}
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            setattr(part, name, fakes[parameter])
+        # Some modules keep their frequencies as plain attributes.
+        plain = {name: value for name, value in vars(part).items() if isinstance(value, Tensor)}
+        for name, tensor in [*part.named_buffers(recurse=False), *plain.items()]:
+            setattr(part, name, _like(tensor))
+
+
+def _like(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype)

@@ -1,0 +1,318 @@
+"""Memory that is predicted, against memory that is measured: by torch's profiler, which knows no fake tensors."""
+
+from __future__ import annotations
+
+from copy import copy
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from conftest import OpenTiny
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity
+from torch.profiler import profile as profiler
+
+from crepa_cli.alignment import TokenGrid
+from crepa_cli.data.buckets import Bucket, Size
+from crepa_cli.doctor import overview
+from crepa_cli.doctor.findings import BucketCount, Check, FamilyMemory, Plan
+from crepa_cli.doctor.fit import check_memory, largest_bucket
+from crepa_cli.doctor.kept import folder, kept
+from crepa_cli.doctor.live_bytes import LiveBytes
+from crepa_cli.doctor.memory import (
+    clips_of,
+    last_that_holds,
+    lighter_settings,
+    memory_advice,
+    predict,
+    smaller_sizes,
+    with_setting,
+)
+from crepa_cli.doctor.step_memory import PARTS, Clips, predict_training
+from crepa_cli.models import FAMILIES, load_family
+from crepa_cli.models.family import Family
+from crepa_cli.profile import Profile
+from crepa_cli.teachers.dinov2 import Dinov2Teacher
+from crepa_cli.training.build import build_model, frozen_dtype, make_optimizer, trainable
+from crepa_cli.training.run import PRECISION
+from crepa_cli.training.step import Teaching, step_losses
+
+FEATURES = 24
+TEACHER = TokenGrid(5, 8, 8)
+LATENTS = {"ltxvideo": (8, 5, 12, 12)}
+WAN_14B = "Wan-AI/Wan2.1-T2V-14B-Diffusers"
+
+
+@pytest.fixture(autouse=True)
+def _no_network_and_nothing_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def shallow(family: Family) -> Family:
+    """The family with a transformer of three blocks: a step of twelve is no other, and takes four times as long."""
+    family = copy(family)
+    depth = "num_visual_blocks" if "num_visual_blocks" in family.config else "num_layers"
+    family.config = family.config | {depth: 3}
+    return family
+
+
+def settings(family: Family, **tables: dict[str, object]) -> Profile:
+    """A LoRA on two clips at once in float32, but for `tables`."""
+    base: dict[str, dict[str, object]] = {
+        "model": {"family": family.name, "checkpoint": family.checkpoint, "dtype": "float32"},
+        "adapter": {"rank": 8, "target_modules": family.settings["adapter"]["target_modules"]},
+        "data": {"width": 96, "height": 96, "frames": 33, "fps": 16.0},
+        "train": {"batch_size": 2, "learning_rate": 1e-4},
+        "crepa": {"block_index": 1},
+    }
+    return Profile.model_validate({table: values | tables.get(table, {}) for table, values in base.items()})
+
+
+def small_clips(family: Family, profile: Profile) -> Clips:
+    """Clips of 144 tokens for each of five frames."""
+    with torch.device("meta"):
+        latents = torch.empty(LATENTS.get(family.name, (4, 5, 24, 24)))
+        prompt = family.longest_prompt(getattr(torch, profile.model.dtype))
+        return Clips({"latents": latents, "fps": torch.empty(())} | prompt, TEACHER, FEATURES)
+
+
+def measured_step(family: Family, profile: Profile, clips: Clips) -> int:
+    """Most bytes that a real step holds on the CPU: what was there before, and what the profiler saw allocated."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True, mixed_precision=PRECISION[profile.model.dtype])
+    model = build_model(profile, family, family.empty_transformer(frozen_dtype(profile)), clips.feature_size)
+    groups = [trainable(model.transformer), trainable(model.crepa)]
+    optimizer = make_optimizer("adamw", groups, 1e-4, 0.01)
+    batch = {name: torch.stack([filled(tensor)] * 2) for name, tensor in clips.tensors.items()}
+    features = torch.ones(2, TEACHER.frames, TEACHER.tokens, clips.feature_size, dtype=torch.float16)
+
+    def step() -> None:
+        noise, sigmas = torch.randn_like(batch["latents"]), torch.full((2,), 0.5)
+        with accelerator.autocast():
+            losses = step_losses(model, family, profile, batch, noise, sigmas, Teaching(features, TEACHER, 1.0))
+        accelerator.backward(losses.total)
+        accelerator.clip_grad_norm_(trainable(model), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    before = [*model.parameters(), *model.buffers(), *batch.values(), features]
+    before += [value for state in optimizer.state.values() for value in state.values()]
+    with profiler(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    return sum(tensor.nbytes for tensor in before) + highest_level(profiled)
+
+
+def filled(tensor: Tensor) -> Tensor:
+    return torch.ones(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else tensor
+
+
+def highest_level(profiled: Any) -> int:
+    """The most bytes that allocations, less what was freed, came to."""
+    events = [one for one in profiled.profiler.kineto_results.events() if one.name() == "[memory]"]
+    level = highest = 0
+    for event in sorted(events, key=lambda one: one.start_ns()):
+        level += event.nbytes()
+        highest = max(highest, level)
+    return highest
+
+
+@pytest.mark.parametrize(
+    ("name", "tables"),
+    [
+        *((name, {}) for name in FAMILIES),
+        *((name, {"adapter": {"kind": "full"}, "train": {"activation_checkpointing": False}}) for name in FAMILIES),
+        ("ltxvideo", {"train": {"activation_checkpointing": False}}),
+        ("ltxvideo", {"adapter": {"kind": "full"}}),
+        ("wan", {"model": {"dtype": "bfloat16"}}),
+    ],
+)
+def test_predicted_and_measured_agree(name: str, tables: dict[str, dict[str, object]], open_tiny: OpenTiny) -> None:
+    family = shallow(open_tiny(name, "t2v"))
+    profile = settings(family, **tables)
+    clips = small_clips(family, profile)
+    predicted = predict_training(profile, family, clips, on_gpu=False)
+    assert predicted.keys() == set(PARTS)
+    assert sum(predicted.values()) == pytest.approx(measured_step(family, profile, clips), rel=0.1)
+
+
+def test_what_needs_no_formula_is_exact(open_tiny: OpenTiny) -> None:
+    family = shallow(open_tiny("ltxvideo", "t2v"))
+    profile = settings(family)
+    clips = small_clips(family, profile)
+    parts = predict_training(profile, family, clips)
+    model = build_model(profile, family, family.empty_transformer(torch.float32), FEATURES)
+    adapter = sum(parameter.nbytes for parameter in trainable(model.transformer))
+    assert parts["adapter"] == adapter
+    assert parts["weights"] == sum(tensor.nbytes for tensor in tensors_of(model.transformer)) - adapter
+    moments = 2 * sum(parameter.nbytes for parameter in trainable(model))
+    assert parts["optimizer"] == pytest.approx(moments, rel=0.01)
+    off = settings(family, crepa={"enabled": False})
+    assert predict_training(off, family, clips_of(off, family, Bucket(17, 64, 64)))["alignment"] == 0
+
+
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_transformer_without_weights_has_the_dtypes_of_a_loaded_one(
+    name: str, dtype: torch.dtype, open_tiny: OpenTiny
+) -> None:
+    family = open_tiny(name, "t2v")
+    loaded = family.load_transformer(dtype)
+    with torch.device("meta"):
+        empty = family.empty_transformer(dtype)
+    for tensors in (nn.Module.named_parameters, nn.Module.named_buffers):
+        kinds = [{key: (one.dtype, one.shape) for key, one in tensors(model)} for model in (empty, loaded)]
+        assert kinds[0] == kinds[1]
+
+
+def test_a_model_of_14_billion_parameters_takes_no_memory() -> None:
+    family = load_family("wan")(WAN_14B, "t2v")
+    tables = {"model": {"dtype": "bfloat16"}, "adapter": {"target_modules": ["to_q"]}}
+    profile = settings(family, **tables, train={"batch_size": 1, "activation_checkpointing": False})
+    clips = clips_of(profile, family, Bucket(81, 720, 1280))
+    before = psutil.Process().memory_info().rss
+    parts = predict_training(profile, family, clips)
+    assert psutil.Process().memory_info().rss - before < 10**9
+    assert parts["weights"] > 28 * 10**9
+
+
+def test_bytes_are_counted_by_part() -> None:
+    with LiveBytes() as live:
+        with live.belonging_to("one"):
+            kept_ = torch.zeros(10, dtype=torch.uint8)
+            dropped = torch.zeros(20, dtype=torch.uint8)
+        with live.belonging_to("two"):
+            both = [kept_.view(2, 5), torch.zeros(30, dtype=torch.uint8)]
+        live.assign("three", [dropped])
+        del dropped
+        assert (live.live, live.peak) == (40, 60)
+        assert live.peak_parts == {"one": 30, "two": 30}
+        live.reset_peak()
+    assert live.peak_parts == {"one": 10, "two": 30, "three": 0}
+    assert len(both) == 2
+
+
+def test_the_largest_clips_that_fit(open_tiny: OpenTiny, tiny_dinov2: Path) -> None:
+    family = shallow(open_tiny("ltxvideo", "t2v"))
+    profile = settings(
+        family,
+        model={"dtype": "bfloat16"},
+        adapter={"rank": 4},
+        crepa={"encoder": str(tiny_dinov2), "encoder_image_size": "grid", "spatial_align": False},
+        train={"batch_size": 4, "activation_checkpointing": False},
+    )
+    peaks = {frames: predict(profile, family, Bucket(frames, 96, 96)).peak for frames in (17, 25, 33)}
+    assert peaks[17] < peaks[25] < peaks[33]
+    plan, told = Plan(buckets=[BucketCount(33, 96, 96, clips=2)]), []
+    check_memory(plan, family, profile, peaks[17], told.append)
+    assert plan.memory is not None
+    assert plan.memory.fitting is not None
+    assert plan.memory.fitting.frames == 17
+    assert (plan.memory.fitting.width, plan.memory.fitting.height) == (64, 64)
+    (check,) = plan.checks
+    assert check.status == "failure"
+    assert "--set data.frames=17" in check.advice
+    assert "train.activation_checkpointing=true" in check.advice
+    saved = [one.saved for one in plan.memory.savings]
+    assert saved == sorted(saved, reverse=True)
+
+    fine = Plan(buckets=plan.buckets)
+    check_memory(fine, family, profile, peaks[33], told.append)
+    assert fine.checks[0].status == "fine"
+    assert memory_advice(profile, family, Bucket(33, 96, 96)) == (plan.memory.training, plan.memory.savings)
+
+
+def test_bisection() -> None:
+    for count in range(8):
+        items = list(range(count))
+        for limit in range(-1, count):
+            assert last_that_holds(items, lambda item, limit=limit: item <= limit) == (None if limit < 0 else limit)
+
+
+def test_smaller_sizes_keep_the_aspect_ratio() -> None:
+    sizes = smaller_sizes(Size(832, 480), 16)
+    assert (sizes[0], sizes[-1]) == (Size(32, 16), Size(800, 464))
+    assert all(side % 16 == 0 for size in sizes for side in size)
+
+
+def test_the_largest_bucket_decides() -> None:
+    assert largest_bucket([]) is None
+    counts = [BucketCount(17, 64, 96, 1), BucketCount(33, 64, 64, 5), BucketCount(17, 80, 80, 2)]
+    assert largest_bucket(counts) == Bucket(33, 64, 64)
+
+
+def test_lighter_settings_are_those_that_differ(open_tiny: OpenTiny) -> None:
+    family = open_tiny("wan", "t2v")
+    profile = settings(family, crepa={"encoder_image_size": 224, "spatial_align": False}, train={"ema": 0.99})
+    tried = {f"{table}.{key}": value for table, key, value in lighter_settings(profile, family)}
+    assert tried == {
+        "data.frames": 13,
+        "train.batch_size": 1,
+        "model.dtype": "bfloat16",
+        "adapter.rank": 4,
+        "train.ema": 0.0,
+        "crepa.encoder": "dinov2_vits14",
+    }
+    assert with_setting(profile, "crepa", "encoder", "dinov2_vits14").crepa.encoder == "dinov2_vits14"
+
+
+def test_a_prediction_is_kept_and_found_again() -> None:
+    assert kept(["facts"], lambda: {"weights": 5}) == {"weights": 5}
+    assert kept(["facts"], lambda: {"weights": 6}) == {"weights": 5}
+    assert kept(["others"], lambda: {"weights": 6}) == {"weights": 6}
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"{}", b'{"weights": "much"}'])
+def test_a_damaged_prediction_is_made_again(content: bytes) -> None:
+    kept(["facts"], lambda: {"weights": 5})
+    (file,) = folder().iterdir()
+    file.write_bytes(content)
+    assert kept(["facts"], lambda: {"weights": 6}) == {"weights": 6}
+    assert kept(["facts"], lambda: {"weights": 7}) == {"weights": 6}
+
+
+def test_a_prediction_that_cannot_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert kept(["facts"], lambda: {"weights": 5}) == {"weights": 5}
+
+
+def test_an_overview_of_the_families(open_tiny: OpenTiny, tiny_dinov2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = open_tiny("ltxvideo", "t2v")
+    known = settings(tiny, crepa={"encoder": str(tiny_dinov2), "encoder_image_size": 56})
+    profiles = {"ltxvideo": known, "wan": settings(tiny, model={"checkpoint": "nobody/nothing"})}
+    monkeypatch.setattr(overview, "FAMILIES", profiles)
+    hub, found, failed = overview.family_memories(profiles.__getitem__, None, lambda _: None)
+    assert isinstance(found, FamilyMemory)
+    assert found.shape == "96x96, 33 frames"
+    assert found.training > 0
+    assert isinstance(failed, Check)
+    assert "nobody/nothing" in failed.message
+    assert isinstance(hub, Check)
+
+
+def test_a_teacher_that_stays_is_counted(open_tiny: OpenTiny, tiny_dinov2: Path) -> None:
+    family = open_tiny("wan", "t2v")
+    bucket = Bucket(17, 64, 96)
+    encoder = {"encoder": str(tiny_dinov2), "encoder_image_size": 56}
+    stays = settings(family, crepa=encoder | {"teacher_cache": False})
+    lighter = settings(family, crepa=encoder | {"teacher_cache": False, "drop_vae_encoder": True})
+    assert "teacher" not in predict(settings(family, crepa=encoder), family, bucket).training
+    whole, half = (predict(profile, family, bucket).training["teacher"] for profile in (stays, lighter))
+    vae, teacher = family.load_vae_pipeline().vae, Dinov2Teacher.load(tiny_dinov2, torch.device("cpu"))
+    halves = (
+        sum(weight.nbytes for weight in teacher.model.parameters()) // 2,
+        sum(one.nbytes for one in vae.parameters()),
+    )
+    assert whole == sum(halves), "a GPU holds the encoder in float16"
+    assert whole - half == sum(weight.nbytes for weight in vae.encoder.parameters())
