@@ -28,7 +28,8 @@ CAPTION = "colored waves drift"
 FPS = 20.0
 FRAMES = {("kandinsky5_video", "i2v"): 17}
 """Its pipeline brings the statistics of the first four latent frames close to those of the frames after them."""
-STEPS = {"kandinsky5_video": 200}
+STEPS = {"ltxvideo": 60, "kandinsky5_video": 200}
+"""Where 150 are too few, or more than enough."""
 TASKS = [(name, task) for name in FAMILIES for task in load_family(name).pipelines]
 
 

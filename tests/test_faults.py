@@ -289,6 +289,6 @@ def test_two_runs_fill_one_cache_at_once(demo: Path, tmp_path: Path) -> None:
 def test_runs_killed_at_random_moments_end_as_if_they_had_not_been(tmp_path: Path) -> None:
     script = Path(__file__).parent / "kill_and_resume.py"
     done = subprocess.run(
-        [sys.executable, script, "--count", "3"], capture_output=True, text=True, check=False, cwd=tmp_path
+        [sys.executable, script, "--count", "2"], capture_output=True, text=True, check=False, cwd=tmp_path
     )
     assert done.returncode == 0, done.stdout + done.stderr

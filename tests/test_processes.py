@@ -77,21 +77,22 @@ def test_two_processes_learn_what_one_does_and_go_on_after_the_cutoff(
 
 
 def test_sharded_processes_save_what_one_process_does(demo: Path, tmp_path: Path) -> None:
-    """And one process goes on with what they saved, to the same end."""
-    settings = ["adapter.kind=full", "train.learning_rate=1e-3", "checkpoints.every=4", "train.ema=0.9"]
+    """With accumulation; and one process goes on with what they saved, to the same end."""
+    settings = ["adapter.kind=full", "train.learning_rate=1e-3", "checkpoints.every=2", "train.ema=0.9"]
     sets = [word for setting in settings for word in ("--set", setting)]
     one, two = tmp_path / "one", tmp_path / "two"
-    crepa(demo, *DEMO, "--steps", "6", *sets, "--set", "train.gradient_accumulation=2", "--output", one)
-    sharding = ["--set", "train.sharding=true", "--set", "validation.every=3", "--set", "validation.steps=2"]
-    told = crepa(demo, *DEMO, "--steps", "6", *sets, *sharding, "--output", two, launcher=TORCHRUN)
+    crepa(demo, *DEMO, "--steps", "4", *sets, "--set", "train.gradient_accumulation=4", "--output", one)
+    sharding = ["--set", "train.sharding=true", "--set", "train.gradient_accumulation=2"]
+    sharding += ["--set", "validation.every=3", "--set", "validation.steps=2"]
+    told = crepa(demo, *DEMO, "--steps", "4", *sets, *sharding, "--output", two, launcher=TORCHRUN)
 
     here, total = (int(number.replace(",", "")) for number in _share(told))
     assert here == pytest.approx(total / 2, rel=0.02)
     assert losses(two) == pytest.approx(losses(one), abs=1e-5)
     assert largest_difference(one / FULL, two / FULL) < 1e-5
 
-    shutil.rmtree(two / "checkpoints/step-000006")
-    alone = ["--set", "train.sharding=false", "--set", "train.gradient_accumulation=2"]
+    shutil.rmtree(two / "checkpoints/step-000004")
+    alone = ["--set", "train.sharding=false", "--set", "train.gradient_accumulation=4"]
     crepa(demo, "train", "--resume", "--plain", "--output", two, *alone)
     assert largest_difference(one / FULL, two / FULL) < 1e-5
 
