@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -120,3 +124,14 @@ Event = (
     | ValidationSampled
     | TrainingEnded
 )
+
+
+def drained(events: Generator[Event, None, Result], listener: Callable[[Event], None]) -> Result:
+    """Tell a listener all events, and return what came of the work that yielded them."""
+    while True:
+        try:
+            event = next(events)
+        except StopIteration as end:
+            result: Result = end.value
+            return result
+        listener(event)

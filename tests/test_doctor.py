@@ -26,6 +26,7 @@ from crepa_cli.doctor.disk import check_folder
 from crepa_cli.doctor.environment import check_library, pinned_versions
 from crepa_cli.doctor.hub import check_repository
 from crepa_cli.errors import UserError
+from crepa_cli.events import drained
 from crepa_cli.profile import Crepa
 
 DEMO = ["--profile", "t2v", "--model", "wan", "--demo"]
@@ -111,12 +112,7 @@ def test_every_family_stores_what_is_predicted(
     cache = Cache(folder / "cache")
     form = ClipForm(128, 96, 17, 16)
     events = prepare(family, folder / "clips", form, crepa, [], cache, torch.device("cpu"), torch.float32)
-    while True:
-        try:
-            next(events)
-        except StopIteration as end:
-            clips = end.value
-            break
+    clips = drained(events, lambda _: None)
     predicted = cache_bytes(family, [clip.bucket for clip in clips], 1, torch.float32, crepa)
     for part in ("latents", "features"):
         assert predicted[part] == pytest.approx(stored_bytes(cache.root, part), abs=8)

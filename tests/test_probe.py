@@ -25,6 +25,7 @@ from crepa_cli.data.dataset import Batch
 from crepa_cli.data.demo import write_demo_clips
 from crepa_cli.data.prepare import ClipForm, prepare
 from crepa_cli.doctor.live_bytes import LiveBytes
+from crepa_cli.events import drained
 from crepa_cli.models import FAMILIES, load_family
 from crepa_cli.models.capture import HiddenStateCapture
 from crepa_cli.models.wan import Wan, tiny_transformer
@@ -179,17 +180,13 @@ def features_by_prompt(clips: Path, checkpoint: str, dinov2: Path) -> list[tuple
     family, cache = Wan(checkpoint, "t2v"), Cache(clips / ".crepa-cache")
     crepa = Crepa(encoder=str(dinov2), encoder_image_size="grid")
     events = prepare(family, clips, FORM, crepa, [], cache, torch.device("cpu"), torch.float32)
-    while True:
-        try:
-            next(events)
-        except StopIteration as end:
-            return [
-                (
-                    cache.read("prompts", clip.prompt_key)["prompt_embeds"],
-                    cache.read("features", clip.features_key)["features"].flatten(0, 2).float(),
-                )
-                for clip in end.value
-            ]
+    return [
+        (
+            cache.read("prompts", clip.prompt_key)["prompt_embeds"],
+            cache.read("features", clip.features_key)["features"].flatten(0, 2).float(),
+        )
+        for clip in drained(events, lambda _: None)
+    ]
 
 
 def plant(transformer: nn.Module, block: int, known: list[tuple[Tensor, Tensor]]) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from crepa_cli.events import Event
     from crepa_cli.models.family import Family
     from crepa_cli.probe.answer import Answer
-    from crepa_cli.probe.measure import Measurement
     from crepa_cli.profile import Profile
 
 Flag = typer.Option
@@ -91,10 +90,11 @@ def _answer(profile: Profile, *, measured: bool, demo: bool) -> Answer:
     answer = describe(opened, profile.crepa.block_index)
     if not measured:
         return answer
+    from crepa_cli.events import drained
     from crepa_cli.probe.measure import measure
 
     with _progress() as listener:
-        measurement = _drained(measure(profile, opened), listener)
+        measurement = drained(measure(profile, opened), listener)
     return replace(answer, measurement=measurement, recommended=recommend(measurement, answer.default))
 
 
@@ -110,16 +110,6 @@ def _open_family(profile: Profile) -> Family:
 
     unasked = {"crepa": Crepa(enabled=False), "layersync": LayerSync(), "validation": Validation()}
     return open_family(profile.model_copy(update=unasked))
-
-
-def _drained(events: Generator[Event, None, Measurement], listener: Callable[[Event], None]) -> Measurement:
-    while True:
-        try:
-            event = next(events)
-        except StopIteration as end:
-            measurement: Measurement = end.value
-            return measurement
-        listener(event)
 
 
 @contextmanager

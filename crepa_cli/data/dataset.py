@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from crepa_cli.alignment import TokenGrid
+from crepa_cli.data.buckets import Bucket
 from crepa_cli.data.cache import Cache
 from crepa_cli.data.prepare import PreparedClip
 from crepa_cli.models.family import Tensors
@@ -48,10 +49,10 @@ class ClipDataset:
 
     def buckets(self) -> list[list[int]]:
         """Indices of the clips of each bucket."""
-        buckets: dict[object, list[int]] = {}
+        buckets: dict[Bucket, list[int]] = {}
         for index, clip in enumerate(self.clips):
             buckets.setdefault(clip.bucket, []).append(index)
-        return [buckets[key] for key in sorted(buckets)]  # type: ignore[type-var]  # buckets are ordered
+        return [buckets[key] for key in sorted(buckets)]
 
     def batch(self, indices: Sequence[int], drop_caption: Sequence[bool], with_features: bool) -> Batch:
         """Read the entries of clips of one bucket and stack them.

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from rich.filesize import decimal
@@ -18,14 +17,13 @@ from crepa_cli.doctor.disk import check_folder
 from crepa_cli.doctor.findings import BucketCount, Plan
 from crepa_cli.doctor.fit import Tell, check_memory
 from crepa_cli.doctor.hub import check_hub, check_repository
-from crepa_cli.events import ClipSkipped, Event
+from crepa_cli.events import ClipSkipped, Event, drained
 from crepa_cli.models.family import Family
 from crepa_cli.profile import Crepa, Profile, ResolvedProfile
 from crepa_cli.teachers.dinov2 import ENCODERS
 from crepa_cli.training.demo import write_demo
 from crepa_cli.training.run import CACHE_FOLDER, clip_form, clips_folder, new_run_folder, open_family
 
-Result = TypeVar("Result")
 Listener = Callable[[Event], None]
 
 
@@ -134,22 +132,12 @@ def _check_clips(plan: Plan, family: Family | None, profile: Profile, listener: 
             plan.skipped[event.name] = event.reason
             plan.add("clip", "warning", f"{event.name} is left out: {event.reason}")
 
-    clips = plan.attempt("clips", lambda: _drained(scan(family, folder, clip_form(profile.data)), listen))
+    clips = plan.attempt("clips", lambda: drained(scan(family, folder, clip_form(profile.data)), listen))
     if clips:
         counts = Counter(clip.bucket for clip in clips)
         plan.buckets = [BucketCount(key.frames, key.height, key.width, counts[key]) for key in sorted(counts)]
         plan.add("clips", "fine", _summary(len(clips), plan.buckets))
     return clips
-
-
-def _drained(events: Generator[Event, None, Result], listener: Listener) -> Result:
-    while True:
-        try:
-            event = next(events)
-        except StopIteration as end:
-            result: Result = end.value
-            return result
-        listener(event)
 
 
 def _summary(clips: int, buckets: Sequence[BucketCount]) -> str:
