@@ -30,7 +30,7 @@ def rotation(seed: int, size: int) -> Tensor:
 
 def reference_hsic(first: Tensor, second: Tensor) -> float:
     """The U-statistic of Song et al. (2012): a mean over all ordered quadruples of different tokens."""
-    k, l = first @ first.T, second @ second.T  # noqa: E741
+    k, l = first @ first.T, second @ second.T  # noqa: E741 (K and L of the papers)
     n, total, count = len(first), 0.0, 0
     for i in range(n):
         for j in set(range(n)) - {i}:

@@ -123,7 +123,7 @@ class Trainer:
     def run(self, should_stop: Callable[[], bool]) -> Iterator[Event]:
         """Train to the last step, or until `should_stop` is true on any process; a checkpoint is saved either way.
 
-        An error saves one too, where this process can do that alone.
+        An error saves one too in a run of one process; of several, the others would have to take part.
 
         Raises:
             RunError: if a loss or gradient is not finite in too many steps in a row.
