@@ -229,6 +229,10 @@ def test_the_largest_clips_that_fit(open_tiny: OpenTiny, tiny_dinov2: Path) -> N
     fine = Plan(buckets=plan.buckets)
     check_memory(fine, family, profile, peaks[33], told.append)
     assert fine.checks[0].status == "fine"
+    shared = Plan(buckets=plan.buckets)
+    check_memory(shared, family, with_setting(profile, "train", "sharding", True), peaks[17], told.append)
+    assert shared.checks[0].status == "fine", "nothing is known of several processes"
+    assert "not predicted" in shared.checks[0].message
     assert memory_advice(profile, family, Bucket(33, 96, 96)) == (plan.memory.training, plan.memory.savings)
 
 

@@ -33,6 +33,9 @@ def check_memory(plan: Plan, family: Family, profile: Profile, limit: int | None
     if prediction is None:
         return
     saved = savings(profile, family, bucket, lambda setting: tell(f"predicting memory with {setting}"))
+    if profile.train.sharding:
+        # The step is predicted in one process: how much less each of several holds is not known here.
+        limit = None
     fits = limit is None or prediction.peak <= limit
     fitting = None
     if limit is not None and not fits:
@@ -40,7 +43,10 @@ def check_memory(plan: Plan, family: Family, profile: Profile, limit: int | None
             profile, family, bucket, limit, lambda shape: tell(f"looking for what fits: {shape}")
         )
     plan.memory = Memory(prediction.training, prediction.preparation, prediction.peak, limit, saved, fitting)
-    plan.add("memory", "fine" if fits else "failure", _message(prediction, bucket, limit), _advice(saved, fitting))
+    message = _message(prediction, bucket, limit)
+    if profile.train.sharding:
+        message += " in one process; with train.sharding each holds less, which is not predicted"
+    plan.add("memory", "fine" if fits else "failure", message, _advice(saved, fitting))
 
 
 def largest_bucket(buckets: Sequence[BucketCount]) -> Bucket | None:
