@@ -113,7 +113,7 @@ def _check_optimizer(plan: Plan, profile: Profile) -> bool:
 
 
 def _check_run_folder(plan: Plan, profile: Profile) -> None:
-    folder = plan.attempt("run folder", lambda: RunFolder.new(profile))
+    folder = plan.attempt("run folder", lambda: RunFolder.next(profile))
     if folder:
         plan.checks.append(check_folder("run folder", folder.path))
 
