@@ -1,4 +1,4 @@
-"""The live dashboard: what training looks like in a terminal."""
+"""The live dashboard of a training run in a terminal."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ CHART_HEIGHT = 7
 
 
 class Dashboard:
-    """A listener that keeps a live view of the run on the screen; use it as a context.
+    """A listener that shows a live view of the run on the screen; use it as a context manager.
 
-    It takes the whole window while it lives, so that a resize leaves nothing behind, and prints its last view and a
-    summary at the end.
+    It fills the whole window while it is open, so that resizing leaves no remains, and prints its last view and a
+    summary when it closes.
 
     Args:
         console: a terminal.
-        schedule: the planned coefficient; None for a run without alignment.
-        memory: bytes that the device has.
-        loading: the lines that load the weights.
-        clock: seconds that pass.
+        schedule: the planned coefficient (lambda); None for a run without alignment.
+        memory: total memory of the device, in bytes.
+        loading: the code that loads the weights.
+        clock: returns the time in seconds.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Dashboard:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def __call__(self, event: Event) -> None:
-        """Take an event into the view."""
+        """Update the view with an event."""
         if isinstance(event, Progress):
             self._advance(event)
         if isinstance(event, TrainingStarted):
@@ -103,7 +103,7 @@ class Dashboard:
         self.summary(event)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Draw the view as it is now."""
+        """Draw the current view."""
         width, height = options.max_width, options.height or options.size.height
         if self.state.started is not None:
             yield self._training(self.state.started, console, width, height)
@@ -115,7 +115,7 @@ class Dashboard:
             yield self._messages(console, width, rest)
 
     def _training(self, started: TrainingStarted, console: Console, width: int, height: int) -> Layout:
-        """The panels of training; charts take a part of what the window has above 24 lines, messages the rest."""
+        """The panels during training; of a window's lines beyond 24, charts take a part and messages the rest."""
         state, extra = self.state, max(0, height - HEIGHT)
         rows, chart = 1 + extra // 8, CHART_HEIGHT + extra // 4
         losses = BORDER + len(state.losses) * rows
@@ -126,7 +126,7 @@ class Dashboard:
         messages = self._messages(console, width, height - PROGRESS_HEIGHT - losses - chart)
         charts = Layout(size=chart)
         charts.split_row(
-            Layout(titled("coefficient", coefficient), size=left), Layout(titled("similarity", similarity))
+            Layout(titled("lambda (coefficient)", coefficient), size=left), Layout(titled("similarity", similarity))
         )
         layout = Layout()
         layout.split_column(
@@ -147,7 +147,7 @@ class Dashboard:
 
 
 def _steps_before(started: TrainingStarted) -> Iterator[StepDone]:
-    """The steps of earlier sessions, so that curves and best values are those of the whole run."""
+    """The steps of earlier sessions, so that curves and best values cover the whole run."""
     for line in read_metrics(started.output / "metrics.jsonl") if started.step else ():
         if line["step"] < started.step and not line.pop("skipped", None):
             yield StepDone(**line)
