@@ -1,4 +1,4 @@
-"""What `crepa train` shows while it works."""
+"""The display of `crepa train`."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def open_view(
     quiet: bool,
     log_level: str,
 ) -> Iterator[list[Listener]]:
-    """The dashboard in a terminal, plain lines elsewhere, nothing but errors where it is to be quiet.
+    """Open the dashboard in a terminal, plain lines elsewhere, and only errors if `quiet`; yields the listeners.
 
-    Of several processes the main one shows it, and the others are quiet.
+    With several processes, only the main one has a display; the others are quiet.
 
-    What libraries log at `log_level` or above is shown in the same place.
+    Log records of libraries at `log_level` or above are shown in the same place.
     """
     from rich.console import Console
 
@@ -76,7 +76,7 @@ def _dashboard(profile: Profile, family: Family, output: Path, device: torch.dev
 
 
 def _memory(device: torch.device) -> int:
-    """The bytes that a device has."""
+    """The total memory of a device in bytes."""
     import psutil
     import torch
 
