@@ -57,7 +57,7 @@ def test_a_folder_of_unreadable_clips(
     captured = capsys.readouterr()
     assert "skipped a.mp4" in captured.out
     assert "skipped b.mp4" in captured.out
-    assert captured.err.startswith("error: no usable clip in clips")
+    assert captured.err.startswith("error: no usable clips in clips")
 
 
 def test_a_typo_in_a_toml_key(run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str]) -> None:

@@ -218,7 +218,7 @@ def test_entries_that_vanish_during_a_run_cost_no_step(
     monkeypatch.setattr(MetricsFile, "__call__", delete_after_step_2)
     assert run_crepa(*DEMO, "--output", tmp_path / "run", "--set", f"data.cache={cache}") == 2
     message = capsys.readouterr().err
-    assert "what is missing is made again" in message
+    assert "missing entries are computed again" in message
     checkpoint, _ = newest_checkpoint(tmp_path / "run/checkpoints")
     assert checkpoint is not None
     assert f"A checkpoint was saved first: {checkpoint}" in " ".join(message.split())

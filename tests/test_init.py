@@ -194,7 +194,7 @@ def test_a_terminal_is_asked_with_defaults(folder: Path):
     assert code == 0, screen
     for question in ("Model family", "Text to video", "Preset", "Folder of clips", "GPU memory"):
         assert question in screen
-    assert "no NVIDIA GPU found here" in screen
+    assert "no NVIDIA GPU found" in screen
     assert written(folder)["model"] == {"family": "wan"}
     assert written(folder)["data"] == {"path": "clips"}
     assert written(folder)["crepa"]["scheduler"] == "cosine"
