@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from crepa_cli.events import Event, StepDone, TrainingEnded, TrainingStarted
+from crepa_cli.events import Event, RunOpened, StepDone, TrainingEnded, TrainingStarted
 from crepa_cli.report.state import Series
 
 
 class Summary:
-    """A listener that sums up a run: the best values, and how to load the weights or to resume.
+    """A listener that sums up a run: the best values, and how to load the weights or to resume."""
 
-    Args:
-        loading: the code that loads the weights.
-    """
-
-    def __init__(self, loading: str) -> None:
-        self.loading = loading
+    def __init__(self) -> None:
+        self.loading = ""
         self.started: TrainingStarted | None = None
         self.ended: TrainingEnded | None = None
         self.loss = Series()
@@ -24,6 +20,8 @@ class Summary:
     def __call__(self, event: Event) -> None:
         """Update the summary with an event."""
         match event:
+            case RunOpened():
+                self.loading = event.loading
             case TrainingStarted():
                 self.started = event
             case StepDone():
