@@ -1,4 +1,4 @@
-"""Entries of the store are whole or absent, whatever happens to processes, disks and files."""
+"""Cache entries are complete or absent, whatever happens to processes, disks and files."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""Finding clips and captions in folders that may hold anything."""
+"""Finding clips and captions in folders that may contain anything."""
 
 import hashlib
 import json

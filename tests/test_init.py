@@ -1,4 +1,4 @@
-"""`crepa init`: what it asks, writes and refuses, and SimpleTuner's JSON in both directions."""
+"""`crepa init`: its questions, files and errors, and SimpleTuner's JSON in both directions."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_a_folder_that_cannot_be_written_is_explained(folder: Path):
 
 
 def terminal(folder: Path, answers: str, *arguments: str) -> tuple[int, str]:
-    """Exit code and screen of `crepa init` in a pseudo-terminal where these lines are typed."""
+    """Exit code and screen of `crepa init` in a pseudo-terminal in which these lines are typed."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, *arguments],

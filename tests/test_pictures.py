@@ -1,4 +1,4 @@
-"""Pictures of a run: its curves, and sheets of the frames of its videos."""
+"""Pictures of a run: its curves, and contact sheets of its videos."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A few clips, whose latents and features all tests share."""
+    """A few clips; all tests share their latents and features."""
     folder = tmp_path_factory.mktemp("clips")
     write_demo_clips(folder, count=CLIPS)
     return folder
@@ -95,7 +95,7 @@ def probe(run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str]) -> Callable[.
 
 @pytest.fixture
 def refused(run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs `crepa probe-blocks`, which must end with exit code 2 and one message, and returns the message."""
+    """Runs `crepa probe-blocks`, which must exit with code 2 and one message, and returns the message."""
 
     def run(*arguments: object) -> str:
         assert run_crepa("probe-blocks", *arguments) == 2

@@ -24,7 +24,7 @@ from crepa_cli.files import write_whole
 
 MAX_PIXELS = 8192 * 8192
 MAX_ASPECT = 10
-# A file's content, not its name, chooses its reader: one that is a playlist would open other files and addresses.
+# A file's content, not its name, selects its reader, and a playlist would open other files and addresses.
 OPEN_OPTIONS = {
     "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif",
     "protocol_whitelist": "file",
@@ -199,10 +199,10 @@ class _Video:
 def _opened(path: Path) -> Iterator[_Video]:
     """The best video stream of a file; FFmpeg's errors inside the block become ClipErrors."""
     try:
-        # With a scheme in front, no part of a file's name is taken for one.
+        # With a scheme in front, no part of a file name can be mistaken for one.
         with av.open(f"file:{path}", options=OPEN_OPTIONS, metadata_errors="replace") as container:
             stream = container.streams.best("video")
-            # PyAV leaves the codec context out where FFmpeg has no decoder.
+            # PyAV leaves the codec context out if FFmpeg has no decoder.
             if not isinstance(stream, VideoStream) or not isinstance(stream.codec_context, VideoCodecContext):
                 raise ClipError("has no video stream that can be decoded")
             stream.codec_context.options = {"max_pixels": OPEN_OPTIONS["max_pixels"]}

@@ -93,7 +93,7 @@ class FamilyMemory:
 
 @dataclass
 class Plan:
-    """What training would do with these settings, as far as it can be determined.
+    """The plan of training with these settings, as far as it can be determined.
 
     Attributes:
         checks: checks of the settings, the checkpoint, the clips and the disk.
