@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from crepa_cli import api
-from crepa_cli.report.dashboard import Dashboard
+from crepa_cli.report.dashboard import HEIGHT, Dashboard
 from crepa_cli.training.build import coefficient_schedule
 from crepa_cli.training.demo import write_demo
 
@@ -22,8 +22,11 @@ def draw(path: Path, width: int = 100) -> None:
     write_demo(profile)
     console = Console(record=True, width=width, file=io.StringIO(), force_terminal=True)
     dashboard = Dashboard(console, coefficient_schedule(profile))
-    with dashboard:
-        api.train(profile, listeners=[dashboard])
+    # Without its context the view stays closed, so that only its last state is recorded.
+    api.train(profile, listeners=[dashboard])
+    console.print(dashboard, height=HEIGHT)
+    for line in dashboard.summary.lines():
+        console.print(line, markup=False, highlight=False)
     console.save_svg(str(path), title="crepa train --profile t2v --model wan --demo")
 
 

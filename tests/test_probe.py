@@ -343,7 +343,7 @@ def test_states_that_are_not_finite_end_the_measurement(
 
 def test_clips_of_too_few_tokens(refused: Callable[..., str], measured: list[str]) -> None:
     size = ["--set", "data.width=16", "--set", "data.height=16", "--set", "data.frames=5"]
-    assert "has 2 tokens" in refused(*measured, *size)
+    assert "has only 2 tokens" in refused(*measured, *size)
 
 
 def test_at_most_so_many_clips_are_measured(

@@ -36,8 +36,9 @@ def doctor(
 ) -> None:
     """Check whether training would start here, and say what to do if it would not.
 
-    Uses the same settings as `crepa train`; without flags and crepa.toml it checks only the machine. The exit code is 0
-    if training would start, 2 for mistakes in the settings or clips, and 1 otherwise.
+    It checks the settings that `crepa train` would use.
+    Without flags and crepa.toml, it checks only the machine.
+    Exit code 0: training would start; 2: wrong settings or clips; 1: otherwise.
     """
     from rich.console import Console
 

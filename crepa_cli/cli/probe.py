@@ -40,10 +40,11 @@ def probe_blocks(
     plot: Annotated[Path | None, Flag(metavar="FILE.svg", help="Plot the measurement over depth.")] = None,
     as_json: Annotated[bool, Flag("--json", help="Print one JSON object, for scripts.")] = False,
 ) -> None:
-    """Say which block to align, and why.
+    """Recommend a block to align, and explain why.
 
-    Without clips, it answers from the checkpoint's configuration. With --data or --demo, it measures every block. If it
-    is stopped with Ctrl-C, the same command resumes the measurement.
+    Without clips, it answers from the checkpoint's configuration.
+    With --data or --demo, it measures every block.
+    After Ctrl-C, the same command resumes the measurement.
     """
     from rich.console import Console
 
