@@ -11,13 +11,13 @@ from pathlib import Path
 import psutil
 from rich.console import Console
 
+from crepa_cli.demo import demo_settings, write_demo
 from crepa_cli.models import load_family
 from crepa_cli.profile import resolve_profile
 from crepa_cli.report.card import loading_lines
 from crepa_cli.report.dashboard import HEIGHT, Dashboard
 from crepa_cli.training import run
 from crepa_cli.training.build import coefficient_schedule
-from crepa_cli.training.demo import demo_settings, write_demo
 
 
 def draw(path: Path, width: int = 100) -> None:

@@ -14,8 +14,8 @@ import torch
 from conftest import OpenTiny
 from test_families import FPS, batch_of, encoded_clip, overfitted, sampled_latents, sampled_similarity
 
+from crepa_cli.demo.tiny import write_once
 from crepa_cli.models.ltxvideo import LtxVideo
-from crepa_cli.models.tiny import write_once
 
 VERSIONS = ["0.9", "0.9.5"]
 

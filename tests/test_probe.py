@@ -22,13 +22,14 @@ from crepa_cli.alignment import TokenGrid
 from crepa_cli.cli.train import resolve
 from crepa_cli.data.cache import Cache
 from crepa_cli.data.dataset import Batch
-from crepa_cli.data.demo import write_demo_clips
 from crepa_cli.data.prepare import ClipForm, prepare
+from crepa_cli.demo.clips import write_demo_clips
+from crepa_cli.demo.wan import tiny_transformer
 from crepa_cli.doctor.live_bytes import LiveBytes
 from crepa_cli.events import drained
 from crepa_cli.models import FAMILIES, load_family
 from crepa_cli.models.capture import HiddenStateCapture
-from crepa_cli.models.wan import Wan, tiny_transformer
+from crepa_cli.models.wan import Wan
 from crepa_cli.probe.clip import ClipProbe
 from crepa_cli.probe.measure import measure
 from crepa_cli.profile import Crepa

@@ -12,8 +12,8 @@ from conftest import OpenTiny
 from diffusers import AutoencoderKLLTX2Video, SanaVideoPipeline, SanaVideoTransformer3DModel
 from test_families import CAPTION, FPS, batch_of, encoded_clip, first_frame
 
+from crepa_cli.demo.tiny import normalize_latents, smooth_video, write_once
 from crepa_cli.models.sanavideo import SanaVideo
-from crepa_cli.models.tiny import normalize_latents, smooth_video, write_once
 
 
 def open_size(size: str, task: str, open_tiny: OpenTiny, checkpoints: Path) -> SanaVideo:

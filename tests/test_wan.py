@@ -12,9 +12,10 @@ from conftest import OpenTiny
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline
 from test_families import encoded_clip, overfitted, sampled_similarity
 
+from crepa_cli.demo.tiny import normalize_latents, smooth_video, write_once
+from crepa_cli.demo.wan import tiny_transformer
 from crepa_cli.errors import UserError
-from crepa_cli.models.tiny import normalize_latents, smooth_video, write_once
-from crepa_cli.models.wan import Wan, tiny_transformer
+from crepa_cli.models.wan import Wan
 from crepa_cli.training.flow import sample_sigmas
 
 BOUNDARY = 0.875

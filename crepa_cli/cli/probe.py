@@ -81,7 +81,7 @@ def _answer(profile: Profile, *, measured: bool, demo: bool) -> Answer:
     from crepa_cli.probe.recommend import recommend
 
     if demo:
-        from crepa_cli.training.demo import write_demo
+        from crepa_cli.demo import write_demo
 
         write_demo(profile)
     elif not all(Path(str(one)).is_dir() for one in _repositories(profile, measured=measured)):

@@ -89,7 +89,7 @@ def resolve(profile: str | None, flags: Mapping[str, object], sets: list[str], d
     from crepa_cli.profile import resolve_profile
 
     if demo:
-        from crepa_cli.training.demo import demo_settings
+        from crepa_cli.demo import demo_settings
     return resolve_profile(
         profile=profile,
         flags=flags,
@@ -113,8 +113,8 @@ def _check(profile: Profile, processes: int, *, resume: bool, demo: bool) -> Non
     """Find mistakes before processes are started, which would each tell of them."""
     import torch
 
+    from crepa_cli.demo import write_demo
     from crepa_cli.training import run
-    from crepa_cli.training.demo import write_demo
 
     if demo:
         write_demo(profile)
@@ -128,10 +128,10 @@ def _check(profile: Profile, processes: int, *, resume: bool, demo: bool) -> Non
 
 
 def _train(profile: Profile, view: OpenView, *, resume: bool, cache_only: bool, demo: bool) -> None:
+    from crepa_cli.demo import write_demo
     from crepa_cli.processes import from_main, start_processes
     from crepa_cli.report.card import write_model_card
     from crepa_cli.training import run
-    from crepa_cli.training.demo import write_demo
 
     state = start_processes()
     if demo:

@@ -12,6 +12,7 @@ from rich.filesize import decimal
 
 from crepa_cli.data.clips import find_clips
 from crepa_cli.data.prepare import PreparedClip, encoder_config, scan
+from crepa_cli.demo import write_demo
 from crepa_cli.doctor.cache_size import cache_bytes
 from crepa_cli.doctor.disk import check_folder
 from crepa_cli.doctor.findings import BucketCount, Plan
@@ -21,7 +22,6 @@ from crepa_cli.events import ClipSkipped, Event, drained
 from crepa_cli.models.family import Family
 from crepa_cli.profile import Crepa, Profile, ResolvedProfile
 from crepa_cli.teachers.dinov2 import ENCODERS
-from crepa_cli.training.demo import write_demo
 from crepa_cli.training.run import CACHE_FOLDER, clip_form, clips_folder, new_run_folder, open_family
 
 Listener = Callable[[Event], None]

@@ -87,11 +87,6 @@ class Family(ABC):
             layer.setdefault("model", {})["checkpoint"] = cls.checkpoints[task]
         return layer
 
-    @classmethod
-    @abstractmethod
-    def write_tiny(cls, folder: Path, task: str) -> None:
-        """Write a tiny checkpoint for a task, with random weights, in the published layout."""
-
     # Facts of this checkpoint, from its configuration alone.
 
     @cached_property

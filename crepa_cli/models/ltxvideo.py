@@ -5,25 +5,19 @@ from __future__ import annotations
 import math
 from functools import cached_property
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import (
-    AutoencoderKLLTXVideo,
     DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
     LTXPipeline,
-    LTXVideoTransformer3DModel,
 )
 from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
 from torch import Tensor
-from transformers import T5Config, T5EncoderModel
 
 from crepa_cli.alignment import TokenGrid
 from crepa_cli.models.family import Family, Tensors, TransformerStep, add_noise, decoded_video, normalized_latents
-from crepa_cli.models.tiny import normalize_latents, smooth_video, tiny_t5_tokenizer
 
 SHIFT = {"base_image_seq_len": 1024, "max_image_seq_len": 4096, "base_shift": 0.95, "max_shift": 2.05}
 """Logarithm of the shift, linear in the number of latents, that all versions are trained with (LTX-Video-Trainer)."""
@@ -82,25 +76,6 @@ class LtxVideo(Family):
         frames = vae.get("temporal_compression_ratio") or vae["patch_size_t"] * steps
         pixels = vae.get("spatial_compression_ratio") or vae["patch_size"] * steps
         return int(frames), int(pixels)
-
-    @classmethod
-    def write_tiny(cls, folder: Path, task: str) -> None:  # noqa: ARG003 (one checkpoint is used for both)
-        """A checkpoint of twelve blocks of width 48, with latents of eight channels."""
-        tokenizer = tiny_t5_tokenizer()
-        text_encoder = T5EncoderModel(
-            T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
-        )
-        transformer = LTXVideoTransformer3DModel(
-            in_channels=8,
-            out_channels=8,
-            num_attention_heads=4,
-            attention_head_dim=12,
-            cross_attention_dim=48,
-            caption_channels=32,
-            num_layers=12,
-        )
-        scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.1, **SHIFT)
-        LTXPipeline(scheduler, _tiny_vae(), text_encoder, tokenizer, transformer).save_pretrained(folder)
 
     def encode_prompt(self, pipeline: DiffusionPipeline, caption: str) -> Tensors:
         """`prompt_embeds` `[L, D]` of the T5 encoder and `prompt_attention_mask` `[L]`; L is the pipeline's choice."""
@@ -181,17 +156,3 @@ class LtxVideo(Family):
     def form_arguments(self, *, width: int, height: int, frames: int, fps: float) -> dict[str, Any]:
         """Size, length and frame rate, which scales the positions in time."""
         return super().form_arguments(width=width, height=height, frames=frames, fps=fps) | {"frame_rate": fps}
-
-
-def _tiny_vae() -> AutoencoderKLLTXVideo:
-    vae = AutoencoderKLLTXVideo(
-        latent_channels=8,
-        block_out_channels=(8, 16, 16, 16),
-        decoder_block_out_channels=(8, 16, 16, 16),
-        layers_per_block=(1, 1, 1, 1, 1),
-        decoder_layers_per_block=(1, 1, 1, 1, 1),
-    )
-    # The pipeline draws the first frame from the posterior; a trained VAE's is narrow, that of random weights is not.
-    torch.nn.init.constant_(vae.encoder.conv_out.conv.bias[-1:], -20.0)
-    normalize_latents(vae, smooth_video(frames=33, size=192))
-    return vae

@@ -8,24 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import (
-    AutoencoderKLWan,
     DiffusionPipeline,
-    UniPCMultistepScheduler,
-    WanImageToVideoPipeline,
-    WanPipeline,
-    WanTransformer3DModel,
 )
 from torch import Tensor
-from transformers import UMT5Config, UMT5EncoderModel
 
 from crepa_cli.errors import UserError
 from crepa_cli.models.family import Family, Tensors, TransformerStep, add_noise, decoded_video, normalized_latents
-from crepa_cli.models.tiny import normalize_latents, smooth_video, tiny_clip_vision, tiny_t5_tokenizer
 
 PROMPT_TOKENS = 512
 """Length of the text sequence in the pipeline's call; the transformer's image attention relies on it."""
@@ -114,28 +106,6 @@ class Wan(Family):
         """The VAE's compression of time."""
         return int(self.read_config("vae/config.json").get("scale_factor_temporal", 4))
 
-    @classmethod
-    def write_tiny(cls, folder: Path, task: str) -> None:
-        """A checkpoint of Wan 2.1: twelve blocks of width 48, latents of four channels."""
-        tokenizer = tiny_t5_tokenizer()
-        vae = AutoencoderKLWan(base_dim=8, z_dim=4, dim_mult=[1, 2, 2, 2], num_res_blocks=1)
-        normalize_latents(vae, smooth_video(frames=33, size=96))
-        text_encoder = UMT5EncoderModel(
-            UMT5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
-        )
-        scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-        parts = {"tokenizer": tokenizer, "text_encoder": text_encoder, "vae": vae, "scheduler": scheduler}
-        if task == "t2v":
-            WanPipeline(**parts, transformer=tiny_transformer()).save_pretrained(folder)
-        else:
-            image_encoder, image_processor = tiny_clip_vision()
-            WanImageToVideoPipeline(
-                **parts,
-                transformer=tiny_transformer(in_channels=12, image_dim=32, added_kv_proj_dim=48),
-                image_encoder=image_encoder,
-                image_processor=image_processor,
-            ).save_pretrained(folder)
-
     def encode_prompt(self, pipeline: DiffusionPipeline, caption: str) -> Tensors:
         """`prompt_embeds` `[512, D]` of the T5 encoder, zero after the caption's end."""
         embeds, _ = pipeline.encode_prompt(
@@ -205,9 +175,3 @@ def _generated_frames(latents: Tensor, task: str) -> Tensor:
     if task == "i2v":
         generated[:, :, 0] = 0
     return generated
-
-
-def tiny_transformer(**settings: Any) -> WanTransformer3DModel:
-    """Twelve blocks of width 48 for latents of four channels; `settings` replace those of the configuration."""
-    sizes = {"num_attention_heads": 4, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "num_layers": 12}
-    return WanTransformer3DModel(**{**sizes, "text_dim": 32, "freq_dim": 64, "ffn_dim": 128, **settings})

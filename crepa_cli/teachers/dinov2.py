@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModel, Dinov2Config, Dinov2Model, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 from crepa_cli.alignment import TokenGrid
 from crepa_cli.errors import UserError
@@ -94,11 +94,3 @@ class Dinov2Teacher:
         rows, columns = size[0] // self.patch_size, size[1] // self.patch_size
         features: Tensor = tokens[:, -rows * columns :].unflatten(1, (rows, columns))
         return features.half().cpu()
-
-
-def write_tiny_dinov2(folder: Path) -> None:
-    """A DINOv2 of two layers and width 48, with random weights, in the published layout."""
-    config = Dinov2Config(
-        hidden_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=56, patch_size=14, layerscale_value=1.0
-    )
-    Dinov2Model(config).save_pretrained(folder)
