@@ -22,7 +22,7 @@ VERSIONS = ["0.9", "0.9.5"]
 
 def open_version(version: str, task: str, open_tiny: OpenTiny, checkpoints: Path) -> LtxVideo:
     """The tiny checkpoint of a version: later ones have a scheduler that shifts by no sequence length."""
-    source = open_tiny("ltxvideo", "t2v").checkpoint
+    source = open_tiny("ltxvideo", "t2v").base.name
     if version == "0.9":
         return LtxVideo(source, task)
 
@@ -43,7 +43,7 @@ def test_training_gives_the_transformer_what_the_pipeline_gives_it(
     torch.manual_seed(0)
     family = open_version(version, task, open_tiny, checkpoints)
     video, tensors = encoded_clip(family, frames=25, height=64, width=96)
-    pipeline = getattr(diffusers, family.pipeline_class).from_pretrained(family.checkpoint)
+    pipeline = getattr(diffusers, family.pipeline_class).from_pretrained(family.base.name)
     seen: list[dict[str, Any]] = []
     pipeline.transformer.register_forward_pre_hook(lambda _, __, inputs: seen.append(inputs), with_kwargs=True)
     sampled_latents(family, pipeline, video, tensors["latents"], steps=2)

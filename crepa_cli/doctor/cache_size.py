@@ -11,7 +11,6 @@ from typing import Any
 import diffusers
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
 from crepa_cli.alignment import TokenGrid
 from crepa_cli.alignment.grid import matching_frames
@@ -72,7 +71,7 @@ def measure_clip(family: Family) -> ClipSize:
 def cache_bytes(
     family: Family, buckets: Sequence[Bucket], texts: int, dtype: torch.dtype, crepa: Crepa | None
 ) -> dict[str, int]:
-    """Bytes that the cache will take, by part; headers of files and masks, of well under a percent, are left out.
+    """Bytes that the cache will take, by part; file headers, well under a percent, are left out.
 
     Args:
         family: of the checkpoint.
@@ -84,17 +83,9 @@ def cache_bytes(
     size = measure_clip(family)
     return {
         "latents": sum(size.bytes(bucket) for bucket in buckets),
-        "prompts": texts * prompt_numbers(family) * dtype.itemsize,
+        "prompts": texts * _prompt_bytes(family, dtype),
         "features": sum(feature_bytes(family, size, bucket, crepa) for bucket in buckets) if crepa else 0,
     }
-
-
-def prompt_numbers(family: Family) -> int:
-    """Numbers in the embedding of a caption, which the pipelines pad to the length of their own call."""
-    call = getattr(diffusers, family.pipeline_class).__call__
-    tokens = signature(call).parameters["max_sequence_length"].default
-    config = AutoConfig.for_model(**family.read_config("text_encoder/config.json"))
-    return int(tokens * config.get_text_config().hidden_size)
 
 
 def feature_bytes(family: Family, size: ClipSize, bucket: Bucket, crepa: Crepa) -> int:
@@ -136,7 +127,7 @@ def without_image_encoder(family: Family) -> Family:
 
 def empty_vae_pipeline(family: Family) -> Any:
     """The family's pipeline with a VAE on the meta device and nothing else."""
-    config = family.read_config("vae/config.json")
+    config = family.base.read_config("vae/config.json")
     pipeline_class = getattr(diffusers, family.pipeline_class)
     with torch.device("meta"):
         vae = getattr(diffusers, config["_class_name"]).from_config(config)
@@ -144,9 +135,15 @@ def empty_vae_pipeline(family: Family) -> Any:
     return pipeline_class(**dict.fromkeys(required) | {"vae": vae})
 
 
+def _prompt_bytes(family: Family, dtype: torch.dtype) -> int:
+    """Bytes of the tensors of a prompt, which are padded to the longest."""
+    with torch.device("meta"):
+        return _bytes(family.longest_prompt(dtype))
+
+
 def _image_bytes(family: Family) -> int:
     """Bytes of an image's embedding: the image encoder's hidden states, class token included."""
-    config = family.read_config("image_encoder/config.json")
+    config = family.base.read_config(f"{family.image_encoder}/config.json")
     tokens = (config["image_size"] // config["patch_size"]) ** 2 + 1
     return int(tokens * config["hidden_size"] * family.vae_dtype.itemsize)
 

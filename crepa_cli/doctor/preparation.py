@@ -13,6 +13,7 @@ from crepa_cli.data.buckets import Bucket
 from crepa_cli.data.prepare import encoder_config
 from crepa_cli.doctor.cache_size import empty_vae_pipeline, without_image_encoder
 from crepa_cli.doctor.step_memory import Clips, fake_memory, make_fake
+from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
 from crepa_cli.profile import Crepa, Profile
 from crepa_cli.teachers.dinov2 import Dinov2Teacher
@@ -31,7 +32,7 @@ def predict_preparation(profile: Profile, family: Family, bucket: Bucket, clips:
         UserError: if a configuration cannot be read.
     """
     peaks = {
-        "text encoder": _text_encoders_peak(family, clips, getattr(torch, profile.model.dtype)),
+        "text encoder": _text_encoders_peak(family, clips, torch_dtype(profile.model.dtype)),
         "VAE": _vae_peak(family, bucket),
     }
     if clips.teacher is not None:
@@ -42,8 +43,7 @@ def predict_preparation(profile: Profile, family: Family, bucket: Bucket, clips:
 @torch.no_grad()
 def _text_encoders_peak(family: Family, clips: Clips, dtype: torch.dtype) -> int:
     """The text encoders on the longest caption; the instructions that some pipelines add are a few MB more."""
-    names = [name for name in family.text_components if name.startswith("text_encoder")]
-    encoders = [_empty_model(family, name, dtype) for name in names]
+    encoders = [_empty_model(family, name, dtype) for name in family.text_encoders]
     caption = len(clips.tensors["prompt_embeds"])
     with fake_memory() as live:
         for encoder in encoders:
@@ -58,7 +58,7 @@ def _text_encoders_peak(family: Family, clips: Clips, dtype: torch.dtype) -> int
 def _vae_peak(family: Family, bucket: Bucket) -> int:
     """The VAE on one clip, and the image encoder on its first frame where the checkpoint has one."""
     pipeline = empty_vae_pipeline(family)
-    image_encoder = _empty_model(family, "image_encoder", family.vae_dtype) if family.image_components else None
+    image_encoder = _empty_model(family, family.image_encoder, family.vae_dtype) if family.image_encoder else None
     with fake_memory() as live:
         make_fake(pipeline.vae)
         if image_encoder is not None:
@@ -101,8 +101,8 @@ def _empty_teacher(crepa: Crepa) -> Any:
 
 def _empty_model(family: Family, component: str, dtype: torch.dtype) -> Any:
     """A component of transformers, on the meta device."""
-    config = AutoConfig.for_model(**family.read_config(f"{component}/config.json"))
-    model_class = getattr(transformers, family.read_config("model_index.json")[component][1])
+    config = AutoConfig.for_model(**family.base.read_config(f"{component}/config.json"))
+    model_class = getattr(transformers, family.base.component_class(component))
     with torch.device("meta"):
         model = model_class._from_config(config, dtype=dtype)
     return model.requires_grad_(False).eval()

@@ -1,9 +1,9 @@
-"""What training needs to know of a family of video diffusion transformers.
+"""Families of video diffusion transformers: how each turns clips and prompts into inputs and a target.
 
-A family is one subclass in one file. It states facts (classes, defaults, compression) and adapts four things: how a
-prompt and a clip become tensors, how these become the transformer's inputs and target, and where its tokens are.
-All of them are trained by flow matching: `noisy = (1 - sigma) * latents + sigma * noise`, and the transformer predicts
-the velocity `noise - latents` (arXiv 2209.03003, 2403.03206).
+A family is one subclass in one file. It states facts (classes, defaults, compression), encodes prompts and clips,
+builds the transformer's inputs and target, and locates its tokens. All are trained by flow matching:
+`noisy = (1 - sigma) * latents + sigma * noise`, and the transformer predicts the velocity `noise - latents`
+(arXiv 2209.03003, 2403.03206).
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar
 
 import diffusers
@@ -22,7 +21,8 @@ from torch import Tensor, nn
 
 from crepa_cli.alignment import TokenGrid
 from crepa_cli.errors import UserError
-from crepa_cli.models import checkpoint as checkpoints
+from crepa_cli.models.base import BaseCheckpoint
+from crepa_cli.models.hub import require_class
 
 Tensors = dict[str, Tensor]
 COMFYUI_FILE = "comfyui_lora.safetensors"
@@ -43,7 +43,7 @@ class TransformerStep:
 
 
 class Family(ABC):
-    """A checkpoint of one family, used for one task.
+    """The recipe of one family for one task, with the base model that it is used with.
 
     Args:
         checkpoint: a local folder in diffusers' layout, or a Hub id. Only its configuration is read here.
@@ -61,7 +61,7 @@ class Family(ABC):
     pipelines: ClassVar[Mapping[str, str]]
     """The diffusers pipeline that generates each task."""
     checkpoints: ClassVar[Mapping[str, str]]
-    """The default checkpoint of each task."""
+    """The default base model of each task."""
     settings: ClassVar[Mapping[str, Mapping[str, object]]]
     """Defaults of settings, by table and key, as they stand in a profile."""
     vae_dtype: ClassVar[torch.dtype] = torch.float32
@@ -71,13 +71,11 @@ class Family(ABC):
     def __init__(self, checkpoint: str, task: str, revision: str | None = None, variant: str | None = None) -> None:
         if task not in self.pipelines:
             raise UserError(f"{self.name} is trained for {' and '.join(self.pipelines)}, not for {task!r}")
-        self.checkpoint = checkpoint
+        self.base = BaseCheckpoint(checkpoint, revision)
         self.task = task
-        self.revision = revision
-        self._configs: dict[str, dict[str, Any]] = {}
         self.component = self._expert(variant)
-        self.config = self.read_config(f"{self.component}/config.json")
-        checkpoints.require_class(checkpoint, self.config, self.transformer_class, self.name)
+        self.config = self.base.read_config(f"{self.component}/config.json")
+        require_class(checkpoint, self.config, self.transformer_class, self.name)
 
     @classmethod
     def defaults(cls, task: str) -> dict[str, dict[str, object]]:
@@ -126,33 +124,14 @@ class Family(ABC):
 
     def timestep_shift(self, latents: Tensor) -> float:  # noqa: ARG002 (some families shift by the size)
         """The shift of sigmas that latents `[B, C, T, h, w]` are sampled with; 1 leaves them as they are."""
-        config = self.read_config("scheduler/scheduler_config.json")
+        config = self.base.read_config("scheduler/scheduler_config.json")
         return float(config.get("flow_shift") or config.get("shift") or 1.0)
-
-    def read_config(self, filename: str) -> dict[str, Any]:
-        """A JSON file of the checkpoint, such as `vae/config.json`, read once."""
-        if filename not in self._configs:
-            self._configs[filename] = checkpoints.read_config(self.checkpoint, filename, self.revision)
-        return self._configs[filename]
 
     # Loading.
 
-    def fetch(self) -> Path:
-        """The checkpoint's local folder; of a repository its components alone are downloaded."""
-        return checkpoints.fetch(self.checkpoint, self.revision, self.components)
-
-    @property
-    def components(self) -> list[str]:
-        """The folders that `model_index.json` names."""
-        index = self.read_config("model_index.json")
-        return [name for name, library in index.items() if isinstance(library, list) and library[0]]
-
     def load_transformer(self, dtype: torch.dtype) -> ModelMixin:
         """The transformer, on the CPU, with parameters that require no gradient."""
-        transformer = getattr(diffusers, self.transformer_class).from_pretrained(
-            self.fetch(), subfolder=self.component, dtype=dtype, use_safetensors=True
-        )
-        return transformer.requires_grad_(False)
+        return self.base.load_model(self.transformer_class, self.component, dtype).requires_grad_(False)
 
     def empty_transformer(self, dtype: torch.dtype) -> ModelMixin:
         """The transformer as `load_transformer` has it, but for its weights: by the configuration alone.
@@ -168,22 +147,41 @@ class Family(ABC):
         assert isinstance(blocks, nn.ModuleList)
         return blocks
 
-    def load_pipeline(self, *, dtype: torch.dtype, without: tuple[str, ...], **components: Any) -> DiffusionPipeline:
-        """The family's pipeline for the task.
-
-        Args:
-            dtype: of the components that are loaded.
-            without: the components that are left out, and cost nothing.
-            components: those that are at hand already.
-        """
-        pipeline_class = getattr(diffusers, self.pipeline_class)
-        given = dict.fromkeys(without) | components
-        pipeline = pipeline_class.from_pretrained(self.fetch(), dtype=dtype, use_safetensors=True, **given)
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
-
     text_components: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
+    """Components that `encode_prompt` needs."""
     image_components: tuple[str, ...] = ()
+    """Components that encode the first frame beside the VAE."""
+
+    @property
+    def vae_components(self) -> tuple[str, ...]:
+        """Components that `encode_clip` needs."""
+        return ("vae", *self.image_components)
+
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        """Those of `text_components` that have weights."""
+        return tuple(name for name in self.text_components if name.startswith("text_encoder"))
+
+    @property
+    def image_encoder(self) -> str | None:
+        """The one of `image_components` that has weights; None if the base model has none."""
+        return self.image_components[0] if self.image_components else None
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """Every component with weights that a preparation loads."""
+        image = (self.image_encoder,) if self.image_encoder else ()
+        return ("vae", *self.text_encoders, *image)
+
+    @property
+    def encoder_configs(self) -> tuple[str, ...]:
+        """Configurations that the memory of a run depends on, beside the transformer's."""
+        return ("model_index.json", *(f"{name}/config.json" for name in self.encoders))
+
+    @property
+    def lora_loading_arguments(self) -> dict[str, object]:
+        """Arguments of the pipeline's `load_lora_weights` that the trained component needs."""
+        return {}
 
     @property
     def transformer_components(self) -> tuple[str, ...]:
@@ -192,23 +190,25 @@ class Family(ABC):
 
     def load_text_pipeline(self, dtype: torch.dtype) -> DiffusionPipeline:
         """The pipeline with what `encode_prompt` needs."""
-        return self.load_pipeline(dtype=dtype, without=(*self.transformer_components, "vae", *self.image_components))
+        without = (*self.transformer_components, *self.vae_components)
+        return self.base.load_pipeline(self.pipeline_class, dtype=dtype, without=without)
 
     def load_vae_pipeline(self) -> DiffusionPipeline:
         """The pipeline with what `encode_clip` needs."""
-        return self.load_pipeline(dtype=self.vae_dtype, without=(*self.transformer_components, *self.text_components))
+        without = (*self.transformer_components, *self.text_components)
+        return self.base.load_pipeline(self.pipeline_class, dtype=self.vae_dtype, without=without)
 
     def load_sampling_pipeline(self, transformer: ModelMixin) -> DiffusionPipeline:
         """The pipeline that samples videos from prompts encoded before; its VAE is in `vae_dtype`."""
         frozen = {
-            name: getattr(diffusers, self.transformer_class).from_pretrained(
-                self.fetch(), subfolder=name, dtype=transformer.dtype, use_safetensors=True
-            )
+            name: self.base.load_model(self.transformer_class, name, transformer.dtype)
             for name in self.transformer_components
             if name != self.component
         }
         trained = {self.component: transformer}
-        return self.load_pipeline(dtype=self.vae_dtype, without=self.text_components, **trained, **frozen)
+        return self.base.load_pipeline(
+            self.pipeline_class, dtype=self.vae_dtype, without=self.text_components, **trained, **frozen
+        )
 
     def _expert(self, variant: str | None) -> str:
         """The component to train."""
@@ -216,7 +216,7 @@ class Family(ABC):
             return self.transformer_components[0]
         if variant not in self.experts:
             known = f"one of: {', '.join(self.experts)}" if self.experts else "none: it holds one transformer"
-            raise UserError(f"model.variant = {variant!r}: {self.checkpoint} has no such expert; choose {known}")
+            raise UserError(f"model.variant = {variant!r}: {self.base.name} has no such expert; choose {known}")
         return self.experts[variant]
 
     # Preparation: once per clip, before training.

@@ -122,11 +122,11 @@ class Kandinsky5Video(Family):
     @property
     def frame_multiple(self) -> int:
         """The VAE's compression of time."""
-        return int(self.read_config("vae/config.json").get("temporal_compression_ratio", 4))
+        return int(self.base.read_config("vae/config.json").get("temporal_compression_ratio", 4))
 
     @property
     def _pixels(self) -> int:
-        return int(self.read_config("vae/config.json").get("spatial_compression_ratio", 8))
+        return int(self.base.read_config("vae/config.json").get("spatial_compression_ratio", 8))
 
     @property
     def _nabla(self) -> bool:
@@ -156,8 +156,10 @@ class Kandinsky5Video(Family):
 
         The pipeline gives it no image, and the whole of it needs torchvision.
         """
-        pipeline = self.load_pipeline(dtype=dtype, without=("transformer", "vae", "tokenizer"))
-        pipeline.tokenizer = AutoTokenizer.from_pretrained(self.fetch() / "tokenizer")
+        pipeline = self.base.load_pipeline(
+            self.pipeline_class, dtype=dtype, without=("transformer", "vae", "tokenizer")
+        )
+        pipeline.tokenizer = AutoTokenizer.from_pretrained(self.base.fetch() / "tokenizer")
         return pipeline
 
     def encode_prompt(self, pipeline: DiffusionPipeline, caption: str) -> Tensors:

@@ -61,17 +61,17 @@ class LtxVideo(Family):
 
     def timestep_shift(self, latents: Tensor) -> float:
         """Grows with the number of latents, as the pipeline's does, whatever the scheduler of later versions says."""
-        figures = SHIFT if self._causal_positions else self.read_config("scheduler/scheduler_config.json")
+        figures = SHIFT if self._causal_positions else self.base.read_config("scheduler/scheduler_config.json")
         return math.exp(calculate_shift(latents[0, 0].numel(), *(figures[name] for name in SHIFT)))
 
     @cached_property
     def _causal_positions(self) -> bool:
-        return not self.read_config("scheduler/scheduler_config.json")["use_dynamic_shifting"]
+        return not self.base.read_config("scheduler/scheduler_config.json")["use_dynamic_shifting"]
 
     @cached_property
     def _compression(self) -> tuple[int, int]:
         """Frames and pixels of a clip for each latent."""
-        vae = self.read_config("vae/config.json")
+        vae = self.base.read_config("vae/config.json")
         steps = 2 ** sum(vae["spatio_temporal_scaling"])
         frames = vae.get("temporal_compression_ratio") or vae["patch_size_t"] * steps
         pixels = vae.get("spatial_compression_ratio") or vae["patch_size"] * steps
@@ -147,7 +147,7 @@ class LtxVideo(Family):
     def sampling_arguments(self, prompt: Tensors, negative_prompt: Tensors) -> dict[str, Any]:
         """Prompt and negative prompt, and what diffusers recommends for VAEs that take a timestep (its PR 11516)."""
         arguments = super().sampling_arguments(prompt, negative_prompt)
-        if self.read_config("vae/config.json").get("timestep_conditioning"):
+        if self.base.read_config("vae/config.json").get("timestep_conditioning"):
             arguments["decode_timestep"] = 0.05
         if self._causal_positions:
             arguments["image_cond_noise_scale"] = 0.025

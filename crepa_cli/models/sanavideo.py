@@ -50,7 +50,7 @@ class SanaVideo(Family):
     @cached_property
     def _compression(self) -> tuple[int, int]:
         """Frames and pixels of a clip for each latent."""
-        vae = self.read_config("vae/config.json")
+        vae = self.base.read_config("vae/config.json")
         if vae["_class_name"] == "AutoencoderKLWan":
             return int(vae.get("scale_factor_temporal", 4)), int(vae.get("scale_factor_spatial", 8))
         return int(vae["temporal_compression_ratio"]), int(vae["spatial_compression_ratio"])

@@ -77,7 +77,7 @@ class Wan(Family):
 
     @cached_property
     def _index(self) -> dict[str, Any]:
-        return self.read_config("model_index.json")
+        return self.base.read_config("model_index.json")
 
     @cached_property
     def experts(self) -> Mapping[str, str]:
@@ -96,15 +96,20 @@ class Wan(Family):
         return (self._boundary, 1.0) if self.component == "transformer" else (0.0, self._boundary)
 
     @property
+    def lora_loading_arguments(self) -> dict[str, object]:
+        """The second expert must be named."""
+        return {"load_into_transformer_2": True} if self.component == "transformer_2" else {}
+
+    @property
     def size_multiple(self) -> int:
         """The VAE's compression times the patch: 16 pixels for Wan 2.1 and A14B, 32 for TI2V."""
-        vae = self.read_config("vae/config.json")
+        vae = self.base.read_config("vae/config.json")
         return int(vae.get("scale_factor_spatial", 8) * self.config["patch_size"][1])
 
     @property
     def frame_multiple(self) -> int:
         """The VAE's compression of time."""
-        return int(self.read_config("vae/config.json").get("scale_factor_temporal", 4))
+        return int(self.base.read_config("vae/config.json").get("scale_factor_temporal", 4))
 
     def encode_prompt(self, pipeline: DiffusionPipeline, caption: str) -> Tensors:
         """`prompt_embeds` `[512, D]` of the T5 encoder, zero after the caption's end."""

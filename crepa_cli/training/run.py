@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Generator
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 
@@ -17,8 +16,9 @@ from crepa_cli.data.prepare import ClipForm, encoder_config, prepare, prompt_key
 from crepa_cli.errors import UserError
 from crepa_cli.events import Event, Notice
 from crepa_cli.models import load_family
-from crepa_cli.models.checkpoint import fetch, require_index
+from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
+from crepa_cli.models.hub import fetch, require_index
 from crepa_cli.processes import from_main
 from crepa_cli.profile import Data, Profile
 from crepa_cli.training.adapter import export_mistakes
@@ -125,7 +125,7 @@ def train(
     """
     folder, form = clips_folder(profile.data), clip_form(profile.data)
     # Without network this ends here, not after an hour of reading clips.
-    fetch(family.checkpoint, family.revision, folders=())
+    fetch(family.base.name, family.base.revision, folders=())
     checkpoint = (yield from _newest_checkpoint(output)) if resume else None
     damaged: list[str] = []
     cache = Cache(
@@ -133,7 +133,7 @@ def train(
         on_damage=lambda path, reason: damaged.append(f"{path.name} in the cache is made again: {reason}"),
     )
     crepa = profile.crepa
-    dtype = getattr(torch, profile.model.dtype)
+    dtype = torch_dtype(profile.model.dtype)
     texts = [*profile.validation.prompts, ""]
     encoder_teaches = crepa.enabled and not crepa.use_backbone_features
     stored = crepa if encoder_teaches and crepa.teacher_cache else None

@@ -1,4 +1,4 @@
-"""Checkpoints: where their files are, what their configuration says, and what identifies their content."""
+"""Repositories on the Hub and local folders: fetching them, reading their configurations, identifying them."""
 
 from __future__ import annotations
 
@@ -61,10 +61,10 @@ def _config_from_hub(repository: str, filename: str, revision: str | None) -> Pa
         raise
 
 
-def hub_answers() -> bool:
-    """Whether the Hub can be reached; where it cannot, this process asks it no more.
+def go_offline_without_hub() -> bool:
+    """Whether the Hub can be reached; if not, this process makes no further requests to it.
 
-    Otherwise each request would be tried again for half a minute.
+    Each request would otherwise be retried for half a minute.
     """
     try:
         get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
