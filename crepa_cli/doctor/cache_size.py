@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import dataclass
-from inspect import Parameter, signature
-from typing import Any
 
-import diffusers
 import torch
 from torch import Tensor
 
@@ -62,7 +58,7 @@ def measure_clip(family: Family) -> ClipSize:
     return ClipSize(
         first=_bytes(short) / side**2 - step * further,
         further=further,
-        image=_image_bytes(family) if family.image_components else 0,
+        image=family.image_embedding_bytes,
         channels=latents.shape[0],
         pixels=side // latents.shape[-1],
     )
@@ -114,38 +110,15 @@ def teacher_grid(family: Family, latents: Tensor, bucket: Bucket, crepa: Crepa, 
 @torch.no_grad()
 def _encoded(family: Family, frames: int, side: int) -> Tensors:
     """The tensors of a clip without content, but for the embedding of its first frame, which needs its pixels."""
-    family = without_image_encoder(family)
-    return family.encode_clip(empty_vae_pipeline(family), torch.empty(3, frames, side, side, device="meta"))
-
-
-def without_image_encoder(family: Family) -> Family:
-    """The family as if its checkpoint had no image encoder."""
-    family = copy(family)
-    family.image_components = ()
-    return family
-
-
-def empty_vae_pipeline(family: Family) -> Any:
-    """The family's pipeline with a VAE on the meta device and nothing else."""
-    config = family.base.read_config("vae/config.json")
-    pipeline_class = getattr(diffusers, family.pipeline_class)
-    with torch.device("meta"):
-        vae = getattr(diffusers, config["_class_name"]).from_config(config)
-    required = [name for name, one in signature(pipeline_class).parameters.items() if one.default is Parameter.empty]
-    return pipeline_class(**dict.fromkeys(required) | {"vae": vae})
+    return family.without_image_encoder().encode_clip(
+        family.empty_vae_pipeline(), torch.empty(3, frames, side, side, device="meta")
+    )
 
 
 def _prompt_bytes(family: Family, dtype: torch.dtype) -> int:
     """Bytes of the tensors of a prompt, which are padded to the longest."""
     with torch.device("meta"):
         return _bytes(family.longest_prompt(dtype))
-
-
-def _image_bytes(family: Family) -> int:
-    """Bytes of an image's embedding: the image encoder's hidden states, class token included."""
-    config = family.base.read_config(f"{family.image_encoder}/config.json")
-    tokens = (config["image_size"] // config["patch_size"]) ** 2 + 1
-    return int(tokens * config["hidden_size"] * family.vae_dtype.itemsize)
 
 
 def _bytes(tensors: dict[str, Tensor]) -> int:

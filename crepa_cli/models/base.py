@@ -7,7 +7,9 @@ from typing import Any
 
 import diffusers
 import torch
+import transformers
 from diffusers import DiffusionPipeline, ModelMixin
+from transformers import AutoConfig
 
 from crepa_cli.models import hub
 
@@ -59,6 +61,14 @@ class BaseCheckpoint:
         """A component by its class in diffusers, on the CPU."""
         model_class = getattr(diffusers, class_name)
         return model_class.from_pretrained(self.fetch(), subfolder=component, dtype=dtype, use_safetensors=True)
+
+    def empty_model(self, component: str, dtype: torch.dtype) -> Any:
+        """A component of transformers by its configuration alone, on the meta device."""
+        config = AutoConfig.for_model(**self.read_config(f"{component}/config.json"))
+        model_class = getattr(transformers, self.component_class(component))
+        with torch.device("meta"):
+            model = model_class._from_config(config, dtype=dtype)
+        return model.requires_grad_(False).eval()
 
     def load_pipeline(
         self, class_name: str, *, dtype: torch.dtype, without: tuple[str, ...], **components: Any

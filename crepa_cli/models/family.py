@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
+from inspect import Parameter, signature
 from typing import Any, ClassVar
 
 import diffusers
@@ -33,8 +35,8 @@ COMFYUI_FILE = "comfyui_lora.safetensors"
 class TransformerStep:
     """One forward pass to train on: the transformer's keyword arguments, and what it should return.
 
-    `target` has the shape of the prediction; `weight` broadcasts to it and leaves out of the loss what the transformer
-    is given, such as the first frame of image to video.
+    `target` has the shape of the prediction. `weight` broadcasts to it and is 0 for the parts that are inputs rather than
+    predictions, such as the first frame of image to video.
     """
 
     inputs: Mapping[str, Any]
@@ -79,7 +81,7 @@ class Family(ABC):
 
     @classmethod
     def defaults(cls, task: str) -> dict[str, dict[str, object]]:
-        """The layer of settings that this family puts over the built-in defaults."""
+        """The family's defaults, which override the built-in ones."""
         layer = {table: dict(keys) for table, keys in cls.settings.items()}
         if task in cls.checkpoints:
             layer.setdefault("model", {})["checkpoint"] = cls.checkpoints[task]
@@ -198,6 +200,32 @@ class Family(ABC):
         without = (*self.transformer_components, *self.text_components)
         return self.base.load_pipeline(self.pipeline_class, dtype=self.vae_dtype, without=without)
 
+    def empty_vae_pipeline(self) -> Any:
+        """The pipeline with a VAE on the meta device and no other component."""
+        config = self.base.read_config("vae/config.json")
+        pipeline_class = getattr(diffusers, self.pipeline_class)
+        with torch.device("meta"):
+            vae = getattr(diffusers, config["_class_name"]).from_config(config)
+        required = [
+            name for name, one in signature(pipeline_class).parameters.items() if one.default is Parameter.empty
+        ]
+        return pipeline_class(**dict.fromkeys(required) | {"vae": vae})
+
+    def without_image_encoder(self) -> Family:
+        """The same recipe for a base model without an image encoder."""
+        family = copy(self)
+        family.image_components = ()
+        return family
+
+    @property
+    def image_embedding_bytes(self) -> int:
+        """Bytes of the first frame's embedding, class token included; 0 without an image encoder."""
+        if self.image_encoder is None:
+            return 0
+        config = self.base.read_config(f"{self.image_encoder}/config.json")
+        tokens = (config["image_size"] // config["patch_size"]) ** 2 + 1
+        return int(tokens * config["hidden_size"] * self.vae_dtype.itemsize)
+
     def load_sampling_pipeline(self, transformer: ModelMixin) -> DiffusionPipeline:
         """The pipeline that samples videos from prompts encoded before; its VAE is in `vae_dtype`."""
         frozen = {
@@ -223,7 +251,10 @@ class Family(ABC):
 
     @abstractmethod
     def encode_prompt(self, pipeline: DiffusionPipeline, caption: str) -> Tensors:
-        """The tensors of a caption, each without a batch dimension, as the pipeline's own call has them."""
+        """The tensors of a caption, without batch dimensions, as the pipeline's call makes them.
+
+        `prompt_embeds` `[L, D]` is among them.
+        """
 
     @abstractmethod
     def longest_prompt(self, dtype: torch.dtype) -> Tensors:
