@@ -21,7 +21,7 @@ from crepa_cli.demo.tiny import smooth_video, tiny_clip_tokenizer, tiny_qwen_tok
 
 
 def write_tiny(folder: Path, task: str) -> None:
-    """A checkpoint of twelve blocks of width 64, with latents of four channels."""
+    """Write a checkpoint of twelve blocks of width 64, with latents of four channels."""
     pipeline_class = Kandinsky5T2VPipeline if task == "t2v" else Kandinsky5I2VPipeline
     pipeline = pipeline_class(
         transformer=tiny_transformer(),

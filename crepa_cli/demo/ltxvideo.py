@@ -18,7 +18,7 @@ from crepa_cli.models.ltxvideo import SHIFT
 
 
 def write_tiny(folder: Path, task: str) -> None:  # noqa: ARG001 (one checkpoint serves both tasks)
-    """A checkpoint of twelve blocks of width 48, with latents of eight channels."""
+    """Write a checkpoint of twelve blocks of width 48, with latents of eight channels."""
     tokenizer = tiny_t5_tokenizer()
     text_encoder = T5EncoderModel(
         T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)

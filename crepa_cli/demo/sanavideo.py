@@ -16,7 +16,7 @@ from crepa_cli.demo.tiny import normalize_latents, smooth_video, tiny_gemma_toke
 
 
 def write_tiny(folder: Path, task: str) -> None:  # noqa: ARG001 (one checkpoint serves both tasks)
-    """A checkpoint of twelve blocks of width 48, with latents of four channels."""
+    """Write a checkpoint of twelve blocks of width 48, with latents of four channels."""
     tokenizer = tiny_gemma_tokenizer()
     text_encoder = Gemma2Model(
         Gemma2Config(

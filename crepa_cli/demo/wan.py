@@ -18,7 +18,7 @@ from crepa_cli.demo.tiny import normalize_latents, smooth_video, tiny_clip_visio
 
 
 def write_tiny(folder: Path, task: str) -> None:
-    """A checkpoint of Wan 2.1: twelve blocks of width 48, latents of four channels."""
+    """Write a checkpoint of Wan 2.1: twelve blocks of width 48, latents of four channels."""
     tokenizer = tiny_t5_tokenizer()
     vae = AutoencoderKLWan(base_dim=8, z_dim=4, dim_mult=[1, 2, 2, 2], num_res_blocks=1)
     normalize_latents(vae, smooth_video(frames=33, size=96))

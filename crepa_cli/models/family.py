@@ -33,10 +33,10 @@ COMFYUI_FILE = "comfyui_lora.safetensors"
 
 @dataclass(frozen=True)
 class TransformerStep:
-    """One forward pass to train on: the transformer's keyword arguments, and what it should return.
+    """One forward pass to train on: the transformer's keyword arguments and its target.
 
-    `target` has the shape of the prediction. `weight` broadcasts to it and is 0 for the parts that are inputs rather than
-    predictions, such as the first frame of image to video.
+    `target` has the shape of the prediction. `weight` broadcasts to it and is 0 for parts that are inputs rather
+    than predictions, such as the first frame of image to video.
     """
 
     inputs: Mapping[str, Any]
@@ -68,7 +68,7 @@ class Family(ABC):
     """Defaults of settings, by table and key, as they stand in a profile."""
     vae_dtype: ClassVar[torch.dtype] = torch.float32
     comfyui_names: ClassVar[Mapping[str, str] | None] = None
-    """Patterns in module names, and what the original checkpoint has there; None where ComfyUI runs no such model."""
+    """Patterns in module names and their replacements in the original names; None if ComfyUI does not run it."""
 
     def __init__(self, checkpoint: str, task: str, revision: str | None = None, variant: str | None = None) -> None:
         if task not in self.pipelines:
@@ -96,7 +96,7 @@ class Family(ABC):
 
     @property
     def sigma_range(self) -> tuple[float, float]:
-        """The noise levels that the transformer is used for."""
+        """Lowest and highest noise level that the transformer denoises."""
         return 0.0, 1.0
 
     @property
@@ -112,7 +112,7 @@ class Family(ABC):
     @property
     @abstractmethod
     def size_multiple(self) -> int:
-        """Width and height of a clip in pixels are multiples of this: the VAE's compression times the patch."""
+        """Width and height of a clip in pixels must be multiples of this: the VAE's compression times the patch."""
 
     @property
     @abstractmethod
@@ -136,7 +136,7 @@ class Family(ABC):
         return self.base.load_model(self.transformer_class, self.component, dtype).requires_grad_(False)
 
     def empty_transformer(self, dtype: torch.dtype) -> ModelMixin:
-        """The transformer as `load_transformer` has it, but for its weights: by the configuration alone.
+        """The transformer of `load_transformer` without its weights, from the configuration alone.
 
         In `torch.device("meta")` or in a FakeTensorMode it takes no memory.
         """
@@ -191,12 +191,12 @@ class Family(ABC):
         return tuple(self.experts.values()) or ("transformer",)
 
     def load_text_pipeline(self, dtype: torch.dtype) -> DiffusionPipeline:
-        """The pipeline with what `encode_prompt` needs."""
+        """The pipeline with the components that `encode_prompt` needs."""
         without = (*self.transformer_components, *self.vae_components)
         return self.base.load_pipeline(self.pipeline_class, dtype=dtype, without=without)
 
     def load_vae_pipeline(self) -> DiffusionPipeline:
-        """The pipeline with what `encode_clip` needs."""
+        """The pipeline with the components that `encode_clip` needs."""
         without = (*self.transformer_components, *self.text_components)
         return self.base.load_pipeline(self.pipeline_class, dtype=self.vae_dtype, without=without)
 
@@ -227,7 +227,7 @@ class Family(ABC):
         return int(tokens * config["hidden_size"] * self.vae_dtype.itemsize)
 
     def load_sampling_pipeline(self, transformer: ModelMixin) -> DiffusionPipeline:
-        """The pipeline that samples videos from prompts encoded before; its VAE is in `vae_dtype`."""
+        """The pipeline for sampling videos from encoded prompts; its VAE is in `vae_dtype`."""
         frozen = {
             name: self.base.load_model(self.transformer_class, name, transformer.dtype)
             for name in self.transformer_components
@@ -280,7 +280,7 @@ class Family(ABC):
     # Training.
 
     def token_grid(self, latents: Tensor) -> TokenGrid:
-        """Where the tokens of latents `[B, C, T, h, w]` are: one for each patch."""
+        """The grid of tokens of latents `[B, C, T, h, w]`: one for each patch."""
         frames, rows, columns = (
             size // patch for size, patch in zip(latents.shape[2:], self.config["patch_size"], strict=True)
         )
@@ -304,15 +304,15 @@ class Family(ABC):
     # Sampling.
 
     def sampling_arguments(self, prompt: Tensors, negative_prompt: Tensors) -> dict[str, Any]:
-        """The arguments of the pipeline's call that stand for the prompts, from the tensors of `encode_prompt`.
+        """The prompt arguments of the pipeline's call, from the tensors of `encode_prompt`.
 
-        By default these bear the names of the arguments.
+        By default the tensors have the names of the arguments.
         """
         negative = {f"negative_{name}": tensor for name, tensor in negative_prompt.items()}
         return {name: tensor[None] for name, tensor in (prompt | negative).items()}
 
     def form_arguments(self, *, width: int, height: int, frames: int, fps: float) -> dict[str, Any]:  # noqa: ARG002
-        """The arguments of the pipeline's call that stand for the size, length and frame rate of the video."""
+        """The arguments of the pipeline's call for the size, length and frame rate of the video."""
         return {"width": width, "height": height, "num_frames": frames}
 
 

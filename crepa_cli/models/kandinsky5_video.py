@@ -32,8 +32,8 @@ NABLA_PATCH = 8
 class CaptionAttention(Kandinsky5AttnProcessor):  # type: ignore[misc]  # diffusers has no types
     """Attention to captions of different lengths in one batch: none sees the padding behind its own caption.
 
-    The transformer takes no mask, because its pipelines sample one caption at a time. Its argument `text_lengths`, of
-    which it knows nothing, is taken here.
+    The transformer takes no mask, because its pipelines sample one caption at a time. The extra
+    argument `text_lengths` is removed here before the transformer sees it.
     """
 
     def __init__(self) -> None:
@@ -218,7 +218,7 @@ class Kandinsky5Video(Family):
         return TransformerStep(inputs, (noise - latents).movedim(1, -1), (1 - given).movedim(1, -1))
 
     def _sparse_attention(self, grid: TokenGrid, device: torch.device) -> dict[str, Any]:
-        """Which squares of tokens always see which, and what NABLA adds to them."""
+        """The mask of squares that always attend to each other, and the parameters of NABLA."""
         windows = {name: self.config[f"attention_{name}"] for name in ("wT", "wH", "wW")}
         rows, columns = grid.rows // NABLA_PATCH, grid.columns // NABLA_PATCH
         mask = Kandinsky5T2VPipeline.fast_sta_nabla(grid.frames, rows, columns, **windows, device=device)
@@ -231,7 +231,7 @@ class Kandinsky5Video(Family):
         return video.flatten(2, 3)
 
     def sampling_arguments(self, prompt: Tensors, negative_prompt: Tensors) -> dict[str, Any]:
-        """Both prompts without their padding, and where each ends."""
+        """Both prompts without their padding, and their lengths."""
         return _prompt_arguments("", prompt) | _prompt_arguments("negative_", negative_prompt)
 
 

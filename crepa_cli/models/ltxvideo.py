@@ -27,7 +27,7 @@ class LtxVideo(Family):
     """LTX transformers of any size; hidden states are row-major patches of latents.
 
     From version 0.9.5 on, the first latent frame stands for one frame in the positions too, and another pipeline
-    generates. Those checkpoints are told by their scheduler, which shifts by no sequence length.
+    generates. Their schedulers do not shift by sequence length, which identifies them.
     """
 
     name = "ltxvideo"
@@ -94,7 +94,7 @@ class LtxVideo(Family):
         return {"latents": normalized_latents(pipeline.vae, video)}
 
     def decode_latents(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
-        """The inverse of `encode_clip`, as far as the VAE is; one that also denoises is told that there is no noise."""
+        """The inverse of `encode_clip`, as far as the VAE is; a denoising decoder gets a noise level of 0."""
         conditioned = pipeline.vae.config.timestep_conditioning
         return decoded_video(pipeline.vae, latents, latents.new_zeros(1) if conditioned else None)
 
@@ -131,7 +131,7 @@ class LtxVideo(Family):
         return packed
 
     def _positions(self, grid: TokenGrid, fps: Tensor) -> Tensor:
-        """Where each token is, in seconds, pixels and pixels: `[B, 3, N]`."""
+        """Position of each token in seconds, rows and columns of pixels: `[B, 3, N]`."""
         temporal, spatial = self._compression
         frames = torch.arange(grid.frames, device=fps.device) * temporal * self.config["patch_size_t"]
         if self._causal_positions:
@@ -145,7 +145,7 @@ class LtxVideo(Family):
         return positions / units[:, :, None]
 
     def sampling_arguments(self, prompt: Tensors, negative_prompt: Tensors) -> dict[str, Any]:
-        """Prompt and negative prompt, and what diffusers recommends for VAEs that take a timestep (its PR 11516)."""
+        """Both prompts, and the decoding timestep that diffusers recommends for VAEs with one (its PR 11516)."""
         arguments = super().sampling_arguments(prompt, negative_prompt)
         if self.base.read_config("vae/config.json").get("timestep_conditioning"):
             arguments["decode_timestep"] = 0.05

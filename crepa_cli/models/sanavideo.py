@@ -17,7 +17,7 @@ from torch import Tensor
 from crepa_cli.models.family import Family, Tensors, TransformerStep, add_noise, decoded_video, normalized_latents
 
 SIZE_MULTIPLE = 32
-"""Widths and heights of other multiples are refused by the pipelines."""
+"""The pipelines accept only multiples of this as width and height."""
 
 
 class SanaVideo(Family):
@@ -39,7 +39,7 @@ class SanaVideo(Family):
 
     @property
     def size_multiple(self) -> int:
-        """The VAE's compression times the patch, and what the pipelines ask for."""
+        """The VAE's compression times the patch, and a multiple that the pipelines accept."""
         return math.lcm(SIZE_MULTIPLE, self._compression[1] * self.config["patch_size"][1])
 
     @property
@@ -102,7 +102,7 @@ class SanaVideo(Family):
         )
 
     def sampling_arguments(self, prompt: Tensors, negative_prompt: Tensors) -> dict[str, Any]:
-        """Prompt and negative prompt; the pipeline's default negative prompt would stand against the latter."""
+        """Prompt and negative prompt; disables the default negative prompt."""
         return super().sampling_arguments(prompt, negative_prompt) | {"negative_prompt": None}
 
     def form_arguments(self, *, width: int, height: int, frames: int, fps: float) -> dict[str, Any]:  # noqa: ARG002

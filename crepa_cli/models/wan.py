@@ -1,7 +1,7 @@
 """Wan 2.1 and 2.2 (arXiv 2503.20314): text to video and image to video.
 
-Three layouts are told apart by the checkpoint's configuration. Wan 2.1 and the experts of Wan 2.2 A14B are given the
-first frame in further input channels; Wan 2.2 TI2V has it in place of the noisy one, with a timestep of 0.
+The configuration of the base model tells three layouts apart. Wan 2.1 and the experts of Wan 2.2 A14B take the first
+frame in extra input channels; Wan 2.2 TI2V takes it in place of the noisy one, with a timestep of 0.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class Wan(Family):
         """`latents` `[C, T, h, w]`, normalized.
 
         For image to video also `condition` `[4 + C, T, h, w]`, the mask and the latents of the first frame followed by
-        gray, and where the checkpoint has an image encoder `image_embeds` `[N, D]` of the first frame.
+        gray, and with an image encoder `image_embeds` `[N, D]` of the first frame.
         """
         tensors = {"latents": normalized_latents(pipeline.vae, video)}
         if self.task == "i2v" and not self.per_token_timesteps:
@@ -141,7 +141,7 @@ class Wan(Family):
         return decoded_video(pipeline.vae, latents)
 
     def step(self, batch: Tensors, noise: Tensor, sigmas: Tensor) -> TransformerStep:
-        """Timesteps are sigmas times 1000: one per clip, or one per token where the checkpoint asks for it."""
+        """Timesteps are sigmas times 1000: one per clip, or one per token if the base model expects that."""
         latents, timestep, weight = batch["latents"], sigmas * 1000, None
         hidden = add_noise(latents, noise, sigmas)
         if self.per_token_timesteps:
@@ -164,7 +164,7 @@ class Wan(Family):
 
 
 def _first_frame_condition(pipeline: DiffusionPipeline, video: Tensor, latents: Tensor) -> Tensor:
-    """What the pipeline puts beside the noise: `[4 + C, T, h, w]`."""
+    """The mask and latents that the pipeline concatenates to the noise: `[4 + C, T, h, w]`."""
     _, frames, height, width = video.shape
     image = video[None, :, 0].to(pipeline.device)
     prepared = pipeline.prepare_latents(
@@ -175,7 +175,7 @@ def _first_frame_condition(pipeline: DiffusionPipeline, video: Tensor, latents: 
 
 
 def _generated_frames(latents: Tensor, task: str) -> Tensor:
-    """`[1, 1, T, 1, 1]`: 0 for the frame that image to video is given, 1 for those that are generated."""
+    """`[1, 1, T, 1, 1]`: 0 for the given frame of image to video, 1 for generated frames."""
     generated = torch.ones_like(latents[:1, :1, :, :1, :1])
     if task == "i2v":
         generated[:, :, 0] = 0

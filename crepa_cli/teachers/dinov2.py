@@ -17,7 +17,7 @@ ENCODERS = {
     for letter, size in {"s": "small", "b": "base", "l": "large", "g": "giant"}.items()
     for suffix, registers in {"": "", "_reg": "with-registers-"}.items()
 }
-"""Names of the encoders and where they are on the Hub."""
+"""Hub ids of the encoders by name."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -61,8 +61,8 @@ class Dinov2Teacher:
         """The encoder of a local folder, in the layout of transformers.
 
         Args:
-            folder: where its files are.
-            device: where it runs; on a GPU in float16, on the CPU in float32.
+            folder: with its files.
+            device: to run on; in float16 on a GPU, in float32 on the CPU.
         """
         dtype = torch.float16 if device.type == "cuda" else torch.float32
         return cls(AutoModel.from_pretrained(folder, dtype=dtype, use_safetensors=True).to(device))
