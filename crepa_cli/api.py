@@ -29,8 +29,9 @@ from crepa_cli.data.online import OnlineTeacher
 from crepa_cli.data.prepare import ClipForm, PreparedClip, encoder_config, prepare, prompt_key
 from crepa_cli.errors import RunError, UserError
 from crepa_cli.events import Event, Notice, Progress, RunOpened, TrainingEnded, TrainingStarted
-from crepa_cli.models.checkpoint import fetch
+from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
+from crepa_cli.models.hub import fetch
 from crepa_cli.processes import PRECISION, from_main, start_processes
 from crepa_cli.profile import Profile
 from crepa_cli.report.card import loading_lines, write_model_card
@@ -222,14 +223,14 @@ def _newest_checkpoint(run: RunFolder) -> Generator[Event, None, Path | None]:
 def _prepared(profile: Profile, family: Family, accelerator: Accelerator) -> Generator[Event, None, _Prepared]:
     """Fill the cache with everything that depends on the clips alone."""
     # Without network this ends here, not after an hour of reading clips.
-    fetch(family.checkpoint, family.revision, folders=())
+    fetch(family.base.name, family.base.revision, folders=())
     crepa, form = profile.crepa, ClipForm.of(profile.data)
     damaged: list[str] = []
     cache = Cache(
         cache_folder(profile.data),
         on_damage=lambda path, reason: damaged.append(f"{path.name} in the cache is made again: {reason}"),
     )
-    dtype = getattr(torch, profile.model.dtype)
+    dtype = torch_dtype(profile.model.dtype)
     texts = [*profile.validation.prompts, ""]
     stored = crepa if crepa.enabled and not crepa.use_backbone_features and crepa.teacher_cache else None
     folder = clips_folder(profile.data)
@@ -252,7 +253,7 @@ def _build_trainer(
     encoder_teaches = crepa.enabled and not crepa.use_backbone_features
     progress = read_progress(checkpoint) if checkpoint else {}
     teacher_size = encoder_config(crepa)["hidden_size"] if encoder_teaches else family.hidden_size
-    empty_key = prompt_key(family, "", getattr(torch, profile.model.dtype))
+    empty_key = prompt_key(family, "", torch_dtype(profile.model.dtype))
     learner = build_learner(profile, family, teacher_size, accelerator, checkpoint, progress)
     online = encoder_teaches and not crepa.teacher_cache and learner.aligns
     # Checkpoints of earlier versions counted the skipped steps of the run alone.

@@ -27,7 +27,7 @@ def resolve(
     Raises:
         UserError: lists all mistakes.
     """
-    from crepa_cli.training.demo import demo_settings
+    from crepa_cli.demo import demo_settings
 
     return resolve_profile(
         profile=profile,

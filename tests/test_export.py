@@ -98,7 +98,7 @@ def test_alpha_is_kept(open_tiny: OpenTiny, tmp_path: Path) -> None:
 def test_the_lora_of_the_low_noise_expert_loads_into_it(open_tiny: OpenTiny, checkpoints: Path, tmp_path: Path) -> None:
     family = Wan(two_experts(open_tiny, checkpoints, "t2v"), "t2v", variant="low")
     published, _ = exported(family, tmp_path / "weights")
-    pipeline = WanPipeline.from_pretrained(family.checkpoint)
+    pipeline = WanPipeline.from_pretrained(family.base.name)
     pipeline.load_lora_weights(tmp_path / "weights", weight_name=DIFFUSERS_FILE, load_into_transformer_2=True)
     loaded = get_peft_model_state_dict(pipeline.transformer_2, adapter_name="default_0")
     assert {f"transformer.{key}" for key in loaded} == published.keys()

@@ -97,7 +97,7 @@ def overfitted(family: Family, tensors: Tensors, steps: int) -> torch.nn.Module:
 def sampled_similarity(family: Family, video: Tensor, tensors: Tensors, **transformers: torch.nn.Module) -> float:
     """The cosine between a clip's latents and those that the published pipeline samples with these transformers."""
     pipeline_class = getattr(diffusers, family.pipeline_class)
-    pipeline = pipeline_class.from_pretrained(family.checkpoint, **transformers)
+    pipeline = pipeline_class.from_pretrained(family.base.name, **transformers)
     sampled = sampled_latents(family, pipeline, video, tensors["latents"], steps=30)
     return float(torch.cosine_similarity(sampled.flatten(), tensors["latents"].flatten(), dim=0))
 
@@ -171,7 +171,7 @@ def test_an_exported_lora_loads_in_the_published_pipeline(
     trained = get_peft_model_state_dict(transformer)
 
     pipeline_class = getattr(diffusers, family.pipeline_class)
-    pipeline = pipeline_class.from_pretrained(family.checkpoint)
+    pipeline = pipeline_class.from_pretrained(family.base.name)
     before = sampled_latents(family, pipeline, video, tensors["latents"], steps=2)
     pipeline.load_lora_weights(tmp_path / "weights")
     loaded = get_peft_model_state_dict(pipeline.transformer, adapter_name="default_0")

@@ -20,6 +20,7 @@ from typer.testing import CliRunner, Result
 
 from crepa_cli.cli.init import init
 from crepa_cli.errors import UserError
+from crepa_cli.models.flavours import FLAVOURS
 from crepa_cli.profile import Profile, ResolvedProfile, description, json_schema, known_keys, resolve_profile
 from crepa_cli.profile.project import commented_toml, memory_settings, project_profile
 from crepa_cli.profile.simpletuner import COUNTERPARTS, export_crepa, import_config, read_config
@@ -60,7 +61,9 @@ def resolved(folder: Path) -> ResolvedProfile:
 
 
 def imported(config: dict[str, Any]) -> tuple[Profile, dict[str, object]]:
-    result = import_config(read_config(json.dumps({"model_family": "wan", **config}), "config.json"), "config.json")
+    result = import_config(
+        read_config(json.dumps({"model_family": "wan", **config}), "config.json"), "config.json", FLAVOURS
+    )
     profile = project_profile(
         profile=None, vram=None, imported=result.settings, flags={}, folder=Path(), families=("wan", "ltxvideo")
     )
@@ -529,7 +532,7 @@ def test_deep_nesting_ends_in_no_traceback(depth: int):
         config = read_config(text, "config.json")
     except UserError:
         return
-    assert "optimizer" in import_config(config, "config.json").without_counterpart
+    assert "optimizer" in import_config(config, "config.json", FLAVOURS).without_counterpart
 
 
 @pytest.mark.parametrize("in_terminal", [False, True])

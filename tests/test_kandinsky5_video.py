@@ -10,8 +10,9 @@ from conftest import OpenTiny
 from diffusers import Kandinsky5T2VPipeline
 from torch import Tensor
 
+from crepa_cli.demo.kandinsky5_video import tiny_transformer
 from crepa_cli.models.family import Tensors
-from crepa_cli.models.kandinsky5_video import Kandinsky5Video, rotary_scale, tiny_transformer
+from crepa_cli.models.kandinsky5_video import Kandinsky5Video, rotary_scale
 from crepa_cli.training.aligned import HiddenStateCapture
 
 NABLA = {"attention_type": "nabla", "attention_P": 0.9, "attention_wT": 3, "attention_wH": 3, "attention_wW": 3}
@@ -33,7 +34,7 @@ def nabla(open_tiny: OpenTiny, tmp_path: Path) -> Kandinsky5Video:
     """A checkpoint with NABLA attention."""
     folder = tmp_path / "nabla"
     folder.mkdir()
-    for part in Path(open_tiny("kandinsky5_video", "t2v").checkpoint).iterdir():
+    for part in Path(open_tiny("kandinsky5_video", "t2v").base.name).iterdir():
         if part.name != "transformer":
             (folder / part.name).symlink_to(part)
     torch.manual_seed(0)
@@ -96,7 +97,7 @@ def test_padding_behind_a_short_caption_is_not_seen(train: bool, open_tiny: Open
 
 def test_prompts_are_those_of_the_published_pipeline(open_tiny: OpenTiny) -> None:
     family = open_tiny("kandinsky5_video", "t2v")
-    published = Kandinsky5T2VPipeline.from_pretrained(family.checkpoint)
+    published = Kandinsky5T2VPipeline.from_pretrained(family.base.name)
     embeds, pooled, ends = published.encode_prompt(["a red disc"])
     tensors = family.encode_prompt(family.load_text_pipeline(torch.float32), "a red disc")
     length = int(tensors["prompt_length"])

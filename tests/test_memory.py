@@ -34,6 +34,7 @@ from crepa_cli.doctor.memory import (
 )
 from crepa_cli.doctor.step_memory import PARTS, Clips, predict_training
 from crepa_cli.models import FAMILIES, load_family
+from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
 from crepa_cli.processes import PRECISION
 from crepa_cli.profile import Profile
@@ -65,7 +66,7 @@ def shallow(family: Family) -> Family:
 def settings(family: Family, **tables: dict[str, object]) -> Profile:
     """A LoRA on two clips at once in float32, except for the settings in `tables`."""
     base: dict[str, dict[str, object]] = {
-        "model": {"family": family.name, "checkpoint": family.checkpoint, "dtype": "float32"},
+        "model": {"family": family.name, "checkpoint": family.base.name, "dtype": "float32"},
         "adapter": {"rank": 8, "target_modules": family.settings["adapter"]["target_modules"]},
         "data": {"width": 96, "height": 96, "frames": 33, "fps": 16.0},
         "train": {"batch_size": 2, "learning_rate": 1e-4},
@@ -78,7 +79,7 @@ def small_clips(family: Family, profile: Profile) -> Clips:
     """Clips of five frames with 144 tokens each."""
     with torch.device("meta"):
         latents = torch.empty(LATENTS.get(family.name, (4, 5, 24, 24)))
-        prompt = family.longest_prompt(getattr(torch, profile.model.dtype))
+        prompt = family.longest_prompt(torch_dtype(profile.model.dtype))
         return Clips({"latents": latents, "fps": torch.empty(())} | prompt, TEACHER, FEATURES)
 
 

@@ -107,10 +107,11 @@ def _create(choices: _Choices, from_json: Path | None, *, force: bool) -> None:
 
 
 def _imported(path: Path) -> Imported:
+    from crepa_cli.models.flavours import FLAVOURS
     from crepa_cli.profile.files import read_text
     from crepa_cli.profile.simpletuner import import_config, read_config
 
-    return import_config(read_config(read_text(path, str(path)), str(path)), str(path))
+    return import_config(read_config(read_text(path, str(path)), str(path)), str(path), FLAVOURS)
 
 
 def _show_without_counterpart(options: Mapping[str, object], path: Path | None) -> None:

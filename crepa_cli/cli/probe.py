@@ -78,16 +78,16 @@ def probe_blocks(
 
 
 def _answer(profile: Profile, *, measured: bool, demo: bool) -> Answer:
-    from crepa_cli.models.checkpoint import hub_answers
+    from crepa_cli.models.hub import go_offline_without_hub
     from crepa_cli.probe.answer import describe
     from crepa_cli.probe.recommend import recommend
 
     if demo:
-        from crepa_cli.training.demo import write_demo
+        from crepa_cli.demo import write_demo
 
         write_demo(profile)
     elif not all(Path(str(one)).is_dir() for one in _repositories(profile, measured=measured)):
-        hub_answers()
+        go_offline_without_hub()
     opened = _open_family(profile)
     answer = describe(opened, profile.crepa.block_index)
     if not measured:

@@ -83,7 +83,7 @@ def _check_launch(profile: Profile, processes: int, *, resume: bool, demo: bool)
     import torch
 
     from crepa_cli import api
-    from crepa_cli.training.demo import write_demo
+    from crepa_cli.demo import write_demo
 
     if demo:
         write_demo(profile)
@@ -96,9 +96,9 @@ def _check_launch(profile: Profile, processes: int, *, resume: bool, demo: bool)
 def _train(profile: Profile, view: View, *, resume: bool, cache_only: bool, demo: bool) -> int:
     """Run the training and return the exit code."""
     from crepa_cli import api
+    from crepa_cli.demo import write_demo
     from crepa_cli.processes import start_processes
     from crepa_cli.signals import Stopped
-    from crepa_cli.training.demo import write_demo
 
     state = start_processes()
     if demo:

@@ -24,8 +24,8 @@ from crepa_cli.data.clips import Clip, ClipError, file_digest, find_clips
 from crepa_cli.data.video import decode, frames_available, probe
 from crepa_cli.errors import UserError, counted
 from crepa_cli.events import ClipSkipped, Event, Progress
-from crepa_cli.models.checkpoint import fetch, fingerprint, read_config
 from crepa_cli.models.family import Family, Tensors
+from crepa_cli.models.hub import fetch, fingerprint, read_config
 from crepa_cli.processes import from_all, from_main
 from crepa_cli.profile import Crepa, Data
 from crepa_cli.teachers.dinov2 import ENCODERS, Dinov2Teacher, input_size
@@ -205,7 +205,7 @@ def _encode_prompts(
 def _prepare_latents(
     family: Family, clips: list[PreparedClip], fps: float, cache: Cache, device: torch.device
 ) -> Generator[Event, None, list[PreparedClip]]:
-    vae = _digests(("vae", *family.image_components), family)
+    vae = _digests(family.vae_components, family)
 
     def key(clip: PreparedClip) -> str:
         return cache_key(kind="latents", family=family.name, task=family.task, vae=vae, **_content(clip, fps))
@@ -330,7 +330,7 @@ def _content(clip: PreparedClip, fps: float) -> dict[str, object]:
 
 
 def _digests(components: Iterable[str], family: Family) -> list[str]:
-    folder = family.fetch()
+    folder = family.base.fetch()
     return [fingerprint(folder / name) for name in components]
 
 

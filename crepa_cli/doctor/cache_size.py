@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import dataclass
-from inspect import Parameter, signature
-from typing import Any
 
-import diffusers
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
 from crepa_cli.alignment import TokenGrid
 from crepa_cli.alignment.grid import matching_frames
@@ -63,7 +58,7 @@ def measure_clip(family: Family) -> ClipSize:
     return ClipSize(
         first=_bytes(short) / side**2 - step * further,
         further=further,
-        image=_image_bytes(family) if family.image_components else 0,
+        image=family.image_embedding_bytes,
         channels=latents.shape[0],
         pixels=side // latents.shape[-1],
     )
@@ -72,7 +67,7 @@ def measure_clip(family: Family) -> ClipSize:
 def cache_bytes(
     family: Family, buckets: Sequence[Bucket], texts: int, dtype: torch.dtype, crepa: Crepa | None
 ) -> dict[str, int]:
-    """Bytes that the cache will take, by part; headers of files and masks, of well under a percent, are left out.
+    """Bytes that the cache will take, by part; file headers, well under a percent, are left out.
 
     Args:
         family: of the checkpoint.
@@ -84,17 +79,9 @@ def cache_bytes(
     size = measure_clip(family)
     return {
         "latents": sum(size.bytes(bucket) for bucket in buckets),
-        "prompts": texts * prompt_numbers(family) * dtype.itemsize,
+        "prompts": texts * _prompt_bytes(family, dtype),
         "features": sum(feature_bytes(family, size, bucket, crepa) for bucket in buckets) if crepa else 0,
     }
-
-
-def prompt_numbers(family: Family) -> int:
-    """Numbers in the embedding of a caption, which the pipelines pad to the length of their own call."""
-    call = getattr(diffusers, family.pipeline_class).__call__
-    tokens = signature(call).parameters["max_sequence_length"].default
-    config = AutoConfig.for_model(**family.read_config("text_encoder/config.json"))
-    return int(tokens * config.get_text_config().hidden_size)
 
 
 def feature_bytes(family: Family, size: ClipSize, bucket: Bucket, crepa: Crepa) -> int:
@@ -123,32 +110,15 @@ def teacher_grid(family: Family, latents: Tensor, bucket: Bucket, crepa: Crepa, 
 @torch.no_grad()
 def _encoded(family: Family, frames: int, side: int) -> Tensors:
     """The tensors of a clip without content, but for the embedding of its first frame, which needs its pixels."""
-    family = without_image_encoder(family)
-    return family.encode_clip(empty_vae_pipeline(family), torch.empty(3, frames, side, side, device="meta"))
+    return family.without_image_encoder().encode_clip(
+        family.empty_vae_pipeline(), torch.empty(3, frames, side, side, device="meta")
+    )
 
 
-def without_image_encoder(family: Family) -> Family:
-    """The family as if its checkpoint had no image encoder."""
-    family = copy(family)
-    family.image_components = ()
-    return family
-
-
-def empty_vae_pipeline(family: Family) -> Any:
-    """The family's pipeline with a VAE on the meta device and nothing else."""
-    config = family.read_config("vae/config.json")
-    pipeline_class = getattr(diffusers, family.pipeline_class)
+def _prompt_bytes(family: Family, dtype: torch.dtype) -> int:
+    """Bytes of the tensors of a prompt, which are padded to the longest."""
     with torch.device("meta"):
-        vae = getattr(diffusers, config["_class_name"]).from_config(config)
-    required = [name for name, one in signature(pipeline_class).parameters.items() if one.default is Parameter.empty]
-    return pipeline_class(**dict.fromkeys(required) | {"vae": vae})
-
-
-def _image_bytes(family: Family) -> int:
-    """Bytes of an image's embedding: the image encoder's hidden states, class token included."""
-    config = family.read_config("image_encoder/config.json")
-    tokens = (config["image_size"] // config["patch_size"]) ** 2 + 1
-    return int(tokens * config["hidden_size"] * family.vae_dtype.itemsize)
+        return _bytes(family.longest_prompt(dtype))
 
 
 def _bytes(tensors: dict[str, Tensor]) -> int:

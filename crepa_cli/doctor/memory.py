@@ -15,8 +15,9 @@ from crepa_cli.doctor.findings import Fitting, Saving
 from crepa_cli.doctor.kept import kept
 from crepa_cli.doctor.preparation import online_teacher_weights, predict_preparation
 from crepa_cli.doctor.step_memory import Clips, predict_training
-from crepa_cli.models.checkpoint import hub_answers
+from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
+from crepa_cli.models.hub import go_offline_without_hub
 from crepa_cli.profile import Profile
 from crepa_cli.teachers.dinov2 import ENCODERS
 
@@ -25,7 +26,6 @@ Item = TypeVar("Item")
 LIGHT_ENCODER = "dinov2_vits14"
 LIGHT_IMAGE_SIZE = 224
 SMALLEST_RANK = 4
-CONFIGS = ("model_index.json", "vae/config.json", "text_encoder/config.json")
 IRRELEVANT: Any = {
     "data": True,
     "validation": True,
@@ -102,7 +102,7 @@ def memory_advice(profile: Profile, family: Family, bucket: Bucket) -> tuple[dic
         UserError: if a configuration cannot be read.
     """
     # Lighter encoders are looked for too; without network that must not take minutes.
-    hub_answers()
+    go_offline_without_hub()
     parts = training_memory(profile, family, bucket)
     return parts, savings(profile, family, bucket, listener=lambda _: None)
 
@@ -218,7 +218,7 @@ def clips_of(profile: Profile, family: Family, bucket: Bucket) -> Clips:
     latents = measure_clip(family).empty_latents(family, bucket)
     with torch.device("meta"):
         tensors = {"latents": latents, "fps": torch.empty(())}
-        tensors |= family.longest_prompt(getattr(torch, profile.model.dtype))
+        tensors |= family.longest_prompt(torch_dtype(profile.model.dtype))
     if not crepa.enabled or crepa.use_backbone_features:
         return Clips(tensors, None, family.hidden_size)
     encoder = encoder_config(crepa)
@@ -231,7 +231,13 @@ def _facts(profile: Profile, family: Family, bucket: Bucket) -> list[object]:
     crepa = profile.crepa
     encoder = encoder_config(crepa) if crepa.enabled and not crepa.use_backbone_features else None
     settings = profile.model_dump(mode="json", by_alias=True, exclude=IRRELEVANT)
-    return [settings, asdict(bucket), family.config, *(family.read_config(name) for name in CONFIGS), encoder]
+    return [
+        settings,
+        asdict(bucket),
+        family.config,
+        *(family.base.read_config(name) for name in family.encoder_configs),
+        encoder,
+    ]
 
 
 def _shown(value: object) -> str:

@@ -68,30 +68,7 @@ WORDS: dict[str, dict[str, str]] = {
     "flow_use_uniform_schedule": {"true": "uniform", "false": "logit_normal"},
 }
 """Options whose values have other names here; a value that is not listed has no counterpart."""
-FLAVOURS = {
-    "wan": {
-        "t2v-480p-1.3b-2.1": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
-        "t2v-480p-14b-2.1": "Wan-AI/Wan2.1-T2V-14B-Diffusers",
-        "i2v-14b-2.1": "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers",
-        "i2v-14b-2.1-720p": "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers",
-        "ti2v-5b-2.2": "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
-    },
-    "ltxvideo": {"0.9.0": "Lightricks/LTX-Video", "0.9.5": "Lightricks/LTX-Video-0.9.5"},
-    "sanavideo": {"2b-480p": "Efficient-Large-Model/SANA-Video_2B_480p_diffusers"},
-    "kandinsky5_video": {
-        "t2v-lite-sft-5s": "kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s-Diffusers",
-        "t2v-lite-sft-10s": "kandinskylab/Kandinsky-5.0-T2V-Lite-sft-10s-Diffusers",
-        "t2v-lite-pretrain-5s": "kandinskylab/Kandinsky-5.0-T2V-Lite-pretrain-5s-Diffusers",
-        "t2v-lite-pretrain-10s": "kandinskylab/Kandinsky-5.0-T2V-Lite-pretrain-10s-Diffusers",
-        "t2v-pro-sft-5s-hd": "kandinskylab/Kandinsky-5.0-T2V-Pro-sft-5s-Diffusers",
-        "t2v-pro-sft-10s-hd": "kandinskylab/Kandinsky-5.0-T2V-Pro-sft-10s-Diffusers",
-        "t2v-pro-pretrain-5s-hd": "kandinskylab/Kandinsky-5.0-T2V-Pro-pretrain-5s-Diffusers",
-        "t2v-pro-pretrain-10s-hd": "kandinskylab/Kandinsky-5.0-T2V-Pro-pretrain-10s-Diffusers",
-        "i2v-lite-5s": "kandinskylab/Kandinsky-5.0-I2V-Lite-5s-Diffusers",
-        "i2v-pro-sft-5s": "kandinskylab/Kandinsky-5.0-I2V-Pro-sft-5s-Diffusers",
-    },
-}
-"""Checkpoints by family and flavour. Those whose flavour chooses between experts of one checkpoint are left out."""
+Flavours = Mapping[str, Mapping[str, str]]
 SIZE_STEP = 32
 DEFAULT_EMA_DECAY = 0.995
 
@@ -142,11 +119,18 @@ def _name(spelling: str) -> str:
     return spelling.lstrip("-")
 
 
-def import_config(config: Mapping[str, Any], label: str) -> Imported:
-    """Our settings from a configuration; a source of theirs reads "`label` (option)"."""
+def import_config(config: Mapping[str, Any], label: str, flavours: Flavours) -> Imported:
+    """Our settings from a configuration.
+
+    Args:
+        config: its options.
+        label: of the configuration; the source of a setting reads "`label` (option)".
+        flavours: base models by family and flavour.
+    """
     options = {_name(spelling): value for spelling, value in config.items()}
-    special = (_model, _size, _ema, _validation, _trackers, _layersync)
-    found = [one for take in special for one in take(options)]
+    found = list(_model(options, flavours))
+    special = (_size, _ema, _validation, _trackers, _layersync)
+    found += [one for take in special for one in take(options)]
     found += _counterparts(options, taken={one.setting for one in found})
     settings = []
     for option, setting, value in found:
@@ -184,13 +168,13 @@ def _counterparts(options: dict[str, Any], taken: set[str]) -> Iterator[Found]:
             yield Found(option, setting, words[_word(value)] if words else value)
 
 
-def _model(options: dict[str, Any]) -> Iterator[Found]:
+def _model(options: dict[str, Any], flavours: Flavours) -> Iterator[Found]:
     family = options.pop("model_family", None)
     if not _unset(family):
         family = family.replace("-", "_") if isinstance(family, str) else family
         yield Found("model_family", "model.family", family)
     flavour = _word(options.get("model_flavour"))
-    checkpoint = FLAVOURS.get(_word(family), {}).get(flavour)
+    checkpoint = flavours.get(_word(family), {}).get(flavour)
     if checkpoint is not None:
         del options["model_flavour"]
         if flavour.startswith("i2v"):

@@ -7,8 +7,8 @@ from PIL import Image
 from crepa_cli.data.images import first_frame
 from crepa_cli.errors import UserError
 from crepa_cli.models import FAMILIES, load_family
-from crepa_cli.models.checkpoint import require_index
 from crepa_cli.models.family import Family
+from crepa_cli.models.hub import require_index
 from crepa_cli.profile import Adapter, Data, Profile, Validation
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from crepa_cli.alignment import CoefficientSchedule, Crepa
 from crepa_cli.errors import RunError
+from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
 from crepa_cli.profile import LayerSync, Profile
 from crepa_cli.training.adapter import make_trainable
@@ -17,9 +18,7 @@ from crepa_cli.training.aligned import AlignedTransformer, BlockPair
 def frozen_dtype(profile: Profile) -> torch.dtype:
     """The dtype that the transformer is loaded in."""
     # What is trained is kept in float32: steps of 1e-5 of a weight are lost in bfloat16.
-    dtype = torch.float32 if profile.adapter.kind == "full" else getattr(torch, profile.model.dtype)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
+    return torch.float32 if profile.adapter.kind == "full" else torch_dtype(profile.model.dtype)
 
 
 def build_model(

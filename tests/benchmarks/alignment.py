@@ -241,7 +241,7 @@ def mid_size_model(feature_size: int | None) -> AlignedTransformer:
 @contextlib.contextmanager
 def online_teacher(folder: Path) -> Iterator[OnlineTeacher]:
     """A tiny VAE and a DINOv2 ViT-S with random weights, as used with `teacher_cache = false`."""
-    Wan.write_tiny(folder / "wan", "t2v")
+    write_tiny("wan", folder / "wan", "t2v")
     config = Dinov2Config(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518)
     Dinov2Model(config).save_pretrained(folder / "dinov2")
     settings = CrepaSettings(encoder=str(folder / "dinov2"), teacher_cache=False)
