@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 from rich.console import Console
 
-from crepa_cli.models import load_family
+from crepa_cli.models import family_defaults
 from crepa_cli.profile import resolve_profile
 from crepa_cli.report.card import loading_lines
 from crepa_cli.report.dashboard import HEIGHT, Dashboard
@@ -27,7 +27,7 @@ def draw(path: Path, width: int = 100) -> None:
         flags={"model.family": "wan"},
         sets=(),
         folder=Path(),
-        family_defaults=lambda family, task: load_family(family).defaults(task),
+        family_defaults=family_defaults,
         demo=demo_settings,
     )
     profile = resolved.profile

@@ -19,7 +19,7 @@ from crepa_cli.doctor.fit import Tell, check_memory
 from crepa_cli.doctor.hub import check_hub, check_repository
 from crepa_cli.events import ClipSkipped, Event, drained
 from crepa_cli.models.family import Family
-from crepa_cli.profile import Crepa, Profile, ResolvedProfile
+from crepa_cli.profile import CrepaSettings, Profile, ResolvedProfile
 from crepa_cli.teachers.dinov2 import ENCODERS
 from crepa_cli.training.demo import write_demo
 from crepa_cli.training.run import CACHE_FOLDER, clip_form, clips_folder, new_run_folder, open_family
@@ -83,16 +83,16 @@ def _repositories(profile: Profile) -> list[str]:
     return [str(profile.model.checkpoint), *([_encoder(crepa)] if crepa else [])]
 
 
-def _encoder(crepa: Crepa) -> str:
+def _encoder(crepa: CrepaSettings) -> str:
     return ENCODERS.get(crepa.encoder, crepa.encoder)
 
 
-def _teacher(crepa: Crepa) -> Crepa | None:
+def _teacher(crepa: CrepaSettings) -> CrepaSettings | None:
     """The settings of the encoder, where one teaches."""
-    return crepa if crepa.enabled and not crepa.use_backbone_features else None
+    return crepa if crepa.encoder_teaches else None
 
 
-def _check_teacher(plan: Plan, crepa: Crepa) -> bool:
+def _check_teacher(plan: Plan, crepa: CrepaSettings) -> bool:
     """Whether the encoder's configuration can be read."""
     config = plan.attempt("teacher", lambda: encoder_config(crepa))
     if config is None:

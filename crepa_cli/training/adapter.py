@@ -18,13 +18,13 @@ from crepa_cli.errors import UserError
 from crepa_cli.files import whole_folder
 from crepa_cli.models import FAMILIES, load_family
 from crepa_cli.models.family import COMFYUI_FILE, Family, Tensors
-from crepa_cli.profile import Adapter
+from crepa_cli.profile import AdapterSettings
 
 WEIGHTS_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
 """Names of the files that diffusers' `from_pretrained` looks for."""
 
 
-def make_trainable(transformer: ModelMixin, adapter: Adapter) -> None:
+def make_trainable(transformer: ModelMixin, adapter: AdapterSettings) -> None:
     """Add a LoRA, or unfreeze everything; what is trained is in float32.
 
     Raises:
@@ -47,7 +47,9 @@ def make_trainable(transformer: ModelMixin, adapter: Adapter) -> None:
     cast_training_params(transformer, dtype=torch.float32)
 
 
-def export_weights(family: Family, transformer: ModelMixin, weights: Tensors, adapter: Adapter, folder: Path) -> None:
+def export_weights(
+    family: Family, transformer: ModelMixin, weights: Tensors, adapter: AdapterSettings, folder: Path
+) -> None:
     """Write what was trained in the layouts of the settings, replacing what the folder held; whole or not at all.
 
     A LoRA becomes `pytorch_lora_weights.safetensors`, for `pipeline.load_lora_weights`, and `comfyui_lora.safetensors`;
@@ -71,7 +73,9 @@ def export_weights(family: Family, transformer: ModelMixin, weights: Tensors, ad
             _export_lora(family, transformer, weights, adapter, partial)
 
 
-def _export_lora(family: Family, transformer: ModelMixin, weights: Tensors, adapter: Adapter, folder: Path) -> None:
+def _export_lora(
+    family: Family, transformer: ModelMixin, weights: Tensors, adapter: AdapterSettings, folder: Path
+) -> None:
     layers = get_peft_model_state_dict(transformer, state_dict=weights)
     config = transformer.peft_config["default"]
     if "diffusers" in adapter.export:
@@ -104,7 +108,7 @@ def comfyui_layers(layers: Tensors, names: Mapping[str, str], rank: int, alpha: 
     return renamed
 
 
-def export_mistakes(family: Family, adapter: Adapter) -> list[str]:
+def export_mistakes(family: Family, adapter: AdapterSettings) -> list[str]:
     """What cannot be exported as the settings ask, in words."""
     if "comfyui" not in adapter.export:
         return []

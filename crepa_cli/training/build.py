@@ -9,7 +9,7 @@ from torch import nn
 from crepa_cli.alignment import CoefficientSchedule, Crepa
 from crepa_cli.errors import RunError
 from crepa_cli.models.family import Family
-from crepa_cli.profile import LayerSync, Profile
+from crepa_cli.profile import LayerSyncSettings, Profile
 from crepa_cli.training.adapter import make_trainable
 from crepa_cli.training.aligned import AlignedTransformer, BlockPair
 
@@ -65,7 +65,7 @@ def build_model(
     ).train()
 
 
-def layersync_blocks(settings: LayerSync) -> BlockPair | None:
+def layersync_blocks(settings: LayerSyncSettings) -> BlockPair | None:
     """The two blocks of LayerSync, or None where it is off."""
     if not settings.enabled or settings.student_block is None:
         return None

@@ -20,7 +20,7 @@ from crepa_cli.models import load_family
 from crepa_cli.models.checkpoint import fetch, require_index
 from crepa_cli.models.family import Family
 from crepa_cli.processes import from_main
-from crepa_cli.profile import Data, Profile
+from crepa_cli.profile import DataSettings, Profile
 from crepa_cli.training.adapter import export_mistakes
 from crepa_cli.training.checkpoints import newest_checkpoint
 from crepa_cli.training.sampling import image_mistakes
@@ -40,7 +40,7 @@ def open_family(profile: Profile) -> Family:
     assert model.checkpoint is not None, "the family's defaults give a checkpoint"
     family = load_family(model.family)(model.checkpoint, model.task, model.revision, model.variant)
     layersync = profile.layersync
-    indices = {"crepa.block_index": crepa.block_index} if crepa.enabled else {}
+    indices: dict[str, int | None] = {"crepa.block_index": crepa.block_index} if crepa.enabled else {}
     if crepa.enabled and crepa.use_backbone_features:
         indices["crepa.teacher_block_index"] = crepa.teacher_block_index
     if layersync.enabled:
@@ -69,7 +69,7 @@ def open_family(profile: Profile) -> Family:
     return family
 
 
-def clip_form(data: Data) -> ClipForm:
+def clip_form(data: DataSettings) -> ClipForm:
     """The size, length and frame rate of the settings."""
     assert data.width is not None, "the family's defaults give a width"
     assert data.height is not None, "and a height"
@@ -78,7 +78,7 @@ def clip_form(data: Data) -> ClipForm:
     return ClipForm(data.width, data.height, data.frames, data.fps)
 
 
-def clips_folder(data: Data) -> Path:
+def clips_folder(data: DataSettings) -> Path:
     """The folder of clips of the settings.
 
     Raises:

@@ -18,7 +18,7 @@ from crepa_cli.data.sheet import frame_row, write_sheet
 from crepa_cli.data.video import write_video
 from crepa_cli.models.family import Family, Tensors
 from crepa_cli.processes import from_all
-from crepa_cli.profile import Validation
+from crepa_cli.profile import ValidationSettings
 
 
 def sample_videos(
@@ -96,7 +96,7 @@ def first_frame(path: str, width: int, height: int) -> Image.Image:
         return ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (width, height), Image.Resampling.BICUBIC)
 
 
-def image_mistakes(validation: Validation, task: str) -> list[str]:
+def image_mistakes(validation: ValidationSettings, task: str) -> list[str]:
     """What is wrong with the images of the validation, in words."""
     if task == "t2v":
         return ["validation.images: text to video starts from no image; leave them out"] if validation.images else []
