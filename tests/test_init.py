@@ -157,10 +157,10 @@ def test_mistakes_of_flags_are_listed_at_once_and_write_nothing(folder: Path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give --model"),
+        ([], "use --model"),
         (["--model", "wan", "--profile", "t3v"], "did you mean t2v?"),
         (["--model", "wan", "--from", "missing.json"], "missing.json: is not a file"),
-        (["--to", "config.json"], "no model family is chosen"),
+        (["--to", "config.json"], "no model family is set"),
     ],
 )
 def test_without_a_terminal_what_is_missing_is_said(folder: Path, arguments: list[str], message: str):
@@ -362,7 +362,7 @@ def test_wrong_values_of_a_configuration_are_listed_with_their_option():
         imported({"crepa_lambda": -1, "learning_rate": "fast", "model_family": "sdxl"})
     lines = [line.strip() for line in str(error.value).splitlines()[1:]]
     assert lines == [
-        'config.json (model_family): model.family = "sdxl": must be one of wan, ltxvideo, which have CREPA support',
+        'config.json (model_family): model.family = "sdxl": must be one of wan, ltxvideo, which support CREPA',
         'config.json (learning_rate): train.learning_rate = "fast": must be a number > 0, or none',
         "config.json (crepa_lambda): crepa.lambda = -1.0: must be a number >= 0",
     ]
@@ -374,8 +374,8 @@ def test_wrong_values_of_a_configuration_are_listed_with_their_option():
         ("{", "not valid JSON"),
         ("[]", "must be a JSON object"),
         ("[" * 100_000, "not valid JSON"),
-        ('{"a": 1, "a": 2}', "there twice: a"),
-        ('{"a": 1, "--a": 2}', "there with and without dashes: a"),
+        ('{"a": 1, "a": 2}', "given twice: a"),
+        ('{"a": 1, "--a": 2}', "given both with and without dashes: a"),
         ('{"a": "\\ud800"}', "not valid JSON"),
         ('{"a": ' + "9" * 5000 + "}", "not valid JSON"),
     ],

@@ -42,7 +42,7 @@ RANK: Key = ("adapter", "rank")
 ALPHA: Key = ("adapter", "alpha")
 TASK: Key = ("model", "task")
 FLAGS = {"model.family": "--model", "data.path": "--data"}
-NO_FAMILY = "no model family is chosen: give --model, for example --model wan"
+NO_FAMILY = "no model family is set; use --model, for example --model wan"
 LARGEST_INTEGER = 2**63 - 1
 PATHS = {("data", "path"), ("data", "cache"), ("train", "output"), ("validation", "images")}
 PATHS_OR_NAMES = {("model", "checkpoint"), ("crepa", "encoder")}
@@ -206,7 +206,7 @@ def known_settings(tables: Mapping[str, object], source: str, mistakes: list[str
 
 
 def flag_settings(flags: Mapping[str, object], mistakes: list[str]) -> Iterator[Setting]:
-    """The settings of flags by "table.key"; None means that the flag was not given."""
+    """The settings that flags set, by "table.key"; None means that the flag was not given."""
     for name, value in flags.items():
         if value is not None:
             table, _, key = name.partition(".")

@@ -80,7 +80,7 @@ def project_settings(
     if not named:
         mistakes.append(NO_FAMILY)
     elif named[-1].value not in families:
-        mistakes.append(f"{named[-1]}: must be one of {', '.join(families)}, which have CREPA support")
+        mistakes.append(f"{named[-1]}: must be one of {', '.join(families)}, which support CREPA")
     return _without_defaults(check_settings(settings, mistakes))
 
 

@@ -66,7 +66,7 @@ class AdapterSettings(Table):
     alpha: float = resolved_later(
         SAME_AS_RANK,
         example=32.0,
-        description="Numerator of the LoRA scale: the adapter's output is multiplied by alpha / rank.",
+        description="The adapter's output is multiplied by alpha / rank.",
         gt=0,
     )
     dropout: float = Field(
@@ -88,7 +88,7 @@ class DataSettings(Table):
 
     path: Text | None = Field(
         default=None,
-        description="Folder of video clips, with captions in a clip.txt per clip, metadata.jsonl or metadata.csv.",
+        description="Folder of clips, with a caption beside each (clip.txt), or with metadata.jsonl or metadata.csv.",
     )
     width: int = resolved_later(
         FAMILY_DEFAULT,
@@ -105,7 +105,7 @@ class DataSettings(Table):
     frames: int = resolved_later(
         FAMILY_DEFAULT,
         example=81,
-        description="Frames per clip, rounded to the nearest count that the model accepts.",
+        description="Frames per clip; clips are cut to the nearest count that the model accepts.",
         ge=1,
     )
     fps: float = resolved_later(
