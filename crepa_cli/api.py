@@ -232,7 +232,7 @@ def _prepared(profile: Profile, family: Family, accelerator: Accelerator) -> Gen
     )
     dtype = torch_dtype(profile.model.dtype)
     texts = [*profile.validation.prompts, ""]
-    stored = crepa if crepa.enabled and not crepa.use_backbone_features and crepa.teacher_cache else None
+    stored = crepa if crepa.encoder_teaches and crepa.teacher_cache else None
     folder = clips_folder(profile.data)
     clips = yield from prepare(family, folder, form, stored, texts, cache, accelerator.device, dtype)
     for message in damaged:
@@ -250,7 +250,7 @@ def _build_trainer(
     checkpoint: Path | None,
 ) -> Trainer:
     crepa = profile.crepa
-    encoder_teaches = crepa.enabled and not crepa.use_backbone_features
+    encoder_teaches = crepa.encoder_teaches
     progress = read_progress(checkpoint) if checkpoint else {}
     teacher_size = encoder_config(crepa)["hidden_size"] if encoder_teaches else family.hidden_size
     empty_key = prompt_key(family, "", torch_dtype(profile.model.dtype))

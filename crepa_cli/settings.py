@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from crepa_cli.models import load_family
+from crepa_cli.models import family_defaults
 from crepa_cli.profile import ResolvedProfile, resolve_profile
 
 
@@ -34,6 +34,6 @@ def resolve(
         flags=flags or {},
         sets=sets,
         folder=Path(),
-        family_defaults=lambda family, task: load_family(family).defaults(task),
+        family_defaults=family_defaults,
         demo=demo_settings if demo else None,
     )

@@ -19,7 +19,7 @@ from test_wan import two_experts
 
 from crepa_cli.models.family import Family, Tensors
 from crepa_cli.models.wan import Wan
-from crepa_cli.profile import Adapter
+from crepa_cli.profile import AdapterSettings
 from crepa_cli.training.adapter import COMFYUI_FILE, export_weights, make_trainable
 from crepa_cli.training.checkpoints import trained_weights
 
@@ -38,8 +38,8 @@ MORE_OF_WAN = ["add_k_proj", "add_v_proj", "time_proj", "proj_out", "linear_1", 
 def exported(family: Family, folder: Path, **settings: object) -> tuple[Tensors, Tensors]:
     """The tensors of the diffusers file and of the ComfyUI file of a random LoRA of rank 4."""
     torch.manual_seed(0)
-    defaults = {"rank": 4, "target_modules": family.settings["adapter"]["target_modules"]}
-    adapter = Adapter.model_validate(defaults | {"export": ("diffusers", "comfyui")} | settings)
+    defaults = {"rank": 4, "alpha": 4.0, "target_modules": family.settings["adapter"]["target_modules"]}
+    adapter = AdapterSettings.model_validate(defaults | {"export": ("diffusers", "comfyui")} | settings)
     transformer = family.load_transformer(torch.float32)
     make_trainable(transformer, adapter)
     for parameter in transformer.parameters():

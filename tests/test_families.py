@@ -18,7 +18,7 @@ from torch import Tensor
 
 from crepa_cli.models import FAMILIES, load_family
 from crepa_cli.models.family import Family, Tensors
-from crepa_cli.profile import Adapter
+from crepa_cli.profile import AdapterSettings
 from crepa_cli.training.adapter import export_weights, make_trainable
 from crepa_cli.training.aligned import HiddenStateCapture
 from crepa_cli.training.checkpoints import trained_weights
@@ -162,7 +162,9 @@ def test_an_exported_lora_loads_in_the_published_pipeline(
     frames = FRAMES.get((name, task), 2 * family.frame_multiple + 1)
     video, tensors = encoded_clip(family, frames, multiple, multiple)
     transformer = family.load_transformer(torch.float32)
-    settings = Adapter.model_validate({"rank": 4, "target_modules": family.settings["adapter"]["target_modules"]})
+    settings = AdapterSettings.model_validate(
+        {"rank": 4, "alpha": 4.0, "target_modules": family.settings["adapter"]["target_modules"]}
+    )
     make_trainable(transformer, settings)
     for parameter in transformer.parameters():
         if parameter.requires_grad:

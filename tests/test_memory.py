@@ -67,10 +67,11 @@ def settings(family: Family, **tables: dict[str, object]) -> Profile:
     """A LoRA on two clips at once in float32, except for the settings in `tables`."""
     base: dict[str, dict[str, object]] = {
         "model": {"family": family.name, "checkpoint": family.base.name, "dtype": "float32"},
-        "adapter": {"rank": 8, "target_modules": family.settings["adapter"]["target_modules"]},
+        "adapter": {"rank": 8, "alpha": 8.0, "target_modules": family.settings["adapter"]["target_modules"]},
         "data": {"width": 96, "height": 96, "frames": 33, "fps": 16.0},
         "train": {"batch_size": 2, "learning_rate": 1e-4},
         "crepa": {"block_index": 1},
+        "validation": {"guidance_scale": 5.0},
     }
     return Profile.model_validate({table: values | tables.get(table, {}) for table, values in base.items()})
 

@@ -31,7 +31,7 @@ from crepa_cli.models.capture import HiddenStateCapture
 from crepa_cli.models.wan import Wan
 from crepa_cli.probe.clip import ClipProbe
 from crepa_cli.probe.measure import measure
-from crepa_cli.profile import Crepa
+from crepa_cli.profile import CrepaSettings
 from crepa_cli.settings import resolve
 
 CLIPS = 4
@@ -179,7 +179,7 @@ def test_help_imports_nothing_heavy() -> None:
 def features_by_prompt(clips: Path, checkpoint: str, dinov2: Path) -> list[tuple[Tensor, Tensor]]:
     """The tensors of each clip's caption `[L, D]`, and its features as tokens `[T * N, D]`."""
     family, cache = Wan(checkpoint, "t2v"), Cache(clips / ".crepa-cache")
-    crepa = Crepa(encoder=str(dinov2), encoder_image_size="grid")
+    crepa = CrepaSettings(block_index=8, encoder=str(dinov2), encoder_image_size="grid")
     events = prepare(family, clips, FORM, crepa, [], cache, torch.device("cpu"), torch.float32)
     return [
         (

@@ -20,14 +20,14 @@ from torch import Tensor
 from crepa_cli.data.clips import clips_folder
 from crepa_cli.errors import UserError
 from crepa_cli.files import write_whole
-from crepa_cli.profile import Data
+from crepa_cli.profile import DataSettings
 
 CACHE_FOLDER = ".crepa-cache"
 LAYOUT_VERSION = 1
 LEFTOVER_SECONDS = 24 * 3600
 
 
-def cache_folder(data: Data) -> Path:
+def cache_folder(data: DataSettings) -> Path:
     """The folder of the cache: `data.cache`, or by default a folder next to the clips.
 
     Raises:

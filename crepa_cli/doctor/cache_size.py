@@ -13,7 +13,7 @@ from crepa_cli.alignment.grid import matching_frames
 from crepa_cli.data.buckets import Bucket
 from crepa_cli.data.prepare import encoder_config
 from crepa_cli.models.family import Family, Tensors
-from crepa_cli.profile import Crepa
+from crepa_cli.profile import CrepaSettings
 from crepa_cli.teachers.dinov2 import input_size
 
 FEATURE_BYTES = 2
@@ -65,7 +65,7 @@ def measure_clip(family: Family) -> ClipSize:
 
 
 def cache_bytes(
-    family: Family, buckets: Sequence[Bucket], texts: int, dtype: torch.dtype, crepa: Crepa | None
+    family: Family, buckets: Sequence[Bucket], texts: int, dtype: torch.dtype, crepa: CrepaSettings | None
 ) -> dict[str, int]:
     """Bytes that the cache will take, by part; file headers, well under a percent, are left out.
 
@@ -84,14 +84,14 @@ def cache_bytes(
     }
 
 
-def feature_bytes(family: Family, size: ClipSize, bucket: Bucket, crepa: Crepa) -> int:
+def feature_bytes(family: Family, size: ClipSize, bucket: Bucket, crepa: CrepaSettings) -> int:
     """Bytes of one clip's teacher features."""
     encoder = encoder_config(crepa)
     grid = teacher_grid(family, size.empty_latents(family, bucket), bucket, crepa, encoder["patch_size"])
     return int(grid.frames * grid.tokens * encoder["hidden_size"] * FEATURE_BYTES)
 
 
-def teacher_grid(family: Family, latents: Tensor, bucket: Bucket, crepa: Crepa, patch_size: int) -> TokenGrid:
+def teacher_grid(family: Family, latents: Tensor, bucket: Bucket, crepa: CrepaSettings, patch_size: int) -> TokenGrid:
     """Where the features of one clip are.
 
     Args:

@@ -74,7 +74,7 @@ def training_memory(profile: Profile, family: Family, bucket: Bucket) -> dict[st
 
     def predict_parts() -> dict[str, int]:
         parts = predict_training(profile, family, clips_of(profile, family, bucket))
-        if crepa.enabled and not crepa.use_backbone_features and not crepa.teacher_cache:
+        if crepa.encoder_teaches and not crepa.teacher_cache:
             parts["teacher"] = online_teacher_weights(family, crepa)
         return parts
 
@@ -131,10 +131,9 @@ def savings(profile: Profile, family: Family, bucket: Bucket, listener: Callable
 def lighter_settings(profile: Profile, family: Family) -> list[tuple[str, str, object]]:
     """Table, key and value of the settings that may save memory and differ from the profile's."""
     crepa, train, adapter = profile.crepa, profile.train, profile.adapter
-    encoder_teaches = crepa.enabled and not crepa.use_backbone_features
     # A local encoder is there for a reason, and looking for another would take the network.
-    heavy_encoder = encoder_teaches and crepa.encoder in ENCODERS and crepa.encoder != LIGHT_ENCODER
-    frames, rank, side = profile.data.frames or 1, adapter.rank or 1, crepa.encoder_image_size
+    heavy_encoder = crepa.encoder_teaches and crepa.encoder in ENCODERS and crepa.encoder != LIGHT_ENCODER
+    frames, rank, side = profile.data.frames, adapter.rank, crepa.encoder_image_size
     step = family.frame_multiple
     half = (frames // 2 - 1) // step * step + 1
     candidates: list[tuple[bool, str, str, object]] = [
@@ -148,7 +147,7 @@ def lighter_settings(profile: Profile, family: Family) -> list[tuple[str, str, o
         (crepa.enabled and crepa.spatial_align, "crepa", "spatial_align", False),
         (heavy_encoder, "crepa", "encoder", LIGHT_ENCODER),
         (
-            encoder_teaches and isinstance(side, int) and side > LIGHT_IMAGE_SIZE,
+            crepa.encoder_teaches and isinstance(side, int) and side > LIGHT_IMAGE_SIZE,
             "crepa",
             "encoder_image_size",
             LIGHT_IMAGE_SIZE,
@@ -219,7 +218,7 @@ def clips_of(profile: Profile, family: Family, bucket: Bucket) -> Clips:
     with torch.device("meta"):
         tensors = {"latents": latents, "fps": torch.empty(())}
         tensors |= family.longest_prompt(torch_dtype(profile.model.dtype))
-    if not crepa.enabled or crepa.use_backbone_features:
+    if not crepa.encoder_teaches:
         return Clips(tensors, None, family.hidden_size)
     encoder = encoder_config(crepa)
     grid = teacher_grid(family, latents, bucket, crepa, encoder["patch_size"])
@@ -229,7 +228,7 @@ def clips_of(profile: Profile, family: Family, bucket: Bucket) -> Clips:
 def _facts(profile: Profile, family: Family, bucket: Bucket) -> list[object]:
     """Everything that a prediction depends on."""
     crepa = profile.crepa
-    encoder = encoder_config(crepa) if crepa.enabled and not crepa.use_backbone_features else None
+    encoder = encoder_config(crepa) if crepa.encoder_teaches else None
     settings = profile.model_dump(mode="json", by_alias=True, exclude=IRRELEVANT)
     return [
         settings,

@@ -21,7 +21,7 @@ from crepa_cli.errors import counted
 from crepa_cli.events import ClipSkipped, Event, drained
 from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
-from crepa_cli.profile import Crepa, Profile, ResolvedProfile
+from crepa_cli.profile import CrepaSettings, Profile, ResolvedProfile
 from crepa_cli.runs.checks import open_family
 from crepa_cli.runs.folder import RunFolder
 from crepa_cli.teachers.dinov2 import ENCODERS
@@ -90,16 +90,16 @@ def _repositories(profile: Profile) -> list[str]:
     return [str(profile.model.checkpoint), *([_encoder(crepa)] if crepa else [])]
 
 
-def _encoder(crepa: Crepa) -> str:
+def _encoder(crepa: CrepaSettings) -> str:
     return ENCODERS.get(crepa.encoder, crepa.encoder)
 
 
-def _teacher(crepa: Crepa) -> Crepa | None:
+def _teacher(crepa: CrepaSettings) -> CrepaSettings | None:
     """The settings of the encoder if it is the teacher."""
-    return crepa if crepa.enabled and not crepa.use_backbone_features else None
+    return crepa if crepa.encoder_teaches else None
 
 
-def _check_teacher(plan: Plan, crepa: Crepa) -> bool:
+def _check_teacher(plan: Plan, crepa: CrepaSettings) -> bool:
     """Whether the encoder's configuration can be read."""
     config = plan.attempt("teacher", lambda: encoder_config(crepa))
     if config is None:

@@ -13,7 +13,7 @@ from crepa_cli.data.prepare import encoder_config
 from crepa_cli.doctor.step_memory import Clips, fake_memory, make_fake
 from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
-from crepa_cli.profile import Crepa, Profile
+from crepa_cli.profile import CrepaSettings, Profile
 from crepa_cli.teachers.dinov2 import Dinov2Teacher
 
 
@@ -68,7 +68,7 @@ def _vae_peak(family: Family, bucket: Bucket) -> int:
         return live.peak
 
 
-def _teacher_peak(crepa: Crepa, bucket: Bucket, grid: TokenGrid) -> int:
+def _teacher_peak(crepa: CrepaSettings, bucket: Bucket, grid: TokenGrid) -> int:
     """The vision encoder on the frames of one clip, in float16."""
     model = _empty_teacher(crepa)
     patch_size = model.config.patch_size
@@ -79,7 +79,7 @@ def _teacher_peak(crepa: Crepa, bucket: Bucket, grid: TokenGrid) -> int:
         return live.peak
 
 
-def online_teacher_weights(family: Family, crepa: Crepa) -> int:
+def online_teacher_weights(family: Family, crepa: CrepaSettings) -> int:
     """Bytes of the VAE and the vision encoder that `teacher_cache = false` keeps in memory.
 
     What they hold while they run is gone when the transformer's step begins.
@@ -90,7 +90,7 @@ def online_teacher_weights(family: Family, crepa: Crepa) -> int:
     return sum(weight.nbytes for model in (vae, _empty_teacher(crepa)) for weight in model.parameters())
 
 
-def _empty_teacher(crepa: Crepa) -> Any:
+def _empty_teacher(crepa: CrepaSettings) -> Any:
     """The vision encoder in float16, on the meta device."""
     config = AutoConfig.for_model(**encoder_config(crepa))
     with torch.device("meta"):

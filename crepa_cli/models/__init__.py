@@ -32,3 +32,12 @@ def load_family(name: str) -> type[Family]:
         raise UserError(f"there is no CREPA support for the family {name!r}; choose one of: {', '.join(FAMILIES)}")
     family: type[Family] = getattr(import_module(f"crepa_cli.models.{name}"), FAMILIES[name])
     return family
+
+
+def family_defaults(family: str, task: str) -> dict[str, dict[str, object]]:
+    """The default settings of a family for a task, by table and key.
+
+    Raises:
+        UserError: if there is no such family; the message lists the known ones.
+    """
+    return load_family(family).defaults(task)

@@ -139,18 +139,6 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:32]
 
 
-def require_index(name: str, index: int, blocks: int) -> None:
-    """Check that a block index of the settings exists in the base model.
-
-    Raises:
-        UserError: if there is no such block.
-    """
-    if not 0 <= index < blocks:
-        raise UserError(
-            f"{name} = {index}: this checkpoint's transformer has {blocks} blocks; choose one of 0 to {blocks - 1}"
-        )
-
-
 def require_class(checkpoint: str, config: Mapping[str, Any], expected: str, family: str) -> None:
     """Check that a base model belongs to the family.
 

@@ -10,7 +10,7 @@ from crepa_cli.alignment import CoefficientSchedule, Crepa
 from crepa_cli.errors import RunError
 from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
-from crepa_cli.profile import LayerSync, Profile
+from crepa_cli.profile import LayerSyncSettings, Profile
 from crepa_cli.training.adapter import make_trainable
 from crepa_cli.training.aligned import AlignedTransformer, BlockPair
 
@@ -52,7 +52,6 @@ def build_model(
             spatial_align=settings.spatial_align,
             normalize_by_frames=settings.normalize_by_frames,
         )
-    assert settings.block_index is not None, "the family's defaults give a block"
     teacher_block = settings.teacher_block_index if settings.use_backbone_features else None
     return AlignedTransformer(
         transformer,
@@ -64,7 +63,7 @@ def build_model(
     ).train()
 
 
-def layersync_blocks(settings: LayerSync) -> BlockPair | None:
+def layersync_blocks(settings: LayerSyncSettings) -> BlockPair | None:
     """The two blocks of LayerSync, or None where it is off."""
     if not settings.enabled or settings.student_block is None:
         return None
@@ -95,14 +94,13 @@ def coefficient_schedule(profile: Profile) -> CoefficientSchedule:
 
 
 def make_optimizer(
-    name: str, groups: list[list[nn.Parameter]], learning_rate: float | None, weight_decay: float
+    name: str, groups: list[list[nn.Parameter]], learning_rate: float, weight_decay: float
 ) -> torch.optim.Optimizer:
     """The optimizer over groups of parameters, of which some may be empty.
 
     Raises:
         RunError: if its package is not installed.
     """
-    assert learning_rate is not None, "the family's defaults give a learning rate"
     parameters = [{"params": group} for group in groups]
     if name == "adamw":
         return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
