@@ -65,14 +65,15 @@ class Cache:
         return damage is None
 
     def read(self, kind: str, key: str) -> dict[str, Tensor]:
-        """The tensors of an entry, memory-mapped: what is not used is not read. Nothing is verified again.
+        """The tensors of an entry, copied, so that its file can be replaced or deleted. Nothing is verified again.
 
         Raises:
             UserError: the entry is gone or cannot be read.
         """
         path = self.path(kind, key)
         try:
-            return _tensors(path)[0]
+            # Tensors of safetensors map their file as long as they live, and Windows deletes no file that is mapped.
+            return {name: tensor.clone() for name, tensor in _tensors(path)[0].items()}
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path} cannot be read ({error}). Start again: what is missing is made again.") from error
 

@@ -6,6 +6,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -144,6 +145,7 @@ def load_checkpoint(
         state.setdefault(parameter, {})[name] = tensor
     groups = json.loads((path / "state.json").read_text(encoding="utf-8"))["param_groups"]
     set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups}, options=OPTIONS)
+    _unmap(optimizer)
     if average is not None:
         saved = load_file(path / "average.safetensors")
         for index, tensor in enumerate(average):
@@ -151,9 +153,13 @@ def load_checkpoint(
 
 
 def remove_old_checkpoints(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what killed runs left."""
+    """Delete all but the newest `keep` checkpoints, and what killed runs left.
+
+    On Windows a checkpoint that another program has open stays until the next call.
+    """
     for path in checkpoints_in(folder)[:-keep]:
-        remove_folder(path)
+        with suppress(PermissionError):
+            remove_folder(path)
     remove_leftovers(folder)
 
 
@@ -166,6 +172,17 @@ def plain_state(scheduler: torch.optim.lr_scheduler.LRScheduler) -> dict[str, ob
 def whole_tensor(tensor: Tensor) -> Tensor:
     """A tensor without its sharding; every process has to call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _unmap(optimizer: torch.optim.Optimizer) -> None:
+    """Copy the state that still maps the file it was read from: Windows deletes no file that is mapped.
+
+    Copying tensor by tensor, once they are in place, needs no memory beyond the optimizer's own.
+    """
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.device.type == "cpu":
+                state[name] = value.clone()
 
 
 def _is_view(tensor: Tensor) -> bool:

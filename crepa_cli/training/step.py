@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 from typing import NamedTuple
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -75,8 +75,13 @@ def not_finite(losses: Tensors, clips: tuple[str, ...]) -> list[str]:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes in use so far: allocated on the GPU, or resident in the process on the CPU."""
+    """The largest number of bytes in use so far: allocated on the GPU, or resident in the process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    memory = psutil.Process().memory_info()
+    if hasattr(memory, "peak_wset"):  # Windows, which has no module `resource`
+        return int(memory.peak_wset)
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
