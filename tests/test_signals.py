@@ -11,15 +11,16 @@ from collections.abc import Iterator
 
 import pytest
 
-from crepa_cli.cli.signals import stop_requests
+from crepa_cli.signals import Stopped, stop_signals
 
 WAIT = """
-import os, sys
-from crepa_cli.cli.signals import stop_requests
-with stop_requests() as received:
+import sys
+from crepa_cli.signals import stop_signals
+with stop_signals() as signals:
+    signals.at_once = False
     print("ready", flush=True)
     for _ in sys.stdin:
-        print(received, flush=True)
+        print(signals.received, flush=True)
 """
 
 
@@ -38,15 +39,24 @@ def _handlers() -> Iterator[None]:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_is_recorded_and_its_handler_is_put_back(number: signal.Signals) -> None:
     before = signal.getsignal(number)
-    with stop_requests() as received:
-        assert received == []
+    with stop_signals() as signals:
+        signals.at_once = False
+        assert signals.received == []
         os.kill(os.getpid(), number)
-        assert received == [number]
+        assert signals.received == [number]
     assert signal.getsignal(number) == before
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_at_once_what_has_nothing_to_save(number: signal.Signals) -> None:
+    with pytest.raises(Stopped) as stopped, stop_signals():
+        os.kill(os.getpid(), number)
+    assert stopped.value.number == number
+
+
 def test_the_second_ctrl_c_ends_the_process_at_once() -> None:
-    with pytest.raises(SystemExit) as ended, stop_requests():  # noqa: PT012
+    with pytest.raises(SystemExit) as ended, stop_signals() as signals:  # noqa: PT012
+        signals.at_once = False
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
@@ -55,10 +65,11 @@ def test_the_second_ctrl_c_ends_the_process_at_once() -> None:
 
 
 def test_a_launcher_may_repeat_ctrl_c_as_sigterm() -> None:
-    with stop_requests() as received:
+    with stop_signals() as signals:
+        signals.at_once = False
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
             os.kill(os.getpid(), number)
-    assert received == [signal.SIGINT, signal.SIGTERM, signal.SIGTERM]
+    assert signals.received == [signal.SIGINT, signal.SIGTERM, signal.SIGTERM]
 
 
 def test_other_threads_get_no_handlers() -> None:
@@ -66,8 +77,8 @@ def test_other_threads_get_no_handlers() -> None:
     found: list[object] = []
 
     def work() -> None:
-        with stop_requests() as received:
-            found.extend([received, signal.getsignal(signal.SIGINT)])
+        with stop_signals() as signals:
+            found.extend([signals.received, signal.getsignal(signal.SIGINT)])
 
     thread = threading.Thread(target=work)
     thread.start()

@@ -9,8 +9,8 @@ import subprocess
 import sys
 import time
 
-from crepa_cli.cli.signals import handled
 from crepa_cli.errors import UserError
+from crepa_cli.signals import handled
 
 GRACE_SECONDS = 60.0
 """How long the others may continue after one process has failed: long enough to report what they know."""
@@ -57,7 +57,7 @@ def launch(processes: int) -> int:
     shared.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     command = [sys.executable, "-m", "crepa_cli", *sys.argv[1:]]
     # On Windows only the leader of a process group can be sent Ctrl-Break; the console sends it no Ctrl-C then.
-    group = subprocess.CREATE_NEW_PROCESS_GROUP if sys.platform == "win32" else 0
+    group: int = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
     started = [
         subprocess.Popen(command, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, creationflags=group)
         for rank in range(processes)
