@@ -1,0 +1,44 @@
+"""Settings checked against what this machine can do, before any clip is read."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
+from torch.utils._triton import has_triton, has_triton_package
+
+from crepa_cli.profile import Profile
+
+ON_WINDOWS = sys.platform == "win32"
+
+
+def compile_mistakes(profile: Profile, device: torch.device) -> list[str]:
+    """What this machine lacks for `train.compile`: Triton compiles for GPUs, a C++ compiler for the CPU."""
+    if not profile.train.compile:
+        return []
+    missing = {"cuda": _without_triton, "xpu": _without_triton, "cpu": _without_compiler}.get(
+        device.type, lambda: None
+    )()
+    return [f"train.compile: {missing}, or leave train.compile out"] if missing else []
+
+
+def _without_triton() -> str | None:
+    if has_triton():
+        return None
+    if has_triton_package():
+        return "Triton does not support this GPU (it needs CUDA compute capability 7.0): use a newer one"
+    package = "triton-windows" if ON_WINDOWS else "triton"
+    return f"torch.compile needs Triton on a GPU, and it is not installed: pip install {package}"
+
+
+def _without_compiler() -> str | None:
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        compiler = "cl, from the Build Tools for Visual Studio," if ON_WINDOWS else "g++"
+        return (
+            f"torch.compile needs a C++ compiler on the CPU, and finds none: install {compiler} and put it on the PATH"
+        )
+    return None
