@@ -15,6 +15,8 @@ from crepa_cli.errors import RunError, UserError
 
 Value = TypeVar("Value")
 
+PRECISION = {"bfloat16": "bf16", "float32": "no"}
+"""Accelerate's names for the values of `model.dtype`."""
 TIMEOUT = timedelta(hours=12)
 """How long processes wait for each other: in the preparation one may have far longer clips than another."""
 

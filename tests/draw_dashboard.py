@@ -15,6 +15,8 @@ from crepa_cli.models import load_family
 from crepa_cli.profile import resolve_profile
 from crepa_cli.report.card import loading_lines
 from crepa_cli.report.dashboard import HEIGHT, Dashboard
+from crepa_cli.runs.checks import open_family
+from crepa_cli.runs.folder import RunFolder
 from crepa_cli.training import run
 from crepa_cli.training.build import coefficient_schedule
 from crepa_cli.training.demo import demo_settings, write_demo
@@ -32,9 +34,9 @@ def draw(path: Path, width: int = 100) -> None:
     )
     profile = resolved.profile
     write_demo(profile)
-    output = run.new_run_folder(profile)
+    output = RunFolder.new(profile).path
     console = Console(record=True, width=width, file=io.StringIO(), force_terminal=True)
-    family, accelerator = run.open_family(profile), run.make_accelerator(profile, output)
+    family, accelerator = open_family(profile), run.make_accelerator(profile, output)
     dashboard = Dashboard(
         console,
         coefficient_schedule(profile),

@@ -35,10 +35,10 @@ from crepa_cli.doctor.memory import (
 from crepa_cli.doctor.step_memory import PARTS, Clips, predict_training
 from crepa_cli.models import FAMILIES, load_family
 from crepa_cli.models.family import Family
+from crepa_cli.processes import PRECISION
 from crepa_cli.profile import Profile
 from crepa_cli.teachers.dinov2 import Dinov2Teacher
 from crepa_cli.training.build import build_model, frozen_dtype, make_optimizer, trainable
-from crepa_cli.training.run import PRECISION
 from crepa_cli.training.step import Teaching, step_losses
 
 FEATURES = 24

@@ -9,8 +9,9 @@ import pytest
 from conftest import RunCrepa
 from PIL import Image
 
+from crepa_cli.data.images import first_frame
 from crepa_cli.profile import Validation
-from crepa_cli.training.sampling import first_frame, image_mistakes
+from crepa_cli.runs.checks import image_mistakes
 
 
 def test_an_image_is_resized_to_cover_the_size_and_cropped_around_its_center(tmp_path: Path) -> None:

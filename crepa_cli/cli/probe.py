@@ -106,7 +106,7 @@ def _repositories(profile: Profile, *, measured: bool) -> list[str | None]:
 def _open_family(profile: Profile) -> Family:
     """The checkpoint, whatever blocks and validation the settings name: these are not in question here."""
     from crepa_cli.profile import Crepa, LayerSync, Validation
-    from crepa_cli.training.run import open_family
+    from crepa_cli.runs.checks import open_family
 
     unasked = {"crepa": Crepa(enabled=False), "layersync": LayerSync(), "validation": Validation()}
     return open_family(profile.model_copy(update=unasked))

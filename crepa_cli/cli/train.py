@@ -77,10 +77,10 @@ def train(
 
 def _run_to_resume(profile: str | None, output: str | None) -> tuple[str, str]:
     """The settings and the folder of the run to go on with: its own settings, unless others are named."""
-    from crepa_cli.training.run import run_to_resume
+    from crepa_cli.runs.folder import RunFolder
 
-    run = run_to_resume(output)
-    return profile or str(run / "profile.toml"), str(run)
+    run = RunFolder.to_resume(output)
+    return profile or str(run.profile), str(run.path)
 
 
 def resolve(profile: str | None, flags: Mapping[str, object], sets: list[str], demo: bool) -> ResolvedProfile:
@@ -113,23 +113,28 @@ def _check(profile: Profile, processes: int, *, resume: bool, demo: bool) -> Non
     """Find mistakes before processes are started, which would each tell of them."""
     import torch
 
-    from crepa_cli.training import run
+    from crepa_cli.data.clips import clips_folder
+    from crepa_cli.runs.checks import open_family
+    from crepa_cli.runs.folder import RunFolder
     from crepa_cli.training.demo import write_demo
 
     if demo:
         write_demo(profile)
-    run.clips_folder(profile.data)
-    run.open_family(profile)
+    clips_folder(profile.data)
+    open_family(profile)
     if not resume:
-        run.new_run_folder(profile)
+        RunFolder.new(profile)
     devices = torch.cuda.device_count()
     if 0 < devices < processes:
         raise UserError(f"--processes {processes}: this machine has {devices} GPUs, and each process needs its own")
 
 
 def _train(profile: Profile, view: OpenView, *, resume: bool, cache_only: bool, demo: bool) -> None:
+    from crepa_cli.data.clips import clips_folder
     from crepa_cli.processes import from_main, start_processes
     from crepa_cli.report.card import write_model_card
+    from crepa_cli.runs.checks import open_family
+    from crepa_cli.runs.folder import RunFolder
     from crepa_cli.training import run
     from crepa_cli.training.demo import write_demo
 
@@ -137,9 +142,9 @@ def _train(profile: Profile, view: OpenView, *, resume: bool, cache_only: bool, 
     if demo:
         with state.local_main_process_first():
             write_demo(profile)
-    run.clips_folder(profile.data)
-    family = run.open_family(profile)
-    output = Path(profile.train.output or ".") if resume else from_main(lambda: run.new_run_folder(profile))
+    clips_folder(profile.data)
+    family = open_family(profile)
+    output = Path(profile.train.output or ".") if resume else from_main(lambda: RunFolder.new(profile).path)
     accelerator = run.make_accelerator(profile, output)
     listeners: list[Listener] = []
     if state.is_main_process and not cache_only:

@@ -17,11 +17,23 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from crepa_cli.data.clips import clips_folder
 from crepa_cli.errors import UserError
 from crepa_cli.files import write_whole
+from crepa_cli.profile import Data
 
+CACHE_FOLDER = ".crepa-cache"
 LAYOUT_VERSION = 1
 LEFTOVER_SECONDS = 24 * 3600
+
+
+def cache_folder(data: Data) -> Path:
+    """The cache's folder: `data.cache`, or by default one among the clips.
+
+    Raises:
+        UserError: if the settings name neither.
+    """
+    return Path(data.cache) if data.cache else clips_folder(data) / CACHE_FOLDER
 
 
 def cache_key(**parts: object) -> str:

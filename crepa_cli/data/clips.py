@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from crepa_cli.errors import UserError
+from crepa_cli.profile import Data
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
@@ -49,6 +50,17 @@ class ClipScan:
 
     clips: list[Clip]
     skipped: list[SkippedClip]
+
+
+def clips_folder(data: Data) -> Path:
+    """The folder of clips that the settings name.
+
+    Raises:
+        UserError: if they name none.
+    """
+    if data.path is None:
+        raise UserError("no clips: name their folder with --data DIR, or as path in [data] of crepa.toml")
+    return Path(data.path)
 
 
 def find_clips(folder: Path) -> ClipScan:

@@ -27,7 +27,7 @@ from crepa_cli.events import ClipSkipped, Event, Progress
 from crepa_cli.models.checkpoint import fetch, fingerprint, read_config
 from crepa_cli.models.family import Family, Tensors
 from crepa_cli.processes import from_all, from_main
-from crepa_cli.profile import Crepa
+from crepa_cli.profile import Crepa, Data
 from crepa_cli.teachers.dinov2 import ENCODERS, Dinov2Teacher, input_size
 
 Item = TypeVar("Item")
@@ -41,6 +41,15 @@ class ClipForm(NamedTuple):
     height: int
     frames: int
     fps: float
+
+    @classmethod
+    def of(cls, data: Data) -> ClipForm:
+        """The form that the settings ask for."""
+        assert data.width is not None, "the family's defaults give a width"
+        assert data.height is not None, "and a height"
+        assert data.frames is not None, "and a number of frames"
+        assert data.fps is not None, "and a frame rate"
+        return cls(data.width, data.height, data.frames, data.fps)
 
 
 @dataclass(frozen=True)

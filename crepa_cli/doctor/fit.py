@@ -8,11 +8,11 @@ import torch
 from rich.filesize import decimal
 
 from crepa_cli.data.buckets import Bucket, valid_frames
+from crepa_cli.data.prepare import ClipForm
 from crepa_cli.doctor.findings import BucketCount, Fitting, Memory, Plan, Saving
 from crepa_cli.doctor.memory import Prediction, largest_that_fits, predict, savings
 from crepa_cli.models.family import Family
 from crepa_cli.profile import Profile
-from crepa_cli.training.run import clip_form
 
 Tell = Callable[[str], None]
 
@@ -59,7 +59,7 @@ def largest_bucket(buckets: Sequence[BucketCount]) -> Bucket | None:
 
 def form_bucket(profile: Profile, family: Family) -> Bucket:
     """The shape that the settings ask for."""
-    form = clip_form(profile.data)
+    form = ClipForm.of(profile.data)
     frames = valid_frames(form.frames, form.frames, family.frame_multiple)
     return Bucket(frames or form.frames, form.height, form.width)
 

@@ -11,7 +11,7 @@ from crepa_cli.doctor.memory import predict
 from crepa_cli.errors import UserError
 from crepa_cli.models import FAMILIES
 from crepa_cli.profile import Profile
-from crepa_cli.training.run import open_family
+from crepa_cli.runs.checks import open_family
 
 
 def family_memories(

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from rich.filesize import decimal
 
-from crepa_cli.data.clips import find_clips
-from crepa_cli.data.prepare import PreparedClip, encoder_config, scan
+from crepa_cli.data.cache import cache_folder
+from crepa_cli.data.clips import clips_folder, find_clips
+from crepa_cli.data.prepare import ClipForm, PreparedClip, encoder_config, scan
 from crepa_cli.doctor.cache_size import cache_bytes
 from crepa_cli.doctor.disk import check_folder
 from crepa_cli.doctor.findings import BucketCount, Plan
@@ -20,9 +20,10 @@ from crepa_cli.doctor.hub import check_hub, check_repository
 from crepa_cli.events import ClipSkipped, Event, drained
 from crepa_cli.models.family import Family
 from crepa_cli.profile import Crepa, Profile, ResolvedProfile
+from crepa_cli.runs.checks import open_family
+from crepa_cli.runs.folder import RunFolder
 from crepa_cli.teachers.dinov2 import ENCODERS
 from crepa_cli.training.demo import write_demo
-from crepa_cli.training.run import CACHE_FOLDER, clip_form, clips_folder, new_run_folder, open_family
 
 Listener = Callable[[Event], None]
 
@@ -112,9 +113,9 @@ def _check_optimizer(plan: Plan, profile: Profile) -> bool:
 
 
 def _check_run_folder(plan: Plan, profile: Profile) -> None:
-    folder = plan.attempt("run folder", lambda: new_run_folder(profile))
+    folder = plan.attempt("run folder", lambda: RunFolder.new(profile))
     if folder:
-        plan.checks.append(check_folder("run folder", folder))
+        plan.checks.append(check_folder("run folder", folder.path))
 
 
 def _check_clips(plan: Plan, family: Family | None, profile: Profile, listener: Listener) -> list[PreparedClip] | None:
@@ -132,7 +133,7 @@ def _check_clips(plan: Plan, family: Family | None, profile: Profile, listener: 
             plan.skipped[event.name] = event.reason
             plan.add("clip", "warning", f"{event.name} is left out: {event.reason}")
 
-    clips = plan.attempt("clips", lambda: drained(scan(family, folder, clip_form(profile.data)), listen))
+    clips = plan.attempt("clips", lambda: drained(scan(family, folder, ClipForm.of(profile.data)), listen))
     if clips:
         counts = Counter(clip.bucket for clip in clips)
         plan.buckets = [BucketCount(key.frames, key.height, key.width, counts[key]) for key in sorted(counts)]
@@ -154,7 +155,7 @@ def _check_cache(plan: Plan, family: Family, profile: Profile, clips: list[Prepa
     if parts is None:
         return
     plan.cache_bytes = parts
-    folder = Path(profile.data.cache) if profile.data.cache else clips_folder(profile.data) / CACHE_FOLDER
+    folder = cache_folder(profile.data)
     by_part = ", ".join(f"{name} {decimal(size)}" for name, size in parts.items())
     total = sum(parts.values())
     plan.checks.append(check_folder("cache", folder, total, f"{decimal(total)} for these clips ({by_part}); "))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,9 +14,10 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
-from crepa_cli.data.cache import Cache, cache_key
+from crepa_cli.data.cache import Cache, cache_folder, cache_key
+from crepa_cli.data.clips import clips_folder
 from crepa_cli.data.dataset import ClipDataset
-from crepa_cli.data.prepare import PreparedClip, prepare
+from crepa_cli.data.prepare import ClipForm, PreparedClip, prepare
 from crepa_cli.errors import RunError, UserError
 from crepa_cli.events import Event, Notice, Progress
 from crepa_cli.models.capture import HiddenStateCapture
@@ -25,8 +25,8 @@ from crepa_cli.models.checkpoint import fetch, fingerprint
 from crepa_cli.models.family import Family, Tensors
 from crepa_cli.probe.clip import KERNEL_TOKENS, PROJECTOR_TOKENS, ClipProbe
 from crepa_cli.probe.metrics import NEIGHBORS, NormalEquations, predicted_cosine
+from crepa_cli.processes import PRECISION
 from crepa_cli.profile import Profile
-from crepa_cli.training.run import CACHE_FOLDER, PRECISION, clip_form, clips_folder
 
 LEVELS = (0.2, 0.4, 0.6, 0.8)
 """Noise levels, as shares of the range that the transformer is used for."""
@@ -88,9 +88,9 @@ def measure(profile: Profile, family: Family) -> Generator[Event, None, Measurem
     # Without network this ends here, not after an hour of reading clips.
     fetch(family.checkpoint, family.revision, folders=())
     accelerator = Accelerator(mixed_precision=PRECISION[profile.model.dtype])
-    cache = Cache(Path(profile.data.cache) if profile.data.cache else folder / CACHE_FOLDER)
+    cache = Cache(cache_folder(profile.data))
     dtype = getattr(torch, profile.model.dtype)
-    form = clip_form(profile.data)
+    form = ClipForm.of(profile.data)
     clips = yield from prepare(family, folder, form, profile.crepa, [], cache, accelerator.device, dtype)
     if len(clips) > CLIPS:
         yield Notice(f"{CLIPS} of {len(clips)} clips are measured")

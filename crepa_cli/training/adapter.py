@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 
 from crepa_cli.errors import UserError
 from crepa_cli.files import whole_folder
-from crepa_cli.models import FAMILIES, load_family
 from crepa_cli.models.family import COMFYUI_FILE, Family, Tensors
 from crepa_cli.profile import Adapter
 
@@ -102,15 +101,3 @@ def comfyui_layers(layers: Tensors, names: Mapping[str, str], rank: int, alpha: 
         if alpha != rank:
             renamed[f"diffusion_model.{module}.alpha"] = torch.tensor(float(alpha))
     return renamed
-
-
-def export_mistakes(family: Family, adapter: Adapter) -> list[str]:
-    """What cannot be exported as the settings ask, in words."""
-    if "comfyui" not in adapter.export:
-        return []
-    if adapter.kind == "full":
-        return ["adapter.export: comfyui is a layout for LoRA, and adapter.kind is full; leave comfyui out"]
-    if family.comfyui_names is None:
-        known = [name for name in FAMILIES if load_family(name).comfyui_names is not None]
-        return [f"adapter.export: ComfyUI does not run {family.name}; comfyui is for {', '.join(known)}"]
-    return []

@@ -9,16 +9,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import free_memory
-from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from crepa_cli.data.images import first_frame
 from crepa_cli.data.prepare import ClipForm
 from crepa_cli.data.sheet import frame_row, write_sheet
 from crepa_cli.data.video import write_video
 from crepa_cli.models.family import Family, Tensors
 from crepa_cli.processes import from_all
-from crepa_cli.profile import Validation
 
 
 def sample_videos(
@@ -88,29 +87,6 @@ def _write_videos(folder: Path, videos: Sequence[Tensor], fps: float) -> None:
 
 def _video_path(folder: Path, index: int) -> Path:
     return folder / f"{index:02d}.mp4"
-
-
-def first_frame(path: str, width: int, height: int) -> Image.Image:
-    """An image file in RGB and upright, resized to cover `width` x `height` pixels and cropped around its center."""
-    with Image.open(path) as image:
-        return ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (width, height), Image.Resampling.BICUBIC)
-
-
-def image_mistakes(validation: Validation, task: str) -> list[str]:
-    """What is wrong with the images of the validation, in words."""
-    if task == "t2v":
-        return ["validation.images: text to video starts from no image; leave them out"] if validation.images else []
-    if validation.prompts and validation.every and not validation.images:
-        return ["validation.images: image to video needs one image per prompt, the first frame of its video"]
-    return [mistake for path in validation.images for mistake in _unreadable(path)]
-
-
-def _unreadable(path: str) -> list[str]:
-    try:
-        first_frame(path, 8, 8)
-    except (OSError, Image.DecompressionBombError) as error:
-        return [f"validation.images: {path} cannot be read as an image: {error}"]
-    return []
 
 
 def _to(tensors: Tensors, device: torch.device) -> Tensors:

@@ -1,0 +1,92 @@
+"""Settings checked against the checkpoint they are for, before any clip is read."""
+
+from __future__ import annotations
+
+from PIL import Image
+
+from crepa_cli.data.images import first_frame
+from crepa_cli.errors import UserError
+from crepa_cli.models import FAMILIES, load_family
+from crepa_cli.models.checkpoint import require_index
+from crepa_cli.models.family import Family
+from crepa_cli.profile import Adapter, Data, Profile, Validation
+
+
+def open_family(profile: Profile) -> Family:
+    """The family of the settings with its checkpoint, checked against the settings.
+
+    Raises:
+        UserError: lists all mistakes: family, checkpoint, task, block indices, sizes, images, export layouts.
+    """
+    model = profile.model
+    assert model.checkpoint is not None, "the family's defaults give a checkpoint"
+    family = load_family(model.family)(model.checkpoint, model.task, model.revision, model.variant)
+    mistakes = [
+        *_block_mistakes(family, profile),
+        *_size_mistakes(family, profile.data),
+        *image_mistakes(profile.validation, model.task),
+        *export_mistakes(family, profile.adapter),
+    ]
+    if mistakes:
+        raise UserError("\n".join(mistakes))
+    return family
+
+
+def _block_mistakes(family: Family, profile: Profile) -> list[str]:
+    crepa, layersync = profile.crepa, profile.layersync
+    indices = {"crepa.block_index": crepa.block_index} if crepa.enabled else {}
+    if crepa.enabled and crepa.use_backbone_features:
+        indices["crepa.teacher_block_index"] = crepa.teacher_block_index
+    if layersync.enabled:
+        indices |= {
+            "layersync.student_block": layersync.student_block,
+            "layersync.teacher_block": layersync.teacher_block,
+        }
+    mistakes = []
+    for name, index in indices.items():
+        try:
+            require_index(name, index or 0, family.block_count)
+        except UserError as error:
+            mistakes.append(str(error))
+    return mistakes
+
+
+def _size_mistakes(family: Family, data: Data) -> list[str]:
+    mistakes = []
+    for name, size in {"data.width": data.width, "data.height": data.height}.items():
+        if size and size % family.size_multiple:
+            lower = size // family.size_multiple * family.size_multiple
+            mistakes.append(
+                f"{name} = {size}: {family.name} takes multiples of {family.size_multiple}, "
+                f"such as {lower or family.size_multiple} or {lower + family.size_multiple}"
+            )
+    return mistakes
+
+
+def image_mistakes(validation: Validation, task: str) -> list[str]:
+    """Mistakes in the images that validation videos start from."""
+    if task == "t2v":
+        return ["validation.images: text to video starts from no image; leave them out"] if validation.images else []
+    if validation.prompts and validation.every and not validation.images:
+        return ["validation.images: image to video needs one image per prompt, the first frame of its video"]
+    return [mistake for path in validation.images for mistake in _unreadable(path)]
+
+
+def _unreadable(path: str) -> list[str]:
+    try:
+        first_frame(path, 8, 8)
+    except (OSError, Image.DecompressionBombError) as error:
+        return [f"validation.images: {path} cannot be read as an image: {error}"]
+    return []
+
+
+def export_mistakes(family: Family, adapter: Adapter) -> list[str]:
+    """Layouts of the settings that the adapter cannot be exported in."""
+    if "comfyui" not in adapter.export:
+        return []
+    if adapter.kind == "full":
+        return ["adapter.export: comfyui is a layout for LoRA, and adapter.kind is full; leave comfyui out"]
+    if family.comfyui_names is None:
+        known = [name for name in FAMILIES if load_family(name).comfyui_names is not None]
+        return [f"adapter.export: ComfyUI does not run {family.name}; comfyui is for {', '.join(known)}"]
+    return []
