@@ -38,6 +38,18 @@ class Notice:
 
 
 @dataclass(frozen=True)
+class RunOpened:
+    """The first event: settings and checkpoint are checked, and the run has a folder.
+
+    `device_memory` is in bytes; `loading` are the lines of code that will load the weights.
+    """
+
+    output: Path
+    device_memory: int
+    loading: str
+
+
+@dataclass(frozen=True)
 class TrainingStarted:
     """Everything is loaded; the first step comes next.
 
@@ -67,6 +79,7 @@ class StepDone:
     layersync_loss: float | None
     learning_rate: float
     grad_norm: float
+    projector_grad_norm: float | None
     step_seconds: float
     samples_per_second: float
     peak_memory_bytes: int
@@ -113,7 +126,8 @@ class TrainingEnded:
 
 
 Event = (
-    Progress
+    RunOpened
+    | Progress
     | ClipSkipped
     | Notice
     | TrainingStarted

@@ -7,7 +7,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -61,6 +61,14 @@ def moving_pattern(frames: int, height: int, width: int) -> Tensor:
     columns = torch.arange(width).view(1, 1, 1, -1) / width
     color = torch.arange(3).view(-1, 1, 1, 1)
     return torch.sin(2 * math.pi * (2 * columns + (1 + color) * rows + 0.3 * color) + time * (1 + color))
+
+
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """Accelerate allows one precision per process; each run of a test stands for a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 RunCrepa = Callable[..., int]

@@ -28,6 +28,7 @@ from crepa_cli.events import (
     Event,
     Notice,
     Progress,
+    RunOpened,
     StepDone,
     TrainingEnded,
     TrainingStarted,
@@ -59,6 +60,7 @@ def schedule(scheduler: str, threshold: float | None = 0.85, **settings: object)
 
 def recorded_events(plan: CoefficientSchedule, steps: int, *, aligned: bool = True) -> Iterator[Event]:
     """A run of 5,000 steps up to a step: losses fall in waves, the similarity rises to 0.9."""
+    yield RunOpened(RUN, 80 * GIB, LOADING)
     yield Progress("scanning", 400, 400)
     yield ClipSkipped("clips/broken.mp4", "no video stream")
     yield Progress("latents", 399, 399)
@@ -89,6 +91,7 @@ def recorded_events(plan: CoefficientSchedule, steps: int, *, aligned: bool = Tr
             layersync_loss=None,
             learning_rate=1e-4,
             grad_norm=0.5321,
+            projector_grad_norm=None if crepa is None else 1.25,
             step_seconds=0.213,
             samples_per_second=4 / 0.213,
             peak_memory_bytes=12 * GIB,
@@ -118,7 +121,7 @@ def dashboard_of(case: str, console: Console) -> Dashboard:
     make_plan, steps = CASES[case]
     plan = make_plan()
     ticks = itertools.count()
-    dashboard = Dashboard(console, plan, memory=80 * GIB, loading=LOADING, clock=lambda: next(ticks) * 0.25)
+    dashboard = Dashboard(console, plan, clock=lambda: next(ticks) * 0.25)
     for event in recorded_events(plan or schedule("constant"), steps, aligned=plan is not None):
         if steps < 0 and isinstance(event, TrainingStarted):
             break
@@ -187,7 +190,7 @@ def test_a_run_that_goes_on_shows_its_earlier_steps(tmp_path: Path) -> None:
     for event in recorded_events(schedule("cosine", end=0.1), 2001):
         if isinstance(event, StepDone):
             metrics(event)
-    dashboard = Dashboard(Console(), schedule("cosine", end=0.1), memory=80 * GIB, loading="")
+    dashboard = Dashboard(Console(), schedule("cosine", end=0.1))
     dashboard(TrainingStarted(tmp_path, 1900, 5000, 399, 150, 1))
     assert dashboard.state.losses["total"].curve.steps == 1900
     assert phase(dashboard.state) == "cut off at step 1,774: similarity average 0.850 >= 0.85"

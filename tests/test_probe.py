@@ -19,7 +19,6 @@ from published_configs import PUBLISHED
 from torch import Tensor, nn
 
 from crepa_cli.alignment import TokenGrid
-from crepa_cli.cli.train import resolve
 from crepa_cli.data.cache import Cache
 from crepa_cli.data.dataset import Batch
 from crepa_cli.data.demo import write_demo_clips
@@ -32,6 +31,7 @@ from crepa_cli.models.wan import Wan, tiny_transformer
 from crepa_cli.probe.clip import ClipProbe
 from crepa_cli.probe.measure import measure
 from crepa_cli.profile import Crepa
+from crepa_cli.settings import resolve
 
 CLIPS = 4
 FORM = ClipForm(96, 64, 17, 16)
@@ -312,7 +312,7 @@ def test_one_clip_cannot_hold_out_another(
 
 
 def test_memory_does_not_grow_with_the_clips(measured: list[str], clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    profile = resolve(None, {"model.family": "wan", "model.checkpoint": measured[2]}, measured[6::2], False).profile
+    profile = resolve(None, {"model.family": "wan", "model.checkpoint": measured[2]}, measured[6::2]).profile
     profile = profile.model_copy(update={"data": profile.data.model_copy(update={"path": str(clips)})})
 
     def peak(seed: int, count: int) -> int:

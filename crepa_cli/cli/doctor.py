@@ -41,13 +41,14 @@ def doctor(
     """
     from rich.console import Console
 
-    from crepa_cli.cli.train import resolve
     from crepa_cli.profile.files import find_project_file
+    from crepa_cli.settings import resolve
 
     flags = {"model.family": model, "model.checkpoint": checkpoint, "model.task": task, "data.path": data}
     given = any([profile, *flags.values(), demo, sets]) or find_project_file(Path()) is not None
+    settings = (lambda: resolve(profile, flags, sets or [], demo=demo)) if given else None
     with Console(stderr=True).status("looking at this machine") as status:
-        report = _examine((lambda: resolve(profile, flags, sets or [], demo)) if given else None, demo, vram, status)
+        report = _examine(settings, demo, vram, status)
     if as_json:
         typer.echo(json.dumps(report.to_json(), indent=2, ensure_ascii=False))
     else:
@@ -57,7 +58,7 @@ def doctor(
 
 def _examine(resolve: Callable[[], ResolvedProfile] | None, demo: bool, vram: float | None, status: Status) -> Report:
     """The plan is looked at where there are settings, and libraries that can be imported."""
-    from crepa_cli.cli.train import silence_libraries
+    from crepa_cli.cli.view import silence_libraries
     from crepa_cli.doctor.environment import check_environment
     from crepa_cli.doctor.findings import Report
 
@@ -79,13 +80,13 @@ def _examine(resolve: Callable[[], ResolvedProfile] | None, demo: bool, vram: fl
 
 def _overview(machine: Report, limit: int | None, status: Status) -> Report:
     """The machine, and what each family would take on it."""
-    from crepa_cli.cli.train import resolve
     from crepa_cli.doctor.disk import check_folder
     from crepa_cli.doctor.findings import Check, Report
     from crepa_cli.doctor.overview import family_memories
+    from crepa_cli.settings import resolve
 
     def preset(family: str) -> Profile:
-        return resolve("t2v", {"model.family": family}, [], False).profile
+        return resolve("t2v", {"model.family": family}).profile
 
     found = list(family_memories(preset, limit, status.update))
     checks = [one for one in found if isinstance(one, Check)]

@@ -47,8 +47,9 @@ def probe_blocks(
     """
     from rich.console import Console
 
-    from crepa_cli.cli.train import resolve, silence_libraries
+    from crepa_cli.cli.view import silence_libraries
     from crepa_cli.files import write_whole
+    from crepa_cli.settings import resolve
 
     measured = demo or data is not None
     if (write or plot) and not measured:
@@ -57,7 +58,7 @@ def probe_blocks(
     silence_libraries()
     flags = {"model.family": family, "model.checkpoint": checkpoint, "model.task": task, "data.path": data}
     try:
-        answer = _answer(resolve(profile, flags, sets or [], demo).profile, measured=measured, demo=demo)
+        answer = _answer(resolve(profile, flags, sets or [], demo=demo).profile, measured=measured, demo=demo)
     except KeyboardInterrupt:
         typer.echo("Stopped; the same command goes on from here.", err=True)
         raise typer.Exit(130) from None

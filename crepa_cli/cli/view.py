@@ -5,49 +5,39 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    import torch
-    from accelerate import Accelerator
     from rich.console import Console
 
     from crepa_cli.events import Event
-    from crepa_cli.models.family import Family
     from crepa_cli.profile import Profile
-    from crepa_cli.report.dashboard import Dashboard
 
 Listener = Callable[["Event"], None]
+View = AbstractContextManager[list[Listener]]
+LogLevel = Literal["debug", "info", "warning", "error"]
 
 
 @contextmanager
 def open_view(
-    profile: Profile,
-    family: Family,
-    output: Path,
-    accelerator: Accelerator,
-    console: Console,
-    *,
-    plain: bool,
-    quiet: bool,
-    log_level: str,
+    profile: Profile, console: Console, *, plain: bool, quiet: bool, log_level: LogLevel
 ) -> Iterator[list[Listener]]:
-    """The dashboard in a terminal, plain lines elsewhere, nothing but errors where it is to be quiet.
+    """The dashboard in a terminal, plain lines elsewhere; with `quiet`, nothing but errors.
 
-    Of several processes the main one shows it, and the others are quiet.
-
-    What libraries log at `log_level` or above is shown in the same place.
+    Of several processes the first one shows it, and the others are quiet. Log messages of libraries from `log_level` on
+    are shown in the same place.
     """
     from rich.console import Console
 
+    from crepa_cli.report.dashboard import Dashboard
     from crepa_cli.report.plain import PlainLines
     from crepa_cli.report.records import prints_as_notices, records_as_notices
+    from crepa_cli.training.build import coefficient_schedule
 
     level = logging.getLevelNamesMapping()[log_level.upper()]
     with ExitStack() as stack:
-        if quiet or not accelerator.is_main_process:
+        if quiet or os.environ.get("RANK", "0") != "0":
             errors = PlainLines(Console(stderr=True), profile.report.every)
             stack.enter_context(records_as_notices(errors, logging.ERROR))
             yield []
@@ -56,30 +46,19 @@ def open_view(
             stack.enter_context(records_as_notices(lines, level))
             yield [lines]
         else:
-            dashboard = stack.enter_context(_dashboard(profile, family, output, accelerator.device, console))
+            schedule = coefficient_schedule(profile) if profile.crepa.enabled else None
+            dashboard = stack.enter_context(Dashboard(console, schedule))
             stack.enter_context(prints_as_notices(dashboard))
             stack.enter_context(records_as_notices(dashboard, level))
             yield [dashboard]
 
 
-def _dashboard(profile: Profile, family: Family, output: Path, device: torch.device, console: Console) -> Dashboard:
-    from crepa_cli.report.card import loading_lines
-    from crepa_cli.report.dashboard import Dashboard
-    from crepa_cli.training.build import coefficient_schedule
+def silence_libraries() -> None:
+    """Keep bars and notes of libraries off the screen; their warnings arrive as events."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
 
-    return Dashboard(
-        console,
-        coefficient_schedule(profile) if profile.crepa.enabled else None,
-        memory=_memory(device),
-        loading=loading_lines(family, profile, output / "weights"),
-    )
-
-
-def _memory(device: torch.device) -> int:
-    """The bytes that a device has."""
-    import psutil
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return int(psutil.virtual_memory().total)
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.disable_progress_bar()
+        library.set_verbosity_error()
+    logging.captureWarnings(True)

@@ -9,10 +9,10 @@ from huggingface_hub import ModelCard, ModelCardData
 from crepa_cli.models.family import COMFYUI_FILE, Family
 from crepa_cli.profile import Profile, dump_toml
 from crepa_cli.report.metrics import read_metrics
-from crepa_cli.report.plot import CURVES_FILE
+from crepa_cli.runs.folder import RunFolder
 
 
-def write_model_card(output: Path, family: Family, profile: Profile) -> Path:
+def write_model_card(run: RunFolder, family: Family, profile: Profile) -> None:
     """Write `README.md` into a run's folder: base model, how to load the weights, results and settings."""
     data = ModelCardData(
         base_model=family.checkpoint if not Path(family.checkpoint).exists() else None,
@@ -22,16 +22,14 @@ def write_model_card(output: Path, family: Family, profile: Profile) -> Path:
     )
     parts = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {output.name}",
+        f"# {run.path.name}",
         f"`{family.checkpoint}` ({family.name}, {family.task}), fine-tuned for {profile.train.steps} steps with "
         "Cross-frame Representation Alignment ([CREPA](https://arxiv.org/abs/2506.09229)).",
         f"## Use\n\n{_usage(family, profile)}",
-        _results(output),
+        _results(run),
         f"## Settings\n\n```toml\n{dump_toml(profile).strip()}\n```",
     ]
-    path = output / "README.md"
-    ModelCard("\n\n".join(part for part in parts if part) + "\n").save(path)
-    return path
+    ModelCard("\n\n".join(part for part in parts if part) + "\n").save(run.card)
 
 
 def loading_lines(family: Family, profile: Profile, weights: Path) -> str:
@@ -73,18 +71,18 @@ def loading_code(family: Family, profile: Profile, weights: str = "weights") -> 
     )
 
 
-def _results(output: Path) -> str:
-    metrics = read_metrics(output / "metrics.jsonl")
+def _results(run: RunFolder) -> str:
+    metrics = read_metrics(run.metrics)
     if not metrics:
         return ""
     columns = ("step", "loss", "diffusion_loss", "crepa_similarity", "crepa_similarity_ema", "crepa_coefficient")
     chosen = [metrics[index * (len(metrics) - 1) // 4] for index in range(5)]
     rows = [[_cell(line[column]) for column in columns] for line in chosen]
     lines = [columns, ["---"] * len(columns), *rows]
-    curves = f"![losses, coefficient and similarity over the steps]({CURVES_FILE})\n\n"
+    curves = f"![losses, coefficient and similarity over the steps]({run.curves.name})\n\n"
     return (
         "## Training\n\n"
-        + (curves if (output / CURVES_FILE).exists() else "")
+        + (curves if run.curves.exists() else "")
         + "\n".join(f"| {' | '.join(line)} |" for line in lines)
     )
 

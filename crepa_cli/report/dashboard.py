@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.panel import Panel
 
 from crepa_cli.alignment import CoefficientSchedule
-from crepa_cli.events import Event, Progress, StepDone, TrainingStarted
+from crepa_cli.events import Event, Progress, RunOpened, StepDone, TrainingStarted
 from crepa_cli.report.metrics import read_metrics
 from crepa_cli.report.panels import (
     BORDER,
@@ -27,6 +27,7 @@ from crepa_cli.report.panels import (
 )
 from crepa_cli.report.state import RunState
 from crepa_cli.report.summary import Summary
+from crepa_cli.runs.folder import RunFolder
 
 HEIGHT = 24
 PROGRESS_HEIGHT = 5
@@ -42,8 +43,6 @@ class Dashboard:
     Args:
         console: a terminal.
         schedule: the planned coefficient; None for a run without alignment.
-        memory: bytes that the device has.
-        loading: the lines that load the weights.
         clock: seconds that pass.
     """
 
@@ -52,13 +51,12 @@ class Dashboard:
         console: Console,
         schedule: CoefficientSchedule | None,
         *,
-        memory: int,
-        loading: str,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.memory = memory
+        self.memory = 0
+        self.entered = self.opened = False
         self.state = RunState(schedule, clock)
-        self.summary = Summary(loading)
+        self.summary = Summary()
         self.progress = bars.Progress(
             bars.TextColumn("{task.description:<10}"),
             bars.BarColumn(bar_width=None),
@@ -75,14 +73,16 @@ class Dashboard:
         )
 
     def __enter__(self) -> Dashboard:
-        """Show the view."""
-        self.live.start()
+        """The view opens with the first event: mistakes found before leave the screen alone."""
+        self.entered = True
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Leave the last view and the summary on the screen."""
+        if not self.opened:
+            return
         self.live.stop()
         console = self.live.console
         console.print(self, height=HEIGHT)
@@ -91,6 +91,10 @@ class Dashboard:
 
     def __call__(self, event: Event) -> None:
         """Take an event into the view."""
+        if isinstance(event, RunOpened):
+            if self.entered:
+                self.live.start()
+            self.memory, self.opened = event.device_memory, True
         if isinstance(event, Progress):
             self._advance(event)
         if isinstance(event, TrainingStarted):
@@ -148,6 +152,6 @@ class Dashboard:
 
 def _steps_before(started: TrainingStarted) -> Iterator[StepDone]:
     """The steps of earlier sessions, so that curves and best values are those of the whole run."""
-    for line in read_metrics(started.output / "metrics.jsonl") if started.step else ():
+    for line in read_metrics(RunFolder(started.output).metrics) if started.step else ():
         if line["step"] < started.step and not line.pop("skipped", None):
             yield StepDone(**line)

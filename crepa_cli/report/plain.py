@@ -11,6 +11,7 @@ from crepa_cli.events import (
     Event,
     Notice,
     Progress,
+    RunOpened,
     StepDone,
     StepSkipped,
     TrainingEnded,
@@ -27,6 +28,8 @@ def number(value: float | None) -> str:
 def describe(event: Event) -> str:
     """An event as one line of text."""
     match event:
+        case RunOpened(output):
+            return f"run folder: {output}"
         case Progress(stage, done, total):
             return f"{stage}: {done}/{total}"
         case ClipSkipped(name, reason):

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crepa_cli.events import Event, TrainingEnded, TrainingStarted
 from crepa_cli.files import write_whole
 from crepa_cli.report.curves import BUCKETS, Curve
 from crepa_cli.report.metrics import read_metrics
+from crepa_cli.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-CURVES_FILE = "curves.svg"
 CHARTS = {
     "losses": {"loss": "total", "diffusion_loss": "diffusion", "crepa_loss": "alignment"},
     "coefficient": {"crepa_coefficient": "coefficient"},
@@ -27,19 +26,19 @@ class CurvesFile:
     """A listener that draws a run's `metrics.jsonl` when training goes on, ends or is stopped.
 
     Args:
-        output: the run's folder.
+        run: the run's folder.
         threshold: of the similarity, to be marked.
     """
 
-    def __init__(self, output: Path, threshold: float | None) -> None:
-        self.output = output
+    def __init__(self, run: RunFolder, threshold: float | None) -> None:
+        self.run = run
         self.threshold = threshold
 
     def __call__(self, event: Event) -> None:
         """Draw where there is something new."""
         if isinstance(event, TrainingEnded) or (isinstance(event, TrainingStarted) and event.step):
-            metrics = read_metrics(self.output / "metrics.jsonl")
-            write_whole(self.output / CURVES_FILE, draw_metrics(metrics, self.threshold))
+            metrics = read_metrics(self.run.metrics)
+            write_whole(self.run.curves, draw_metrics(metrics, self.threshold))
 
 
 def draw_metrics(metrics: Sequence[dict[str, Any]], threshold: float | None) -> bytes:

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 
 from crepa_cli.alignment import CoefficientSchedule
-from crepa_cli.events import AlignmentDropped, Event, Progress, StepDone, TrainingStarted
+from crepa_cli.events import AlignmentDropped, Event, Progress, RunOpened, StepDone, TrainingStarted
 from crepa_cli.report.curves import Curve
 from crepa_cli.report.plain import describe
 
@@ -61,7 +61,7 @@ class RunState:
                 self.started, self.started_at = event, self.clock()
             case AlignmentDropped():
                 self.dropped = event
-        if not isinstance(event, Progress | StepDone):
+        if not isinstance(event, Progress | RunOpened | StepDone):
             self.messages.append(one_line(describe(event)))
 
     def _record(self, step: StepDone) -> None:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from crepa_cli.events import Event, StepDone, TrainingEnded, TrainingStarted
+from crepa_cli.events import Event, RunOpened, StepDone, TrainingEnded, TrainingStarted
 from crepa_cli.report.state import Series
 
 
 class Summary:
-    """A listener that ends in a summary: the best values, where the weights are, how to load or to go on.
+    """A listener that ends in a summary: the best values, where the weights are, how to load them or to resume."""
 
-    Args:
-        loading: the lines that load the weights.
-    """
-
-    def __init__(self, loading: str) -> None:
-        self.loading = loading
+    def __init__(self) -> None:
+        self.loading = ""
         self.started: TrainingStarted | None = None
         self.ended: TrainingEnded | None = None
         self.loss = Series()
@@ -24,6 +20,8 @@ class Summary:
     def __call__(self, event: Event) -> None:
         """Take in an event."""
         match event:
+            case RunOpened():
+                self.loading = event.loading
             case TrainingStarted():
                 self.started = event
             case StepDone():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import zlib
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -36,7 +38,8 @@ CHUNK = 2**24
 class Snapshot(NamedTuple):
     """What a checkpoint holds, gathered from all processes on the CPU of the main one.
 
-    `average` is the moving average of the weights; `state` are JSON values: progress, and groups of the optimizer.
+    `average` is the moving average of the weights; `state` are JSON values: progress, the optimizer's groups, and the
+    part of its state that is not tensors, as that of 8-bit optimizers.
     """
 
     model: Tensors
@@ -80,15 +83,19 @@ def take_snapshot(
         progress: JSON values: the step, the schedules.
     """
     states = cast(dict[str, Any], get_optimizer_state_dict(model, optimizer, options=OPTIONS))
-    moments = {
-        f"{parameter}{SEPARATOR}{name}": tensor
+    values = {
+        f"{parameter}{SEPARATOR}{name}": value
         for parameter, state in states.get("state", {}).items()
-        for name, tensor in state.items()
+        for name, value in state.items()
     }
+    moments = {key: value for key, value in values.items() if isinstance(value, Tensor)}
     averages = {str(index): whole_tensor(tensor).cpu() for index, tensor in enumerate(average or ())}
-    return Snapshot(
-        trained_weights(model), moments, averages, {"progress": progress, "param_groups": states.get("param_groups")}
-    )
+    state = {
+        "progress": progress,
+        "param_groups": states.get("param_groups"),
+        "optimizer": {key: value for key, value in values.items() if key not in moments},
+    }
+    return Snapshot(trained_weights(model), moments, averages, state)
 
 
 def write_checkpoint(path: Path, snapshot: Snapshot) -> None:
@@ -109,20 +116,39 @@ def write_checkpoint(path: Path, snapshot: Snapshot) -> None:
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is undamaged, and what is wrong with those after it."""
+    """The newest undamaged checkpoint, and messages about newer ones, which are set aside under another name."""
     messages: list[str] = []
     for path in reversed(checkpoints_in(folder)):
         damage = _damage(path)
         if damage is None:
             return path, messages
-        messages.append(f"{path} is damaged and skipped: {damage}")
+        aside = _free_name(path.with_name(f"{path.name}.damaged"))
+        path.replace(aside)
+        messages.append(f"{path} is damaged ({damage}); it is now {aside.name}, and an older one is used")
     return None, messages
+
+
+def _free_name(path: Path) -> Path:
+    """The path, or with a number behind it if it exists."""
+    candidates = (path.with_name(f"{path.name}{number or ''}") for number in itertools.count())
+    return next(candidate for candidate in candidates if not candidate.exists())
 
 
 def read_progress(path: Path) -> dict[str, Any]:
     """The JSON values that a checkpoint was saved with."""
-    progress: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))["progress"]
+    progress: dict[str, Any] = _read_state(path)["progress"]
     return progress
+
+
+def holds_projector(path: Path) -> bool:
+    """Whether a checkpoint was saved while its run still had a projector."""
+    with safe_open(path / "model.safetensors", framework="pt") as file:
+        return any(name.startswith("crepa.") for name in file.keys())  # noqa: SIM118 (no dictionary)
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    return state
 
 
 def load_checkpoint(
@@ -139,28 +165,23 @@ def load_checkpoint(
         raise ValueError(f"{path} lacks {len(missing)} trained parameters, such as {min(missing)}")
     set_model_state_dict(model, weights, options=OPTIONS)
     state: dict[str, Any] = {}
-    for key, tensor in load_file(path / "optimizer.safetensors").items():
+    saved = _read_state(path)
+    for key, value in {**load_file(path / "optimizer.safetensors"), **saved.get("optimizer", {})}.items():
         parameter, _, name = key.rpartition(SEPARATOR)
-        state.setdefault(parameter, {})[name] = tensor
-    groups = json.loads((path / "state.json").read_text(encoding="utf-8"))["param_groups"]
-    set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups}, options=OPTIONS)
+        state.setdefault(parameter, {})[name] = value
+    set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": saved["param_groups"]}, options=OPTIONS)
     if average is not None:
-        saved = load_file(path / "average.safetensors")
+        averages = load_file(path / "average.safetensors")
         for index, tensor in enumerate(average):
-            tensor.copy_(_like(saved[str(index)], tensor))
+            tensor.copy_(_like(averages[str(index)], tensor))
 
 
-def remove_old_checkpoints(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what killed runs left."""
-    for path in checkpoints_in(folder)[:-keep]:
+def remove_old_checkpoints(newest: Path, keep: int) -> None:
+    """Delete all but `keep` checkpoints, of which `newest`, just written, is one, and leftovers of killed runs."""
+    others = [path for path in checkpoints_in(newest.parent) if path != newest]
+    for path in others[: max(0, len(others) - keep + 1)]:
         remove_folder(path)
-    remove_leftovers(folder)
-
-
-def plain_state(scheduler: torch.optim.lr_scheduler.LRScheduler) -> dict[str, object]:
-    """A scheduler's state as JSON values: without its functions, which come from the settings."""
-    state = scheduler.state_dict()
-    return state | {"lr_lambdas": [None] * len(state["lr_lambdas"])}
+    remove_leftovers(newest.parent)
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from typing import NamedTuple
 
 import torch
@@ -68,15 +66,6 @@ def step_losses(
     return Losses(total, diffusion, crepa, similarity, output.layersync)
 
 
-def not_finite(losses: Tensors, clips: tuple[str, ...]) -> list[str]:
-    """The losses of a micro-batch that are not finite, by name and with its clips, in words."""
-    bad = [term for term in LOSSES if term in losses and not torch.isfinite(losses[term])]
-    return [f"the {term} loss of {', '.join(clips)}" for term in bad]
-
-
-def peak_memory(device: torch.device) -> int:
-    """Most bytes in use so far: allocated on the GPU, or resident in the process on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def not_finite(losses: Tensors) -> list[str]:
+    """The names of the losses of a micro-batch that are not finite."""
+    return [term for term in LOSSES if term in losses and not torch.isfinite(losses[term])]

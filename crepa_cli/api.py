@@ -1,0 +1,291 @@
+"""One run from Python: from resolved settings to model card.
+
+```python
+from crepa_cli import api
+
+profile = api.resolve("t2v", {"model.family": "wan", "data.path": "clips"}).profile
+run = api.train(profile, listeners=[print])
+print(run.weights)
+```
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import torch
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
+from accelerate.utils.memory import should_reduce_batch_size
+
+from crepa_cli.data.cache import Cache, cache_folder
+from crepa_cli.data.clips import clips_folder
+from crepa_cli.data.dataset import ClipDataset
+from crepa_cli.data.online import OnlineTeacher
+from crepa_cli.data.prepare import ClipForm, PreparedClip, encoder_config, prepare, prompt_key
+from crepa_cli.errors import RunError
+from crepa_cli.events import Event, Notice, Progress, RunOpened, TrainingEnded, TrainingStarted
+from crepa_cli.models.checkpoint import fetch
+from crepa_cli.models.family import Family
+from crepa_cli.processes import PRECISION, from_main, start_processes
+from crepa_cli.profile import Profile
+from crepa_cli.report.card import loading_lines, write_model_card
+from crepa_cli.report.metrics import MetricsFile
+from crepa_cli.report.plot import CurvesFile
+from crepa_cli.report.trackers import Trackers
+from crepa_cli.runs.checks import open_family
+from crepa_cli.runs.folder import RunFolder
+from crepa_cli.settings import resolve
+from crepa_cli.signals import stop_signals
+from crepa_cli.training.batches import Batches
+from crepa_cli.training.checkpointer import Checkpointer
+from crepa_cli.training.checkpoints import newest_checkpoint, read_progress
+from crepa_cli.training.learner import build_learner
+from crepa_cli.training.skipped import RUN, SkippedSteps
+from crepa_cli.training.trainer import Trainer
+from crepa_cli.training.validator import Prompts, Validator
+
+__all__ = ["check", "fill_cache", "resolve", "train"]
+
+Listener = Callable[[Event], None]
+StopRequest = Callable[[], bool]
+Events = Generator[Event, None, None]
+
+
+def check(profile: Profile, *, resume: bool) -> Family:
+    """Find the mistakes in the settings that can be found before any work: clips, checkpoint, run folder.
+
+    Returns:
+        The family with its checkpoint.
+
+    Raises:
+        UserError: says what is wrong and what to do.
+    """
+    clips_folder(profile.data)
+    family = open_family(profile)
+    if not resume:
+        RunFolder.new(profile)
+    return family
+
+
+def train(
+    profile: Profile,
+    *,
+    output: Path | str | None = None,
+    resume: bool = False,
+    listeners: Sequence[Listener] = (),
+    should_stop: StopRequest = lambda: False,
+) -> RunFolder:
+    """Prepare the clips, train, and write weights and model card.
+
+    Metrics, curves and trackers are written by the main process, beside what the `listeners` do.
+
+    Args:
+        profile: the resolved settings, from `resolve`.
+        output: the run's folder, in place of `train.output`.
+        resume: resume the run in that folder from its newest checkpoint.
+        listeners: called with every event, in order.
+        should_stop: asked between micro-batches, between steps of a sampler, and between items of the preparation;
+            once it is true, a checkpoint is saved and the run ends early.
+
+    Returns:
+        The run's folder. A run that was stopped has no weights yet.
+
+    Raises:
+        UserError: a mistake in the settings or clips.
+        RunError: the training failed; a message about memory says what would lower it.
+        Stopped: a signal such as Ctrl-C asked the run to stop, and a checkpoint is saved; a KeyboardInterrupt.
+    """
+    profile = _with_output(profile, output)
+    state = start_processes()
+    family = check(profile, resume=resume)
+    run = RunFolder.to_resume(profile.train.output) if resume else from_main(lambda: RunFolder.new(profile))
+    accelerator = _accelerator(profile, run)
+    if state.is_main_process:
+        run.create(profile)
+        curves = CurvesFile(run, profile.crepa.similarity_threshold)
+        listeners = [MetricsFile(run.metrics), curves, Trackers(accelerator, profile), *listeners]
+    with _advice_on_memory(profile, family):
+        last = _follow(
+            lambda should_stop: _run(profile, family, run, accelerator, resume=resume, should_stop=should_stop),
+            listeners,
+            should_stop,
+        )
+    accelerator.end_training()
+    if state.is_main_process and isinstance(last, TrainingEnded) and last.weights is not None:
+        write_model_card(run, family, profile)
+    return run
+
+
+def fill_cache(
+    profile: Profile, *, listeners: Sequence[Listener] = (), should_stop: StopRequest = lambda: False
+) -> None:
+    """Prepare the clips for later runs, and train nothing; see `train`."""
+    start_processes()
+    family = check(profile, resume=True)
+    accelerator = Accelerator(mixed_precision=PRECISION[profile.model.dtype])
+    _follow(lambda _: _prepared(profile, family, accelerator), listeners, should_stop)
+
+
+def _follow(
+    start: Callable[[StopRequest], Generator[Event, None, object]],
+    listeners: Sequence[Listener],
+    should_stop: StopRequest,
+) -> Event | None:
+    """Pass all events to the listeners, and return the last one.
+
+    A listener's error is raised where the event came from, so that the trainer can save a checkpoint. A signal ends
+    the preparation at once: what it has stored is whole.
+
+    Raises:
+        Stopped: if a signal ended the work.
+    """
+    event = None
+    with stop_signals() as signals:
+        events = start(lambda: bool(signals.received) or should_stop())
+        with closing(events):
+            for event in events:
+                if isinstance(event, TrainingStarted):
+                    signals.at_once = False
+                try:
+                    for listener in listeners:
+                        listener(event)
+                except BaseException as error:
+                    events.throw(error)
+                if isinstance(event, Progress) and should_stop():
+                    break
+        signals.raise_first()
+    return event
+
+
+class _Prepared(NamedTuple):
+    """Everything that comes of the preparation."""
+
+    clips: list[PreparedClip]
+    cache: Cache
+    form: ClipForm
+    prompts: Prompts
+
+
+def _run(
+    profile: Profile,
+    family: Family,
+    run: RunFolder,
+    accelerator: Accelerator,
+    *,
+    resume: bool,
+    should_stop: StopRequest,
+) -> Events:
+    """Prepare, build the trainer, train."""
+    yield RunOpened(run.path, _device_memory(accelerator.device), loading_lines(family, profile, run.weights))
+    checkpoint = (yield from _newest_checkpoint(run)) if resume else None
+    prepared = yield from _prepared(profile, family, accelerator)
+    trainer = _build_trainer(profile, family, run, accelerator, prepared, checkpoint)
+    yield from trainer.train(should_stop)
+
+
+def _newest_checkpoint(run: RunFolder) -> Generator[Event, None, Path | None]:
+    """The checkpoint to resume from; None if the run has none yet."""
+    path, messages = from_main(lambda: newest_checkpoint(run.checkpoints))
+    for message in messages:
+        yield Notice(message)
+    if path is None:
+        yield Notice(f"{run.path} has no complete checkpoint: it starts from step 0")
+    return path
+
+
+def _prepared(profile: Profile, family: Family, accelerator: Accelerator) -> Generator[Event, None, _Prepared]:
+    """Fill the cache with everything that depends on the clips alone."""
+    # Without network this ends here, not after an hour of reading clips.
+    fetch(family.checkpoint, family.revision, folders=())
+    crepa, form = profile.crepa, ClipForm.of(profile.data)
+    damaged: list[str] = []
+    cache = Cache(
+        cache_folder(profile.data),
+        on_damage=lambda path, reason: damaged.append(f"{path.name} in the cache is made again: {reason}"),
+    )
+    dtype = getattr(torch, profile.model.dtype)
+    texts = [*profile.validation.prompts, ""]
+    stored = crepa if crepa.enabled and not crepa.use_backbone_features and crepa.teacher_cache else None
+    folder = clips_folder(profile.data)
+    clips = yield from prepare(family, folder, form, stored, texts, cache, accelerator.device, dtype)
+    for message in damaged:
+        yield Notice(message)
+    *validation, empty = (cache.read("prompts", prompt_key(family, text, dtype)) for text in texts)
+    return _Prepared(clips, cache, form, Prompts(validation, empty))
+
+
+def _build_trainer(
+    profile: Profile,
+    family: Family,
+    run: RunFolder,
+    accelerator: Accelerator,
+    prepared: _Prepared,
+    checkpoint: Path | None,
+) -> Trainer:
+    crepa = profile.crepa
+    encoder_teaches = crepa.enabled and not crepa.use_backbone_features
+    progress = read_progress(checkpoint) if checkpoint else {}
+    teacher_size = encoder_config(crepa)["hidden_size"] if encoder_teaches else family.hidden_size
+    empty_key = prompt_key(family, "", getattr(torch, profile.model.dtype))
+    learner = build_learner(profile, family, teacher_size, accelerator, checkpoint, progress)
+    online = encoder_teaches and not crepa.teacher_cache and learner.aligns
+    # Checkpoints of earlier versions counted the skipped steps of the run alone.
+    skipped = progress.get("skipped", {RUN: progress.get("skipped_in_a_row", 0)})
+    return Trainer(
+        profile,
+        family,
+        run,
+        learner,
+        Batches(ClipDataset(prepared.clips, prepared.cache, empty_key), profile, accelerator),
+        Checkpointer(run, profile.checkpoints.keep, accelerator),
+        Validator(profile, family, prepared.prompts, prepared.form, run, accelerator),
+        accelerator,
+        OnlineTeacher(family, crepa, accelerator.device) if online else None,
+        SkippedSteps(profile.train.max_skipped_steps, skipped),
+        progress.get("step", 0),
+    )
+
+
+def _with_output(profile: Profile, output: Path | str | None) -> Profile:
+    if output is None:
+        return profile
+    return profile.model_copy(update={"train": profile.train.model_copy(update={"output": str(output)})})
+
+
+def _accelerator(profile: Profile, run: RunFolder) -> Accelerator:
+    """Device, precision, processes and trackers."""
+    return Accelerator(
+        mixed_precision=PRECISION[profile.model.dtype],
+        # The trainer accumulates by itself; without the plugin an environment variable would divide the gradients.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        log_with=list(profile.report.trackers) or None,
+        project_config=ProjectConfiguration(project_dir=str(run.path), logging_dir=str(run.trackers)),
+    )
+
+
+def _device_memory(device: torch.device) -> int:
+    """Bytes that a device has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return int(psutil.virtual_memory().total)
+
+
+@contextmanager
+def _advice_on_memory(profile: Profile, family: Family) -> Iterator[None]:
+    """Say what would lower memory if it was not enough."""
+    from crepa_cli.doctor.out_of_memory import out_of_memory_message
+
+    try:
+        yield
+    except Exception as error:
+        if not should_reduce_batch_size(error):
+            raise
+        failure = RunError(out_of_memory_message(error, profile, family))
+        for note in getattr(error, "__notes__", ()):
+            failure.add_note(note)
+        raise failure from error

@@ -1,0 +1,39 @@
+"""The settings of a run in the current folder, from everything that has a say in them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from crepa_cli.models import load_family
+from crepa_cli.profile import ResolvedProfile, resolve_profile
+
+
+def resolve(
+    profile: str | None = None,
+    flags: Mapping[str, object] | None = None,
+    sets: Sequence[str] = (),
+    *,
+    demo: bool = False,
+) -> ResolvedProfile:
+    """Layer built-in defaults, the family's, `profile`, crepa.toml, the demo, `flags` and `sets`; the last one wins.
+
+    Args:
+        profile: name of a preset, or a TOML file.
+        flags: values by "table.key"; None for a flag that is not given.
+        sets: "table.key=value", as after `--set`.
+        demo: whether the demo's settings are among the layers.
+
+    Raises:
+        UserError: lists all mistakes.
+    """
+    from crepa_cli.training.demo import demo_settings
+
+    return resolve_profile(
+        profile=profile,
+        flags=flags or {},
+        sets=sets,
+        folder=Path(),
+        family_defaults=lambda family, task: load_family(family).defaults(task),
+        demo=demo_settings if demo else None,
+    )

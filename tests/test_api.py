@@ -1,0 +1,128 @@
+"""Runs started from Python."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from crepa_cli import api
+from crepa_cli.events import Event, RunOpened, StepDone, TrainingEnded, TrainingStarted
+from crepa_cli.report.metrics import read_metrics
+
+LORA = "pytorch_lora_weights.safetensors"
+SETS = ["validation.every=0", "checkpoints.every=2", "train.gradient_accumulation=3", "train.steps=4"]
+
+
+@pytest.fixture(name="in_demo")
+def _in_demo(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(demo)
+
+
+@pytest.mark.usefixtures("in_demo", "fresh_accelerate")
+def test_a_training_in_ten_lines(tmp_path: Path) -> None:
+    profile = api.resolve("t2v", {"model.family": "wan"}, SETS, demo=True).profile
+    events: list[Event] = []
+    run = api.train(profile, output=tmp_path / "run", listeners=[events.append])
+    assert (run.weights / LORA).is_file()
+    assert run.card.is_file()
+    assert [line["step"] for line in read_metrics(run.metrics)] == [0, 1, 2, 3]
+    assert isinstance(events[0], RunOpened)
+    assert isinstance(events[-1], TrainingEnded)
+
+
+@pytest.mark.usefixtures("in_demo", "fresh_accelerate")
+def test_should_stop_ends_the_run_within_a_micro_batch_and_changes_nothing(tmp_path: Path) -> None:
+    """The second question of the third step comes after its first micro-batch: the step is left out whole."""
+    profile = api.resolve("t2v", {"model.family": "wan"}, SETS, demo=True).profile
+    events: list[Event] = []
+    asked_in_third_step: list[bool] = []
+
+    def should_stop() -> bool:
+        if any(isinstance(event, StepDone) and event.step == 1 for event in events):
+            asked_in_third_step.append(True)
+        return len(asked_in_third_step) == 2
+
+    run = api.train(profile, output=tmp_path / "run", listeners=[events.append], should_stop=should_stop)
+    assert [path.name for path in sorted(run.checkpoints.iterdir())] == ["step-000002"]
+    assert events[-1] == TrainingEnded(2, None)
+    assert not run.weights.exists()
+    whole = api.train(profile, output=tmp_path / "whole")
+    resumed = api.train(profile, output=run.path, resume=True)
+    _assert_same(resumed.weights / LORA, whole.weights / LORA)
+
+
+@pytest.mark.usefixtures("in_demo", "fresh_accelerate")
+def test_an_error_of_a_listener_names_the_checkpoint_that_was_saved_first(tmp_path: Path) -> None:
+    profile = api.resolve("t2v", {"model.family": "wan"}, [*SETS, "checkpoints.every=0"], demo=True).profile
+
+    def fail(event: Event) -> None:
+        if isinstance(event, StepDone) and event.step == 2:
+            raise ValueError("listener")
+
+    with pytest.raises(ValueError, match="listener") as caught:
+        api.train(profile, output=tmp_path / "run", listeners=[fail])
+    path = tmp_path / "run/checkpoints/step-000003"
+    assert path.is_dir()
+    assert caught.value.__notes__ == [f"A checkpoint was saved first: {path}"]
+
+
+@pytest.mark.usefixtures("in_demo", "fresh_accelerate")
+def test_a_variable_of_accelerate_does_not_divide_the_gradients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profile = api.resolve("t2v", {"model.family": "wan"}, [*SETS, "train.steps=1"], demo=True).profile
+    expected = read_metrics(api.train(profile, output=tmp_path / "plain").metrics)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    found = read_metrics(api.train(profile, output=tmp_path / "with").metrics)
+    assert found[0]["grad_norm"] == expected[0]["grad_norm"] > 0
+
+
+@pytest.mark.usefixtures("in_demo", "fresh_accelerate")
+def test_resumed_at_the_step_where_alignment_ends(tmp_path: Path) -> None:
+    """The checkpoint still holds the projector, and the next step drops it."""
+    sets = [*SETS, "crepa.cutoff_step=2", "checkpoints.keep=5"]
+    profile = api.resolve("t2v", {"model.family": "wan"}, sets, demo=True).profile
+    whole = api.train(profile, output=tmp_path / "whole")
+    cut = shutil.copytree(whole.path, tmp_path / "cut")
+    shutil.rmtree(cut / "checkpoints/step-000004")
+    shutil.rmtree(cut / "weights")
+    events: list[Event] = []
+    resumed = api.train(profile, output=cut, resume=True, listeners=[events.append])
+    assert next(event.step for event in events if isinstance(event, TrainingStarted)) == 2
+    _assert_same(resumed.weights / LORA, whole.weights / LORA)
+    assert read_metrics(resumed.metrics)[2:] != []
+    for name in ("model", "optimizer"):
+        _assert_same(*(run / f"checkpoints/step-000004/{name}.safetensors" for run in (cut, whole.path)))
+
+
+@pytest.mark.usefixtures("in_demo", "fresh_accelerate")
+def test_a_resumed_run_takes_a_new_learning_rate_and_weight_decay(tmp_path: Path) -> None:
+    sets = [*SETS, "train.lr_scheduler=cosine"]
+    profile = api.resolve("t2v", {"model.family": "wan"}, sets, demo=True).profile
+    run = api.train(profile, output=tmp_path / "run", should_stop=_after(tmp_path / "run/checkpoints/step-000002"))
+    slower = api.resolve(
+        "t2v", {"model.family": "wan"}, [*sets, "train.learning_rate=1e-3", "train.weight_decay=0.5"], demo=True
+    ).profile
+    api.train(slower, output=run.path, resume=True)
+    rates = [line["learning_rate"] for line in read_metrics(run.metrics)]
+    fresh = api.train(slower, output=tmp_path / "fresh")
+    assert rates[:2] == [2 * line["learning_rate"] for line in read_metrics(fresh.metrics)[:2]]
+    assert rates[2:] == [line["learning_rate"] for line in read_metrics(fresh.metrics)[2:]]
+    groups = json.loads((run.checkpoints / "step-000004/state.json").read_text())["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0.5}
+
+
+def _after(path: Path) -> Callable[[], bool]:
+    return path.exists
+
+
+def _assert_same(ours: Path, theirs: Path) -> None:
+    first, second = load_file(ours), load_file(theirs)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
