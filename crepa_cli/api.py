@@ -27,7 +27,7 @@ from crepa_cli.data.clips import clips_folder
 from crepa_cli.data.dataset import ClipDataset
 from crepa_cli.data.online import OnlineTeacher
 from crepa_cli.data.prepare import ClipForm, PreparedClip, encoder_config, prepare, prompt_key
-from crepa_cli.errors import RunError
+from crepa_cli.errors import RunError, UserError
 from crepa_cli.events import Event, Notice, Progress, RunOpened, TrainingEnded, TrainingStarted
 from crepa_cli.models.checkpoint import fetch
 from crepa_cli.models.family import Family
@@ -39,6 +39,7 @@ from crepa_cli.report.plot import CurvesFile
 from crepa_cli.report.trackers import Trackers
 from crepa_cli.runs.checks import open_family
 from crepa_cli.runs.folder import RunFolder
+from crepa_cli.runs.resume import resume_mistakes
 from crepa_cli.settings import resolve
 from crepa_cli.signals import stop_signals
 from crepa_cli.training.batches import Batches
@@ -56,8 +57,12 @@ StopRequest = Callable[[], bool]
 Events = Generator[Event, None, None]
 
 
-def check(profile: Profile, *, resume: bool) -> Family:
+def check(profile: Profile, *, resume: bool = False) -> Family:
     """Find the mistakes in the settings that can be found before any work: clips, checkpoint, run folder.
+
+    Args:
+        profile: the resolved settings.
+        resume: whether they are to resume the run in `train.output`.
 
     Returns:
         The family with its checkpoint.
@@ -65,11 +70,25 @@ def check(profile: Profile, *, resume: bool) -> Family:
     Raises:
         UserError: says what is wrong and what to do.
     """
-    clips_folder(profile.data)
-    family = open_family(profile)
-    if not resume:
-        RunFolder.new(profile)
+    family = _opened(profile)
+    if resume:
+        _run_to_resume(profile)
+    else:
+        RunFolder.next(profile)
     return family
+
+
+def _opened(profile: Profile) -> Family:
+    clips_folder(profile.data)
+    return open_family(profile)
+
+
+def _run_to_resume(profile: Profile) -> RunFolder:
+    """The run in `train.output`, which can be resumed with these settings."""
+    run = RunFolder.to_resume(profile.train.output)
+    if mistakes := resume_mistakes(resolve(str(run.profile)).profile, profile):
+        raise UserError("\n".join(mistakes))
+    return run
 
 
 def train(
@@ -102,11 +121,13 @@ def train(
     """
     profile = _with_output(profile, output)
     state = start_processes()
-    family = check(profile, resume=resume)
-    run = RunFolder.to_resume(profile.train.output) if resume else from_main(lambda: RunFolder.new(profile))
+    family = _opened(profile)
+    # One process decides: once it has made the folder, the others would find a run in it.
+    run = from_main(lambda: _run_to_resume(profile) if resume else RunFolder.claim(profile))
     accelerator = _accelerator(profile, run)
     if state.is_main_process:
-        run.create(profile)
+        if resume:
+            run.write_profile(profile)
         curves = CurvesFile(run, profile.crepa.similarity_threshold)
         listeners = [MetricsFile(run.metrics), curves, Trackers(accelerator, profile), *listeners]
     with _advice_on_memory(profile, family):
@@ -126,7 +147,7 @@ def fill_cache(
 ) -> None:
     """Prepare the clips for later runs, and train nothing; see `train`."""
     start_processes()
-    family = check(profile, resume=True)
+    family = _opened(profile)
     accelerator = Accelerator(mixed_precision=PRECISION[profile.model.dtype])
     _follow(lambda _: _prepared(profile, family, accelerator), listeners, should_stop)
 

@@ -1,4 +1,4 @@
-"""Tiny checkpoints in the published layout and small clips, made once for the whole session."""
+"""Tiny checkpoints in the published layout and small clips, created once per session."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def tiny_dinov2(checkpoints: Path) -> Path:
 
 
 def moving_pattern(frames: int, height: int, width: int) -> Tensor:
-    """A video `[3, F, H, W]` in [-1, 1] of colored waves that drift."""
+    """A video of drifting colored waves, `[3, F, H, W]` in [-1, 1]."""
     time = torch.arange(frames).view(1, -1, 1, 1) / 8
     rows = torch.arange(height).view(1, 1, -1, 1) / height
     columns = torch.arange(width).view(1, 1, 1, -1) / width
@@ -94,7 +94,7 @@ def run_crepa(monkeypatch: pytest.MonkeyPatch) -> RunCrepa:
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
-    """A folder in which `crepa train --profile t2v --model wan --demo` has run once, as its user runs it.
+    """A folder in which `crepa train --profile t2v --model wan --demo` has run once, as a user would run it.
 
     The workers of a test run share it.
     """

@@ -17,7 +17,7 @@ from crepa_cli.training.demo import write_demo
 
 
 def draw(path: Path, width: int = 100) -> None:
-    """Write the dashboard as it stands after a demo of Wan, as an SVG."""
+    """Write the dashboard after a demo run of Wan as an SVG."""
     profile = api.resolve("t2v", {"model.family": "wan"}, demo=True).profile
     write_demo(profile)
     console = Console(record=True, width=width, file=io.StringIO(), force_terminal=True)

@@ -1,4 +1,4 @@
-"""The aligned transformer: gradients, hooks, and what is left after alignment."""
+"""The aligned transformer: gradients, hooks, and its state after alignment ends."""
 
 from __future__ import annotations
 

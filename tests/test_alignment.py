@@ -33,7 +33,7 @@ CASES = {"max_examples": 50, "deadline": None, "derandomize": True}
 def case(
     seed: int, options: dict[str, Any], student: TokenGrid, teacher: TokenGrid, clips: int = 2
 ) -> tuple[Crepa, Tensor, Tensor]:
-    """A projector, hidden states and features, in float64 so that laws hold to the last digits."""
+    """A projector, hidden states and features in float64, so that the laws hold to the last digits."""
     torch.manual_seed(seed)
     crepa = Crepa(8, 6, **options).double()
     hidden = torch.randn(clips, student.frames, student.tokens, 8, dtype=torch.float64, requires_grad=True)
@@ -51,7 +51,7 @@ def assert_equal(ours: Alignment, theirs: Alignment) -> None:
 def test_compared_positions_are_less_than_half_a_patch_apart(
     tokens: tuple[int, int], features: tuple[int, int]
 ) -> None:
-    """Tokens that hold their own coordinates still hold them, to half a patch, where they are compared."""
+    """Tokens that contain their own coordinates still do on the comparison grid, to half a patch."""
     student, teacher = TokenGrid(1, *tokens), TokenGrid(1, *features)
     target = student if student.tokens <= teacher.tokens else teacher
 
@@ -168,7 +168,7 @@ def test_neighbors_outside_the_clip_do_not_exist() -> None:
 
 @pytest.mark.parametrize("spatial_align", [True, False])
 def test_memory_grows_neither_with_the_clip_nor_with_the_distance(spatial_align: bool) -> None:
-    """The peak of live bytes beyond inputs and outputs: the loss, its backward, and the gradients' buffers apart."""
+    """The peak of live bytes beyond inputs and outputs, for the loss and its backward, without the gradient buffers."""
 
     def extra(frames: int, distance: int) -> float:
         student, teacher = TokenGrid(frames, 15, 26), TokenGrid(frames, 18, 18)

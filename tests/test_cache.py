@@ -1,4 +1,4 @@
-"""Entries of the store are whole or absent, whatever happens to processes, disks and files."""
+"""Cache entries are complete or absent, whatever happens to processes, disks and files."""
 
 import errno
 import json
@@ -122,7 +122,7 @@ def test_an_entry_under_another_key_is_not_taken(tmp_path: Path) -> None:
     cache.path("latents", other).parent.mkdir(parents=True)
     cache.path("latents", KEY).rename(cache.path("latents", other))
     assert not cache.has("latents", other)
-    assert reports == ["holds another entry"]
+    assert reports == ["contains another entry"]
 
 
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
@@ -152,7 +152,7 @@ def test_an_entry_with_a_foreign_type_is_damaged(tmp_path: Path, dtype: str) -> 
 
 
 def test_reading_what_is_gone_is_an_error_with_advice(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="Start again"):
+    with pytest.raises(UserError, match="Run the command again"):
         Cache(tmp_path).read("latents", KEY)
 
 

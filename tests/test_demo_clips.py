@@ -1,4 +1,4 @@
-"""The clips of the demo are real video files that show what their captions say."""
+"""The demo's clips are real video files that match their captions."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""`crepa doctor`: what it finds on this machine and in a plan, and the exit code that it promises."""
+"""`crepa doctor`: its findings about the machine and a plan, and its exit codes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_predictions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is predicted has its own tests; it takes a minute for each of these."""
+    """The prediction has its own tests and would take a minute in each of these."""
     monkeypatch.setattr("crepa_cli.doctor.plan.check_memory", lambda *_: None)
     monkeypatch.setattr("crepa_cli.doctor.overview.FAMILIES", {})
 
@@ -71,7 +71,7 @@ def failures(report: Any) -> dict[str, str]:
 
 
 def stored_bytes(cache: Path, part: str) -> int:
-    """Bytes of the tensors in a part of a cache."""
+    """The size of the tensors in a part of a cache, in bytes."""
     total = 0
     for path in (cache / part).rglob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
@@ -175,7 +175,7 @@ def test_unreadable_and_short_clips_are_named(doctor: Any) -> None:
 
 
 def local_flags() -> list[str]:
-    """What names the demo's files without `--demo`, which would make clips anew."""
+    """Settings that name the demo's files without `--demo`, which would create the clips again."""
     settings = {"crepa.encoder": "crepa-demo/dinov2", "crepa.encoder_image_size": 56, "data.width": 96}
     settings |= {"data.height": 64, "data.frames": 17}
     sets = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]

@@ -1,4 +1,4 @@
-"""One number changed in a TOML file that its user wrote."""
+"""Changing one number in a TOML file written by a user."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a LoRA leaves a run: in diffusers' layout, and in the original checkpoints' for ComfyUI."""
+"""Exported LoRAs: in diffusers' layout, and in that of the original checkpoints for ComfyUI."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ READERS: dict[str, Any] = {
 }
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 MORE_OF_WAN = ["add_k_proj", "add_v_proj", "time_proj", "proj_out", "linear_1", "linear_2", "ff.net.0.proj", "ff.net.2"]
-"""Layers that an adapter may have beside the default ones."""
+"""Layers that an adapter can have in addition to the default ones."""
 
 
 def exported(family: Family, folder: Path, **settings: object) -> tuple[Tensors, Tensors]:

@@ -1,4 +1,4 @@
-"""What happens on rented machines: numbers that blow up, damaged files, full disks, errors in the middle."""
+"""Faults of rented machines: non-finite numbers, damaged files, full disks, errors in the middle of a run."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def finite(path: Path) -> bool:
 
 
 def spoil(cache: Path, kind: str, name: str, value: float, *, entries: int) -> None:
-    """Put a value into the tensor `name` of the first entries of a kind, with a checksum that is right."""
+    """Put a value into the tensor `name` of the first entries of a kind, with a correct checksum."""
     store = Cache(cache)
     for path in sorted((cache / kind).rglob("*.safetensors"))[:entries]:
         tensors = {key: tensor.clone() for key, tensor in store.read(kind, path.stem).items()}
@@ -67,7 +67,7 @@ SPOILED = {
 def test_a_step_that_is_not_finite_is_skipped_and_names_term_and_clip(
     term: str, tmp_path: Path, run_crepa: RunCrepa
 ) -> None:
-    """Two of eight clips are spoiled; nothing that is not finite reaches weights, averages or schedule."""
+    """Two of eight clips are corrupt; no non-finite number reaches weights, averages or schedule."""
     cache = shutil.copytree("crepa-demo/clips/.crepa-cache", tmp_path / "cache")
     kind, name, value = SPOILED[term]
     spoil(cache, kind, name, value, entries=2)
@@ -222,7 +222,7 @@ def test_entries_that_vanish_during_a_run_cost_no_step(
     monkeypatch.setattr(MetricsFile, "__call__", delete_after_step_2)
     assert run_crepa(*DEMO, "--output", tmp_path / "run", "--set", f"data.cache={cache}") == 2
     message = capsys.readouterr().err
-    assert "what is missing is made again" in message
+    assert "missing entries are computed again" in message
     checkpoint, _ = newest_checkpoint(tmp_path / "run/checkpoints")
     assert checkpoint is not None
     assert f"A checkpoint was saved first: {checkpoint}" in " ".join(message.split())
@@ -231,7 +231,7 @@ def test_entries_that_vanish_during_a_run_cost_no_step(
 
 
 def test_a_full_disk_leaves_the_checkpoints_before_it(demo: Path, stopped_run: Path) -> None:
-    """A limit on the size of files stands for the full disk; the optimizer's state is larger, the weights are not."""
+    """A file size limit simulates a full disk; only the optimizer's state exceeds it, not the weights."""
     limit = (stopped_run / "checkpoints/step-000040/model.safetensors").stat().st_size + 1000
 
     def limited() -> None:
@@ -254,7 +254,7 @@ def test_a_full_disk_leaves_the_checkpoints_before_it(demo: Path, stopped_run: P
 def test_out_of_memory_says_what_is_held_and_what_would_lower_it(
     tmp_path: Path, run_crepa: RunCrepa, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The allocator of the CPU refuses more than any machine has, in the middle of the third step."""
+    """In the middle of the third step, the CPU allocator is asked for more memory than any machine has."""
     attend, calls = F.scaled_dot_product_attention, []
 
     def hungry(*arguments: Any, **settings: Any) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The alignment loss against worked cases: explicit loops over frames and patches in float64."""
+"""The alignment loss compared with worked cases: explicit loops over frames and patches in float64."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`crepa init`: what it asks, writes and refuses, and SimpleTuner's JSON in both directions."""
+"""`crepa init`: its questions, files and errors, and SimpleTuner's JSON in both directions."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_presets_are_listed_with_their_purpose(folder: Path):
 def test_flags_alone_write_a_file_that_means_the_preset(folder: Path, preset: str):
     output = succeed("--model", "wan", "--profile", preset, "--data", "clips")
     assert "Wrote crepa.toml and crepa.schema.json." in output
-    assert "clips is no folder yet" in output
+    assert "The folder clips does not exist yet" in output
     expected = resolve_profile(
         profile=preset,
         flags={"model.family": "wan", "data.path": "clips"},
@@ -166,7 +166,7 @@ def test_a_folder_that_cannot_be_written_is_explained(folder: Path):
 
 
 def terminal(folder: Path, answers: str, *arguments: str) -> tuple[int, str]:
-    """Exit code and screen of `crepa init` in a pseudo-terminal where these lines are typed."""
+    """Exit code and screen of `crepa init` in a pseudo-terminal in which these lines are typed."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, *arguments],
@@ -194,7 +194,7 @@ def test_a_terminal_is_asked_with_defaults(folder: Path):
     assert code == 0, screen
     for question in ("Model family", "Text to video", "Preset", "Folder of clips", "GPU memory"):
         assert question in screen
-    assert "no NVIDIA GPU found here" in screen
+    assert "no NVIDIA GPU found" in screen
     assert written(folder)["model"] == {"family": "wan"}
     assert written(folder)["data"] == {"path": "clips"}
     assert written(folder)["crepa"]["scheduler"] == "cosine"
@@ -405,7 +405,7 @@ def test_writing_back_keeps_the_other_options_and_the_spelling(folder: Path):
     before = {"--seed": 1, "--crepa_lambda": 0.1, "crepa_model": "x", "crepa_similarity_threshold": 0.5, "prompt": "日"}
     (folder / "config.json").write_text(json.dumps(before))
     (folder / "crepa.toml").write_text('[model]\nfamily = "wan"\n[crepa]\nlambda = 0.3\n')
-    assert "config.json: already there" in refusal("--to", "config.json")
+    assert "config.json: already exists" in refusal("--to", "config.json")
     assert json.loads((folder / "config.json").read_text()) == before
     succeed("--to", "config.json", "--force")
     after = json.loads((folder / "config.json").read_text(encoding="utf-8"))

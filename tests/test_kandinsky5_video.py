@@ -1,4 +1,4 @@
-"""What is particular to Kandinsky 5: the token order of NABLA attention, and captions of different lengths."""
+"""Specifics of Kandinsky 5: the token order of NABLA attention, and captions of different lengths."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_squares_of_nabla_come_back_in_rows_and_columns(nabla: Kandinsky5Video) 
 
 @pytest.mark.parametrize("train", [False, True])
 def test_padding_behind_a_short_caption_is_not_seen(train: bool, open_tiny: OpenTiny) -> None:
-    """A batch gives what its clips give one by one, as the pipeline samples them."""
+    """A batch gives the same results as its clips one by one, which is how the pipeline samples them."""
     torch.manual_seed(0)
     family = open_tiny("kandinsky5_video", "t2v")
     transformer = family.load_transformer(torch.float32).requires_grad_(True)

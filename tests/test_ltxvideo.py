@@ -1,4 +1,4 @@
-"""LTX-Video's two ways of placing tokens in time: up to version 0.9.1, and from 0.9.5 on."""
+"""LTX-Video's two time coordinates of tokens: up to version 0.9.1, and since 0.9.5."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VERSIONS = ["0.9", "0.9.5"]
 
 
 def open_version(version: str, task: str, open_tiny: OpenTiny, checkpoints: Path) -> LtxVideo:
-    """The tiny checkpoint of a version: later ones have a scheduler that shifts by no sequence length."""
+    """The tiny checkpoint of a version; the scheduler of later ones does not shift by the sequence length."""
     source = open_tiny("ltxvideo", "t2v").checkpoint
     if version == "0.9":
         return LtxVideo(source, task)
@@ -89,7 +89,7 @@ def test_the_frame_rate_scales_positions_in_time(open_tiny: OpenTiny) -> None:
 
 
 def test_latents_of_a_vae_that_denoises_are_decoded(open_tiny: OpenTiny) -> None:
-    """From version 0.9.1 on the decoder is given a timestep."""
+    """Since version 0.9.1, the decoder takes a timestep."""
     family = open_tiny("ltxvideo", "t2v")
     pipeline = family.load_vae_pipeline()
     pipeline.vae = diffusers.AutoencoderKLLTXVideo(

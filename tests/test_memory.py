@@ -1,4 +1,4 @@
-"""Memory that is predicted, against memory that is measured: by torch's profiler, which knows no fake tensors."""
+"""Predicted memory compared with memory measured by torch's profiler, which is independent of fake tensors."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _no_network_and_nothing_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def shallow(family: Family) -> Family:
-    """The family with a transformer of three blocks: a step of twelve is no other, and takes four times as long."""
+    """The family with three blocks: a step with twelve tests nothing more and takes four times as long."""
     family = copy(family)
     depth = "num_visual_blocks" if "num_visual_blocks" in family.config else "num_layers"
     family.config = family.config | {depth: 3}
@@ -63,7 +63,7 @@ def shallow(family: Family) -> Family:
 
 
 def settings(family: Family, **tables: dict[str, object]) -> Profile:
-    """A LoRA on two clips at once in float32, but for `tables`."""
+    """A LoRA on two clips at once in float32, except for the settings in `tables`."""
     base: dict[str, dict[str, object]] = {
         "model": {"family": family.name, "checkpoint": family.checkpoint, "dtype": "float32"},
         "adapter": {"rank": 8, "target_modules": family.settings["adapter"]["target_modules"]},
@@ -75,7 +75,7 @@ def settings(family: Family, **tables: dict[str, object]) -> Profile:
 
 
 def small_clips(family: Family, profile: Profile) -> Clips:
-    """Clips of 144 tokens for each of five frames."""
+    """Clips of five frames with 144 tokens each."""
     with torch.device("meta"):
         latents = torch.empty(LATENTS.get(family.name, (4, 5, 24, 24)))
         prompt = family.longest_prompt(getattr(torch, profile.model.dtype))
@@ -83,7 +83,7 @@ def small_clips(family: Family, profile: Profile) -> Clips:
 
 
 def measured_step(family: Family, profile: Profile, clips: Clips) -> int:
-    """Most bytes that a real step holds on the CPU: what was there before, and what the profiler saw allocated."""
+    """The peak bytes of a real step on the CPU: those held before it plus those that the profiler saw allocated."""
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True, mixed_precision=PRECISION[profile.model.dtype])
     model = build_model(profile, family, family.empty_transformer(frozen_dtype(profile)), clips.feature_size)
@@ -114,7 +114,7 @@ def filled(tensor: Tensor) -> Tensor:
 
 
 def highest_level(profiled: Any) -> int:
-    """The most bytes that allocations, less what was freed, came to."""
+    """The peak of allocated minus freed bytes."""
     events = [one for one in profiled.profiler.kineto_results.events() if one.name() == "[memory]"]
     level = highest = 0
     for event in sorted(events, key=lambda one: one.start_ns()):

@@ -61,7 +61,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A few clips, whose latents and features all tests share."""
+    """A few clips; all tests share their latents and features."""
     folder = tmp_path_factory.mktemp("clips")
     write_demo_clips(folder, count=CLIPS)
     return folder
@@ -95,7 +95,7 @@ def probe(run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str]) -> Callable[.
 
 @pytest.fixture
 def refused(run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs `crepa probe-blocks`, which must end with exit code 2 and one message, and returns the message."""
+    """Runs `crepa probe-blocks`, which must exit with code 2 and one message, and returns the message."""
 
     def run(*arguments: object) -> str:
         assert run_crepa("probe-blocks", *arguments) == 2
@@ -288,10 +288,10 @@ def test_a_stopped_measurement_goes_on_and_ends_with_the_same_numbers(
     assert run_crepa("probe-blocks", *arguments) == 130
     captured = capsys.readouterr()
     assert not captured.out
-    assert "goes on from here" in captured.err
+    assert "resumes from here" in captured.err
     assert len(list(Path("stopped/probe").rglob("*.safetensors"))) == 1
     found = probe(*arguments)
-    # The clip that was stopped half-way is done again; the one before it is not.
+    # The clip that was interrupted is measured again; the one before it is not.
     assert passes == [0, 1, 2, 3, 0, 1, 2, *[0, 1, 2, 3] * 3]
     assert found == expected
     assert probe(*arguments) == expected
@@ -322,7 +322,7 @@ def test_memory_does_not_grow_with_the_clips(measured: list[str], clips: Path, m
             list(measure(profile.model_copy(update={"train": train}), Wan(measured[2], "t2v")))
         return memory.peak
 
-    peak(1, 1)  # what is prepared for all is in the cache from here on
+    peak(1, 1)  # from here on, the prepared clips are in the cache
     assert peak(2, 4) < 1.1 * peak(3, 2)
 
 
@@ -352,7 +352,7 @@ def test_at_most_so_many_clips_are_measured(
     monkeypatch.setattr("crepa_cli.probe.measure.CLIPS", 2)
     assert run_crepa("probe-blocks", *measured) == 0
     captured = capsys.readouterr()
-    assert "2 of 4 clips are measured" in captured.err
+    assert "measuring 2 of 4 clips" in captured.err
     assert "2 clips; means" in captured.out
 
 

@@ -1,4 +1,4 @@
-"""What a run is: settings and their ranges, layers and their order, presets, files."""
+"""Profiles: settings and their ranges, layers and their order, presets, files."""
 
 from __future__ import annotations
 
@@ -432,7 +432,7 @@ FUZZ = settings(deadline=None, max_examples=500, suppress_health_check=[HealthCh
 
 
 def survives(folder: Path, *sets: str, **arguments: Any) -> None:
-    """Only a resolved profile that can be written and read again, or a UserError, may come out."""
+    """The only outcomes are a resolved profile that can be written and read again, and a UserError."""
     try:
         resolved = resolve(folder, *sets, **arguments)
     except UserError:

@@ -1,4 +1,4 @@
-"""SANA-Video with either of its VAEs: that of Wan (480p) and that of LTX-2 (720p)."""
+"""SANA-Video with both of its VAEs: that of Wan (480p) and that of LTX-2 (720p)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The coefficient over a run: its curves, its cutoffs, and going on from a saved state."""
+"""The coefficient over a run: its curves, its cutoffs, and resuming from a saved state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`crepa train` from clips to weights: the demo's run, its files, going on after a kill."""
+"""`crepa train` from clips to weights: the demo's run, its files, resuming after a kill."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ SHORT = [
 def test_a_killed_run_goes_on_and_ends_with_the_same_weights(
     demo: Path, run_crepa: RunCrepa, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit for bit, through dropout, accumulation, the average of the weights, and a cutoff by similarity."""
+    """Bitwise equality, with dropout, accumulation, the average of the weights, and a cutoff by similarity."""
     monkeypatch.chdir(demo)
     assert run_crepa("train", *SHORT, "--output", "runs/whole") == 0
     killed = demo / "runs" / "killed"

@@ -1,4 +1,4 @@
-"""Decoding picks the right frames and pixels, and no file makes it fail in any other way than by saying why."""
+"""Decoding returns the right frames and pixels, and for bad files it fails only with a clear reason."""
 
 import math
 import resource
@@ -68,18 +68,18 @@ def write(
 
 
 def numbered(count: int, width: int = 32, height: int = 32) -> list[Tensor]:
-    """Pictures of which each is as bright as its number times 8."""
+    """Pictures in which picture i has the brightness 8 * i."""
     return [torch.full((3, height, width), 8 * index, dtype=torch.uint8) for index in range(count)]
 
 
 def coordinates(width: int, height: int) -> Tensor:
-    """A picture whose red is the column and whose green is the row."""
+    """A picture whose red value is the column and whose green value is the row."""
     columns, rows = torch.arange(width).expand(height, -1), torch.arange(height)[:, None].expand(-1, width)
     return torch.stack([columns, rows, torch.zeros_like(rows)]).to(torch.uint8)
 
 
 def shown(path: Path, frames: int, fps: float) -> list[int]:
-    """The numbers of the pictures that decoding gives."""
+    """The numbers of the pictures that decoding returns."""
     clip = decode(path, frames=frames, fps=fps, width=32, height=32)
     return (clip.float().mean((1, 2, 3)) / 8).round().int().tolist()
 

@@ -46,7 +46,7 @@ def ti2v(open_tiny: OpenTiny, checkpoints: Path) -> str:
 
 
 def two_experts(open_tiny: OpenTiny, folder: Path, task: str) -> str:
-    """A tiny checkpoint of Wan 2.2 A14B, whose image to video has no image encoder."""
+    """A tiny checkpoint of Wan 2.2 A14B, whose image-to-video model has no image encoder."""
 
     def write(folder: Path) -> None:
         parts = WanPipeline.from_pretrained(open_tiny("wan", "t2v").checkpoint).components
@@ -120,7 +120,7 @@ def test_a_checkpoint_that_lacks_what_is_asked_of_it(
 
 
 def test_the_condition_is_the_pipelines_own(open_tiny: OpenTiny) -> None:
-    """The mask marks the first frame; behind it are the latents of that frame followed by gray."""
+    """The mask marks the first frame; after it come the latents of that frame followed by gray."""
     family = open_tiny("wan", "i2v")
     _, tensors = encoded_clip(family, frames=9, height=32, width=48)
     mask, latents = tensors["condition"][:4], tensors["condition"][4:]

@@ -1,4 +1,4 @@
-"""The command line. Nothing heavy is imported before a command runs."""
+"""The command line. No heavy library is imported before a command runs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _crepa(
 
 
 def main() -> None:
-    """Run the command line; a mistake of the user's ends with exit code 2, a failure of the run with 1."""
+    """Run the command line; a user's mistake exits with code 2, a failure of the run with 1."""
     try:
         app()
     except UserError as error:

@@ -1,4 +1,4 @@
-"""What `crepa train` shows while it works."""
+"""The display of `crepa train`."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 def open_view(
     profile: Profile, console: Console, *, plain: bool, quiet: bool, log_level: LogLevel
 ) -> Iterator[list[Listener]]:
-    """The dashboard in a terminal, plain lines elsewhere; with `quiet`, nothing but errors.
+    """Open the dashboard in a terminal, plain lines elsewhere, and only errors if `quiet`; yields the listeners.
 
-    Of several processes the first one shows it, and the others are quiet. Log messages of libraries from `log_level` on
-    are shown in the same place.
+    With several processes, only the first one has a display; the others are quiet. Log messages of libraries at
+    `log_level` or above are shown in the same place.
     """
     from rich.console import Console
 
@@ -54,7 +54,7 @@ def open_view(
 
 
 def silence_libraries() -> None:
-    """Keep bars and notes of libraries off the screen; their warnings arrive as events."""
+    """Keep progress bars and notes of libraries off the screen; their warnings arrive as events."""
     import diffusers.utils.logging
     import transformers.utils.logging
 

@@ -1,7 +1,7 @@
-"""The preparation: everything that depends on the clips alone is computed once, stored, and found again.
+"""Preparation: everything that depends only on the clips is computed once and cached.
 
-Three stages in turn, so that text encoder, VAE and teacher are never in memory together: prompts, latents, features.
-A stage whose entries are all in the cache loads no model. The processes of a run share out what is missing.
+The three stages, prompts, latents and features, run one after another, so that text encoder, VAE and teacher are never
+in memory together. A stage whose entries are all cached loads no model. The processes of a run share the missing work.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from crepa_cli.data.buckets import Bucket, bucket_sizes, nearest_bucket, valid_f
 from crepa_cli.data.cache import Cache, cache_key
 from crepa_cli.data.clips import Clip, ClipError, file_digest, find_clips
 from crepa_cli.data.video import decode, frames_available, probe
-from crepa_cli.errors import UserError
+from crepa_cli.errors import UserError, counted
 from crepa_cli.events import ClipSkipped, Event, Progress
 from crepa_cli.models.checkpoint import fetch, fingerprint, read_config
 from crepa_cli.models.family import Family, Tensors
@@ -35,7 +35,7 @@ Result = TypeVar("Result")
 
 
 class ClipForm(NamedTuple):
-    """What clips are trained on: the size whose area every bucket has, most frames, and frames per second."""
+    """The target form of clips: the size, whose area all buckets share, the most frames, and the frame rate."""
 
     width: int
     height: int
@@ -44,7 +44,7 @@ class ClipForm(NamedTuple):
 
     @classmethod
     def of(cls, data: Data) -> ClipForm:
-        """The form that the settings ask for."""
+        """The form given by the settings."""
         assert data.width is not None, "the family's defaults give a width"
         assert data.height is not None, "and a height"
         assert data.frames is not None, "and a number of frames"
@@ -54,7 +54,7 @@ class ClipForm(NamedTuple):
 
 @dataclass(frozen=True)
 class PreparedClip:
-    """A clip and the keys of its cache entries; no features where no encoder is the teacher."""
+    """A clip and the keys of its cache entries; `features_key` is None if no encoder is the teacher."""
 
     clip: Clip
     bucket: Bucket
@@ -74,17 +74,17 @@ def prepare(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Generator[Event, None, list[PreparedClip]]:
-    """Fill the cache for a folder of clips; yields what happens and returns the usable clips.
+    """Fill the cache for a folder of clips; yields events and returns the usable clips.
 
     Args:
         family: encodes captions and clips.
-        folder: where the clips are.
-        form: how they are trained on.
-        crepa: its encoder; None where features are not stored.
-        prompts: further prompts to encode: the empty one, and those of the validation.
-        cache: where entries are stored.
-        device: where the models run.
-        dtype: of the text encoder.
+        folder: the folder of clips.
+        form: size, frames and frame rate for training.
+        crepa: settings of the encoder; None if features are not stored.
+        prompts: further prompts to encode: the empty one and those for validation.
+        cache: stores the entries.
+        device: the device of the models.
+        dtype: dtype of the text encoder.
 
     Raises:
         UserError: if no clip is usable.
@@ -96,7 +96,7 @@ def prepare(
     if crepa is not None:
         clips = yield from _prepare_features(family, crepa, clips, form.fps, cache, device)
     if not clips:
-        raise UserError(f"no clip in {folder} is usable; the messages above say why each was skipped")
+        raise UserError(f"no usable clips in {folder}; the messages above give the reasons")
     return clips
 
 
@@ -113,10 +113,10 @@ def prompt_key(family: Family, caption: str, dtype: torch.dtype) -> str:
 
 
 def scan(family: Family, folder: Path, form: ClipForm) -> Generator[Event, None, list[PreparedClip]]:
-    """Find the clips of a folder and the bucket of each; yields progress and the clips that are skipped.
+    """Find the clips of a folder and the bucket of each; yields progress and skipped clips.
 
     Raises:
-        UserError: if there is no folder, or no usable clip in it.
+        UserError: if the folder does not exist or has no usable clips.
     """
     found = find_clips(folder)
     for skipped in found.skipped:
@@ -128,14 +128,14 @@ def scan(family: Family, folder: Path, form: ClipForm) -> Generator[Event, None,
     clips = yield from _each("scanning", found.clips, place, name=lambda clip: clip.path.name)
     if not clips:
         raise UserError(
-            f"no usable clip in {folder}: {len(found.clips) + len(found.skipped)} were found and all were skipped "
-            "for the reasons given above"
+            f"no usable clips in {folder}: {len(found.clips) + len(found.skipped)} found, all skipped for the reasons "
+            "given above"
         )
     return clips
 
 
 def bucket_of(clip: Clip, family: Family, form: ClipForm) -> Bucket:
-    """The size and frame count that a clip is trained at.
+    """The size and frame count at which a clip is trained.
 
     Raises:
         ClipError: if it cannot be read or is too short.
@@ -145,8 +145,8 @@ def bucket_of(clip: Clip, family: Family, form: ClipForm) -> Bucket:
     frames = valid_frames(available, form.frames, family.frame_multiple)
     if frames is None:
         raise ClipError(
-            f"too short: {available} frames at {form.fps:g} frames per second, "
-            f"at least {min(form.frames, family.frame_multiple + 1)} are needed"
+            f"too short: {counted(available, 'frame')} at {form.fps:g} frames per second, "
+            f"needs at least {min(form.frames, family.frame_multiple + 1)}"
         )
     sizes = bucket_sizes(form.width, form.height, family.size_multiple)
     size = nearest_bucket(info.width, info.height, sizes)
@@ -154,23 +154,23 @@ def bucket_of(clip: Clip, family: Family, form: ClipForm) -> Bucket:
 
 
 def clip_pixels(clip: PreparedClip, fps: float) -> Tensor:
-    """The frames of a clip as they are trained on: uint8 `[F, 3, H, W]`."""
+    """The frames of a clip, resized for training: uint8 `[F, 3, H, W]`."""
     bucket = clip.bucket
     return decode(clip.clip.path, frames=bucket.frames, fps=fps, width=bucket.width, height=bucket.height)
 
 
 def load_teacher(crepa: Crepa, device: torch.device) -> Dinov2Teacher:
-    """The encoder of the settings."""
+    """Load the encoder named in the settings."""
     return Dinov2Teacher.load(encoder_folder(crepa), device)
 
 
 def encoder_folder(crepa: Crepa) -> Path:
-    """The local folder of the encoder, downloaded where it is not local yet."""
+    """The local folder of the encoder, downloaded if necessary."""
     return fetch(ENCODERS.get(crepa.encoder, crepa.encoder))
 
 
 def encoder_config(crepa: Crepa) -> dict[str, Any]:
-    """The encoder's configuration: its patch size, and the width of its features."""
+    """The encoder's configuration, with its patch size and the width of its features."""
     return read_config(ENCODERS.get(crepa.encoder, crepa.encoder), "config.json")
 
 
@@ -278,9 +278,9 @@ def _encode_features(
 def _each(
     stage: str, items: Sequence[Item], work: Callable[[Item], Result], *, name: Callable[[Item], str]
 ) -> Generator[Event, None, list[Result]]:
-    """Work on each item, yield the progress, and return the results; items whose clip is unreadable are skipped.
+    """Process each item, yield progress and return the results; items with unreadable clips are skipped.
 
-    The processes of a run share out the items, and each returns all results. A mistake that ends one ends all.
+    The processes of a run split the items, and each process returns all results. A UserError in one is raised in all.
     """
     state = PartialState()
     mine = range(len(items))[state.process_index :: state.num_processes]
@@ -318,7 +318,7 @@ def _without_failed(
 
 
 def _content(clip: PreparedClip, fps: float) -> dict[str, object]:
-    """What a clip's pixels depend on."""
+    """The part of a cache key that determines a clip's pixels."""
     bucket = clip.bucket
     return {
         "digest": clip.digest,

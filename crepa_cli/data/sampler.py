@@ -1,4 +1,4 @@
-"""The order in which clips are trained on."""
+"""The order of clips in training."""
 
 import math
 import random
@@ -9,19 +9,19 @@ T = TypeVar("T")
 
 
 class BatchOrder:
-    """Which clips are in batch number `index`, as a pure function of the seed and that number.
+    """The clips of batch number `index`, as a pure function of the seed and that number.
 
-    Nothing is carried from batch to batch, so that a resumed run goes on exactly where it was. Batches are
-    counted over all epochs; with many processes the caller shares out the numbers.
+    There is no state from batch to batch, so a resumed run continues exactly where it stopped. Batches are numbered
+    over all epochs; with several processes, the caller splits the numbers among them.
 
-    `buckets` are lists of clip indices; a batch never mixes buckets. Each epoch visits every clip `repeats`
-    times; the last batch of a bucket is filled up with clips of that bucket, so that every batch is whole.
+    `buckets` are lists of clip indices; a batch never mixes buckets. Each epoch visits every clip `repeats` times. The
+    last batch of a bucket is filled up with other clips of the bucket, so that every batch is complete.
     """
 
     def __init__(self, buckets: Sequence[Sequence[int]], *, batch_size: int, seed: int, repeats: int = 1) -> None:
         self._buckets = [list(bucket) for bucket in buckets if bucket]
         if not self._buckets:
-            raise ValueError("there is no clip to train on")
+            raise ValueError("there are no clips to train on")
         self._batch_size = batch_size
         self._seed = seed
         self._repeats = repeats
@@ -52,5 +52,5 @@ class BatchOrder:
 
 
 def _shuffled(items: Sequence[T], randomness: random.Random) -> list[T]:
-    # Python promises the same numbers of random() in every version, but not the same order of shuffle().
+    # Python guarantees that random() gives the same numbers in every version, but not that shuffle() does.
     return sorted(items, key=lambda _: randomness.random())

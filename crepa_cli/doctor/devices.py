@@ -1,4 +1,4 @@
-"""The devices that could train: memory, bf16 and attention kernels."""
+"""The devices available for training: memory, bf16 and attention kernels."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KERNELS = {
 
 
 def check_devices() -> Iterator[Check]:
-    """Every GPU, or the CPU where there is none."""
+    """Check every GPU, or the CPU if there is none."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         cuda = torch.cuda.is_available()
@@ -44,13 +44,15 @@ def _cuda(index: int) -> Check:
         bf16 = torch.cuda.get_device_capability(device) >= (8, 0) or torch.version.hip is not None
         kernels = attention_kernels(device)
     except RuntimeError as error:
-        return Check(name, "failure", f"cannot be used: {error}", "nvidia-smi shows whether another program holds it")
+        return Check(
+            name, "failure", f"cannot be used: {error}", "check with nvidia-smi whether another program uses it"
+        )
     facts = [f"{decimal(free)} of {decimal(total)} free", f"driver {_driver(index)}", f"CUDA {torch.version.cuda}"]
     message = ", ".join([*facts, f"bf16 {'yes' if bf16 else 'no'}", f"attention: {', '.join(kernels)}"])
     if not bf16:
-        return Check(name, "warning", message, "bf16 is emulated here, slowly: --set model.dtype=float32")
+        return Check(name, "warning", message, "bf16 is emulated, which is slow: --set model.dtype=float32")
     if "flash" not in kernels:
-        return Check(name, "warning", message, "without flash attention, long clips are slow: update torch")
+        return Check(name, "warning", message, "without flash attention, long clips train slowly: update torch")
     return Check(name, "fine", message)
 
 
@@ -65,15 +67,15 @@ def _cpu(reasons: list[str]) -> Check:
     memory = psutil.virtual_memory()
     kernels = ", ".join(attention_kernels(torch.device("cpu")))
     facts = [f"{decimal(memory.available)} of {decimal(memory.total)} free", "bf16 yes", f"attention: {kernels}"]
-    no_gpu = "no GPU is usable" if torch.version.cuda or torch.version.hip else "this torch is built without CUDA"
+    no_gpu = "no GPU is usable" if torch.version.cuda or torch.version.hip else "this torch was built without CUDA"
     message = f"{', '.join(facts)}; {'; '.join([no_gpu, *reasons])}"
     return Check(
-        "cpu", "warning", message, "good for --demo; for real training install torch for your GPU and its driver"
+        "cpu", "warning", message, "enough for --demo; for real training, install torch for your GPU and its driver"
     )
 
 
 def attention_kernels(device: torch.device) -> list[str]:
-    """The kernels of scaled-dot-product attention that run on a device, each tried on a small bf16 input."""
+    """The kernels of scaled-dot-product attention that run on a device, each tested on a small bf16 input."""
     return [name for name, backend in KERNELS.items() if _runs(backend, device)]
 
 

@@ -1,4 +1,4 @@
-"""TensorBoard, Weights & Biases and the other trackers that Accelerate knows."""
+"""TensorBoard, Weights & Biases and the other trackers that Accelerate supports."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Trackers:
         self.profile = profile
 
     def __call__(self, event: Event) -> None:
-        """Send what concerns the trackers."""
+        """Send the settings at the start, then the values of every `report.every`-th step."""
         if isinstance(event, TrainingStarted):
             tables = self.profile.model_dump(by_alias=True)
             settings = {f"{table}.{key}": str(value) for table, keys in tables.items() for key, value in keys.items()}

@@ -1,4 +1,4 @@
-"""What alignment costs: `python tests/benchmarks/alignment.py [costs.json]`.
+"""Measures the cost of alignment: `python tests/benchmarks/alignment.py [costs.json]`.
 
 One table for each question, and all figures as JSON. Wall times are ratios of runs taken in turn, so that they hold on
 a busy machine. The mid-size step runs on the CPU and takes some minutes.
@@ -114,7 +114,7 @@ def published_cases() -> dict[str, Case]:
 
 
 def count_flops() -> list[dict[str, Any]]:
-    """FLOPs of a forward and a backward with and without alignment, on meta tensors.
+    """FLOPs of a forward and backward pass with and without alignment, on meta tensors.
 
     The transformer trains a LoRA: its step is cheaper than that of full tuning, so the ratio is the larger one.
     """
@@ -152,7 +152,7 @@ def _step_flops(case: Case, align: bool) -> int:
 
 
 def time_loss() -> list[dict[str, Any]]:
-    """Time and peak extra memory of the loss and its backward, against distance and clip length."""
+    """Time and peak extra memory of the loss and its backward, by distance and clip length."""
     cases = [(21, distance) for distance in (0, 1, 2, 4, 8)] + [(41, 1), (81, 1)]
     steps = {case: _loss_step(*case) for case in cases}
     times = in_turns(steps, rounds=5)
@@ -183,7 +183,7 @@ def _loss_step(frames: int, distance: int) -> Callable[[], list[Tensor]]:
 
 
 def time_steps() -> list[dict[str, Any]]:
-    """Wall time of a step of a transformer of 50M parameters on 2,016 tokens, against the same step without alignment.
+    """Wall time of a step of a transformer of 50M parameters on 2,016 tokens, with and without alignment.
 
     "without cache" decodes the clip and encodes its frames with a DINOv2 ViT-S in every step.
     """
@@ -240,7 +240,7 @@ def mid_size_model(feature_size: int | None) -> AlignedTransformer:
 
 @contextlib.contextmanager
 def online_teacher(folder: Path) -> Iterator[OnlineTeacher]:
-    """A tiny VAE and a DINOv2 ViT-S with random weights, as `teacher_cache = false` has them."""
+    """A tiny VAE and a DINOv2 ViT-S with random weights, as used with `teacher_cache = false`."""
     Wan.write_tiny(folder / "wan", "t2v")
     config = Dinov2Config(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518)
     Dinov2Model(config).save_pretrained(folder / "dinov2")
@@ -249,7 +249,7 @@ def online_teacher(folder: Path) -> Iterator[OnlineTeacher]:
 
 
 def in_turns(steps: dict[Any, Callable[[], Any]], rounds: int) -> dict[Any, list[float]]:
-    """Seconds of each step, after one that is not counted; the steps are run in turn, round by round."""
+    """Seconds of each step, after an uncounted warmup; the steps take turns, round by round."""
     times: dict[Any, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 1):
         for name, step in steps.items():
@@ -269,7 +269,7 @@ def show(title: str, rows: list[dict[str, Any]], console: Console) -> None:
 
 
 def main() -> None:
-    """Measure, print, and write the figures as JSON if a file is named."""
+    """Measure and print; write the figures as JSON if a file is named."""
     console = Console()
     questions = {
         "FLOPs of a step, and with alignment relative to it": count_flops,
