@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
 from crepa_cli.cli.init import init
+from crepa_cli.cli.terminal import NOTEBOOK_VARIABLES
 from crepa_cli.errors import UserError
 from crepa_cli.models.flavours import FLAVOURS
 from crepa_cli.profile import ResolvedProfile, description, json_schema, known_keys, resolve_profile
@@ -177,16 +178,20 @@ def test_a_folder_that_cannot_be_written_is_explained(folder: Path):
     assert {path.name for path in folder.iterdir()} == {"crepa.toml", "crepa.schema.json"}
 
 
-def terminal(folder: Path, answers: str, *arguments: str) -> tuple[int, str]:
-    """Exit code and screen of `crepa init` in a pseudo-terminal in which these lines are typed."""
+def terminal(folder: Path, answers: str, *arguments: str, **extra: str) -> tuple[int, str]:
+    """Exit code and screen of `crepa init` in a pseudo-terminal in which these lines are typed.
+
+    `extra` adds environment variables.
+    """
     ours, theirs = pty.openpty()
+    environment = {name: value for name, value in os.environ.items() if name not in {"CI", *NOTEBOOK_VARIABLES}}
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, *arguments],
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
         cwd=folder,
-        env={**os.environ, "PATH": os.fspath(folder), "TERM": "dumb", "COLUMNS": "100"},
+        env={**environment, "PATH": os.fspath(folder), "TERM": "dumb", "COLUMNS": "100", **extra},
         start_new_session=True,
     )
     os.close(theirs)
@@ -237,6 +242,14 @@ def test_a_terminal_is_not_asked_when_the_file_is_there(folder: Path):
     assert code != 0
     assert "Model family" not in screen
     assert (folder / "crepa.toml").read_text() == "mine"
+
+
+@pytest.mark.parametrize("variable", ["CI", *NOTEBOOK_VARIABLES])
+def test_nobody_is_asked_in_a_notebook_or_ci(folder: Path, variable: str):
+    code, screen = terminal(folder, "", "--model", "wan", **{variable: "1"})
+    assert code == 0, screen
+    assert "Text to video" not in screen
+    assert written(folder)["crepa"]["scheduler"] == "cosine"
 
 
 def test_the_end_of_input_writes_nothing(folder: Path):

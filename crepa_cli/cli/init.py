@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from crepa_cli.cli.completion import family_names, preset_names
+from crepa_cli.cli.terminal import interactive
 from crepa_cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def init(
 ) -> None:
     """Write a crepa.toml for this folder, from a preset or from SimpleTuner's JSON.
 
-    In a terminal, it asks for everything that no flag gives.
+    In a terminal, it asks for everything that no flag gives; in notebooks and CI, it never asks.
     """
     if list_presets:
         _show_presets()
@@ -73,6 +74,8 @@ def _show_presets() -> None:
 
 
 def _create(choices: _Choices, from_json: Path | None, *, force: bool) -> None:
+    from rich.console import Console
+
     from crepa_cli.profile import presets
     from crepa_cli.profile.project import SCHEMA_FILE, project_settings, refuse_to_overwrite, write_project
 
@@ -80,7 +83,7 @@ def _create(choices: _Choices, from_json: Path | None, *, force: bool) -> None:
     if not force:
         refuse_to_overwrite(folder)
     imported = None if from_json is None else _imported(from_json)
-    if sys.stdin.isatty():
+    if sys.stdin.isatty() and interactive(Console()):
         try:
             _ask(choices, imported)
         except EOFError as error:
