@@ -290,6 +290,7 @@ def test_two_runs_fill_one_cache_at_once(demo: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "cache").rglob(".*.tmp"))
 
 
+@pytest.mark.slow
 def test_runs_killed_at_random_moments_end_as_if_they_had_not_been(tmp_path: Path) -> None:
     script = Path(__file__).parent / "kill_and_resume.py"
     done = subprocess.run(
