@@ -102,6 +102,7 @@ def sampled_similarity(family: Family, video: Tensor, tensors: Tensors, **transf
     return float(torch.cosine_similarity(sampled.flatten(), tensors["latents"].flatten(), dim=0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "task"), TASKS)
 def test_an_overfitted_transformer_gives_its_clip_back(name: str, task: str, open_tiny: OpenTiny) -> None:
     """Noise, target, timesteps, normalization and conditions agree with the published pipeline, or this fails."""

@@ -62,6 +62,7 @@ def test_training_gives_the_transformer_what_the_pipeline_gives_it(
     torch.testing.assert_close(rotation(trained), rotation(given), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_an_overfitted_transformer_of_later_versions_gives_its_clip_back(
     open_tiny: OpenTiny, checkpoints: Path
 ) -> None:
