@@ -383,7 +383,7 @@ def test_another_encoder_may_have_another_patch_size(folder: Path):
 
 
 def test_a_missing_family_points_to_its_flag(folder: Path):
-    assert mistakes(folder, flags={}) == ["no model family is set; use --model, for example --model wan"]
+    assert mistakes(folder, flags={}) == ["no model family is set: choose one with --model; `crepa init` lists them"]
 
 
 def test_an_unknown_profile_names_the_presets_and_the_nearest(folder: Path):
