@@ -38,7 +38,7 @@ from crepa_cli.report.card import loading_lines, write_model_card
 from crepa_cli.report.metrics import MetricsFile
 from crepa_cli.report.plot import CurvesFile
 from crepa_cli.report.trackers import Trackers
-from crepa_cli.runs.capabilities import attention_mistakes, compile_mistakes
+from crepa_cli.runs.capabilities import attention_mistakes, compile_mistakes, dtype_mistakes
 from crepa_cli.runs.checks import open_family
 from crepa_cli.runs.folder import RunFolder
 from crepa_cli.runs.resume import resume_mistakes
@@ -125,6 +125,7 @@ def train(
     state = start_processes()
     family = _opened(profile)
     if mistakes := [
+        *dtype_mistakes(profile, state.device),
         *compile_mistakes(profile, state.device),
         *attention_mistakes(profile, family, state.device),
     ]:
