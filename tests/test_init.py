@@ -246,7 +246,7 @@ def test_a_terminal_is_not_asked_when_the_file_is_there(folder: Path):
 
 @pytest.mark.parametrize("variable", ["CI", *NOTEBOOK_VARIABLES])
 def test_nobody_is_asked_in_a_notebook_or_ci(folder: Path, variable: str):
-    code, screen = terminal(folder, "", "--model", "wan", **{variable: "1"})
+    code, screen = terminal(folder, "\x04", "--model", "wan", **{variable: "1"})
     assert code == 0, screen
     assert "Text to video" not in screen
     assert written(folder)["crepa"]["scheduler"] == "cosine"

@@ -26,7 +26,7 @@ def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def notebook(folder: Path, *cells: str) -> NotebookClient:
     """A notebook in a folder, with a time limit for each cell."""
     content = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    return NotebookClient(content, timeout=300, resources={"metadata": {"path": str(folder)}})
+    return NotebookClient(content, timeout=120, resources={"metadata": {"path": str(folder)}})
 
 
 def test_commands_in_a_cell_write_plain_text_and_ask_nothing(demo: Path, tmp_path: Path) -> None:
