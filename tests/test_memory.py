@@ -21,18 +21,12 @@ from crepa_cli.data.buckets import Bucket, Size
 from crepa_cli.doctor import overview
 from crepa_cli.doctor.findings import BucketCount, Check, FamilyMemory, Plan
 from crepa_cli.doctor.fit import check_memory, largest_bucket
-from crepa_cli.doctor.kept import folder, kept
-from crepa_cli.doctor.live_bytes import LiveBytes
-from crepa_cli.doctor.memory import (
-    clips_of,
-    last_that_holds,
-    lighter_settings,
-    memory_advice,
-    predict,
-    smaller_sizes,
-    with_setting,
-)
-from crepa_cli.doctor.step_memory import PARTS, Clips, predict_training
+from crepa_cli.memory.kept import folder, kept
+from crepa_cli.memory.live_bytes import LiveBytes
+from crepa_cli.memory.prediction import predict
+from crepa_cli.memory.savings import last_that_holds, lighter_settings, memory_advice, smaller_sizes, with_setting
+from crepa_cli.memory.shapes import Clips, clips_of
+from crepa_cli.memory.step import PARTS, predict_training
 from crepa_cli.models import FAMILIES, load_family
 from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from rich.filesize import decimal
 
-from crepa_cli.data.buckets import Bucket, valid_frames
-from crepa_cli.data.prepare import ClipForm
-from crepa_cli.doctor.findings import BucketCount, Fitting, Memory, Plan, Saving
-from crepa_cli.doctor.memory import Prediction, largest_that_fits, predict, savings
+from crepa_cli.data.buckets import Bucket
+from crepa_cli.doctor.findings import BucketCount, Memory, Plan
+from crepa_cli.memory.prediction import Prediction, predict
+from crepa_cli.memory.savings import Fitting, Saving, largest_that_fits, savings
+from crepa_cli.memory.shapes import form_bucket
 from crepa_cli.models.family import Family
 from crepa_cli.profile import Profile
 
@@ -55,13 +56,6 @@ def largest_bucket(buckets: Sequence[BucketCount]) -> Bucket | None:
         return None
     largest = max(buckets, key=lambda one: one.frames * one.height * one.width)
     return Bucket(largest.frames, largest.height, largest.width)
-
-
-def form_bucket(profile: Profile, family: Family) -> Bucket:
-    """The shape that the settings ask for."""
-    form = ClipForm.of(profile.data)
-    frames = valid_frames(form.frames, form.frames, family.frame_multiple)
-    return Bucket(frames or form.frames, form.height, form.width)
 
 
 def free_memory() -> int | None:

@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModel
 from crepa_cli.alignment import TokenGrid
 from crepa_cli.data.buckets import Bucket
 from crepa_cli.data.prepare import encoder_config
-from crepa_cli.doctor.step_memory import Clips, fake_memory, make_fake
+from crepa_cli.memory.shapes import Clips
+from crepa_cli.memory.step import fake_memory, make_fake
 from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
 from crepa_cli.profile import CrepaSettings, Profile

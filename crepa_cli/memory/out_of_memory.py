@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from rich.filesize import decimal
 
-from crepa_cli.doctor.fit import form_bucket
-from crepa_cli.doctor.memory import memory_advice
+from crepa_cli.memory.savings import memory_advice
+from crepa_cli.memory.shapes import form_bucket
 from crepa_cli.models.family import Family
 from crepa_cli.profile import Profile
 

@@ -11,7 +11,6 @@ import gc
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +19,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from crepa_cli.alignment import Alignment, TokenGrid
-from crepa_cli.doctor.live_bytes import LiveBytes
+from crepa_cli.memory.live_bytes import LiveBytes
+from crepa_cli.memory.shapes import Clips
 from crepa_cli.models.family import Family, Tensors
 from crepa_cli.profile import Profile
 from crepa_cli.training.aligned import AlignedTransformer
@@ -31,21 +31,6 @@ WEIGHTS, ADAPTER, GRADIENTS, OPTIMIZER = "weights", "adapter", "gradients", "opt
 ACTIVATIONS, ALIGNMENT = "activations", "alignment"
 PARTS = (WEIGHTS, ADAPTER, GRADIENTS, OPTIMIZER, ACTIVATIONS, ALIGNMENT)
 """What is in memory while it trains."""
-
-
-@dataclass(frozen=True)
-class Clips:
-    """What a batch of prepared clips is, by shape.
-
-    Attributes:
-        tensors: of one clip and one caption, without a batch dimension, on torch's meta device.
-        teacher: grid of an encoder's features; None where none are read.
-        feature_size: width of the features; of the hidden states where a block teaches.
-    """
-
-    tensors: Tensors
-    teacher: TokenGrid | None
-    feature_size: int
 
 
 def predict_training(profile: Profile, family: Family, clips: Clips, *, on_gpu: bool = True) -> dict[str, int]:

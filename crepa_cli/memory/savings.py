@@ -1,21 +1,13 @@
-"""What a training takes in memory, which settings lower it, and what still fits: predicted, not measured."""
+"""Settings that reduce the memory of training, and the largest clips that fit."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
-
-import torch
+from dataclasses import dataclass
+from typing import TypeVar
 
 from crepa_cli.data.buckets import Bucket, Size
-from crepa_cli.data.prepare import encoder_config
-from crepa_cli.doctor.cache_size import measure_clip, teacher_grid
-from crepa_cli.doctor.findings import Fitting, Saving
-from crepa_cli.doctor.kept import kept
-from crepa_cli.doctor.preparation import online_teacher_weights, predict_preparation
-from crepa_cli.doctor.step_memory import Clips, predict_training
-from crepa_cli.models.dtypes import torch_dtype
+from crepa_cli.memory.prediction import preparation_memory, training_memory
 from crepa_cli.models.family import Family
 from crepa_cli.models.hub import go_offline_without_hub
 from crepa_cli.profile import Profile
@@ -26,65 +18,23 @@ Item = TypeVar("Item")
 LIGHT_ENCODER = "dinov2_vits14"
 LIGHT_IMAGE_SIZE = 224
 SMALLEST_RANK = 4
-IRRELEVANT: Any = {
-    "data": True,
-    "validation": True,
-    "checkpoints": True,
-    "report": True,
-    "train": {"steps", "learning_rate", "lr_scheduler", "lr_warmup_steps", "seed", "output", "gradient_accumulation"},
-}
-"""Settings that memory does not depend on, or by the shape of the clips alone."""
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """Bytes that training and its preparation take.
+class Saving:
+    """A setting in the form that `--set` takes, and the bytes it saves during training."""
 
-    Attributes:
-        training: what is held by part at the moment of a step at which most is held.
-        preparation: the most that each of its models holds; they are never in memory together.
-    """
-
-    training: dict[str, int]
-    preparation: dict[str, int]
-
-    @property
-    def peak(self) -> int:
-        """What a device must have free."""
-        return max(sum(self.training.values()), *self.preparation.values())
+    setting: str
+    saved: int
 
 
-def predict(profile: Profile, family: Family, bucket: Bucket) -> Prediction:
-    """Bytes that a run takes, found again where they were predicted before.
+@dataclass(frozen=True)
+class Fitting:
+    """The most frames and the largest size that fit a device with the other settings unchanged; None if none do."""
 
-    Args:
-        profile: the resolved settings.
-        family: of the checkpoint, of which configurations alone are read.
-        bucket: the largest shape of its clips.
-
-    Raises:
-        UserError: if a configuration cannot be read.
-    """
-    return Prediction(training_memory(profile, family, bucket), preparation_memory(profile, family, bucket))
-
-
-def training_memory(profile: Profile, family: Family, bucket: Bucket) -> dict[str, int]:
-    """Bytes by part at the peak of a training step; see `predict`."""
-    crepa = profile.crepa
-
-    def predict_parts() -> dict[str, int]:
-        parts = predict_training(profile, family, clips_of(profile, family, bucket))
-        if crepa.encoder_teaches and not crepa.teacher_cache:
-            parts["teacher"] = online_teacher_weights(family, crepa)
-        return parts
-
-    return kept(["training", *_facts(profile, family, bucket)], predict_parts)
-
-
-def preparation_memory(profile: Profile, family: Family, bucket: Bucket) -> dict[str, int]:
-    """Bytes of each model of the preparation at its own peak; see `predict`."""
-    facts = ["preparation", *_facts(profile, family, bucket)]
-    return kept(facts, lambda: predict_preparation(profile, family, bucket, clips_of(profile, family, bucket)))
+    frames: int | None
+    width: int | None
+    height: int | None
 
 
 def memory_advice(profile: Profile, family: Family, bucket: Bucket) -> tuple[dict[str, int], list[Saving]]:
@@ -209,34 +159,6 @@ def last_that_holds(items: Sequence[Item], holds: Callable[[Item], bool]) -> Ite
         else:
             high = middle
     return items[low - 1] if low else None
-
-
-def clips_of(profile: Profile, family: Family, bucket: Bucket) -> Clips:
-    """What clips of a shape become, by their shapes alone."""
-    crepa = profile.crepa
-    latents = measure_clip(family).empty_latents(family, bucket)
-    with torch.device("meta"):
-        tensors = {"latents": latents, "fps": torch.empty(())}
-        tensors |= family.longest_prompt(torch_dtype(profile.model.dtype))
-    if not crepa.encoder_teaches:
-        return Clips(tensors, None, family.hidden_size)
-    encoder = encoder_config(crepa)
-    grid = teacher_grid(family, latents, bucket, crepa, encoder["patch_size"])
-    return Clips(tensors, grid, encoder["hidden_size"])
-
-
-def _facts(profile: Profile, family: Family, bucket: Bucket) -> list[object]:
-    """Everything that a prediction depends on."""
-    crepa = profile.crepa
-    encoder = encoder_config(crepa) if crepa.encoder_teaches else None
-    settings = profile.model_dump(mode="json", by_alias=True, exclude=IRRELEVANT)
-    return [
-        settings,
-        asdict(bucket),
-        family.config,
-        *(family.base.read_config(name) for name in family.encoder_configs),
-        encoder,
-    ]
 
 
 def _shown(value: object) -> str:
