@@ -38,6 +38,7 @@ from crepa_cli.report.card import loading_lines, write_model_card
 from crepa_cli.report.metrics import MetricsFile
 from crepa_cli.report.plot import CurvesFile
 from crepa_cli.report.trackers import Trackers
+from crepa_cli.runs.capabilities import attention_mistakes, compile_mistakes
 from crepa_cli.runs.checks import open_family
 from crepa_cli.runs.folder import RunFolder
 from crepa_cli.runs.resume import resume_mistakes
@@ -123,6 +124,11 @@ def train(
     profile = _with_output(profile, output)
     state = start_processes()
     family = _opened(profile)
+    if mistakes := [
+        *compile_mistakes(profile, state.device),
+        *attention_mistakes(profile, family, state.device),
+    ]:
+        raise UserError("\n".join(mistakes))
     # One process decides: once it has made the folder, the others would find a run in it.
     run = from_main(lambda: _run_to_resume(profile) if resume else RunFolder.claim(profile))
     accelerator = _accelerator(profile, run)

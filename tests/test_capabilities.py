@@ -12,14 +12,14 @@ import torch
 
 from crepa_cli.cli.launch import check_processes
 from crepa_cli.errors import UserError
-from crepa_cli.profile import Profile
 from crepa_cli.runs.capabilities import compile_mistakes
+from crepa_cli.settings import resolve
 
 CHECK = """
 import sys, torch
-from crepa_cli.profile import Profile
 from crepa_cli.runs.capabilities import compile_mistakes
-profile = Profile.model_validate({"model": {"family": "wan"}, "train": {"compile": True}})
+from crepa_cli.settings import resolve
+profile = resolve("t2v", {"model.family": "wan"}, ["train.compile=true"]).profile
 print(*compile_mistakes(profile, torch.device(sys.argv[1])), sep="\\n")
 """
 
@@ -50,7 +50,7 @@ def test_compile_on_a_gpu_needs_triton(tmp_path: Path) -> None:
 
 
 def test_what_is_not_compiled_needs_no_compiler() -> None:
-    assert not compile_mistakes(Profile.model_validate({"model": {"family": "wan"}}), torch.device("cuda"))
+    assert not compile_mistakes(resolve("t2v", {"model.family": "wan"}).profile, torch.device("cuda"))
 
 
 def test_several_processes_need_a_gpu_each_and_nccl(monkeypatch: pytest.MonkeyPatch) -> None:

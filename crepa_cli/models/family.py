@@ -100,6 +100,11 @@ class Family(ABC):
         return 0.0, 1.0
 
     @property
+    def needs_compilation(self) -> bool:
+        """Whether the transformer takes far more memory on a GPU unless `train.compile` is on."""
+        return False
+
+    @property
     def block_count(self) -> int:
         """Blocks of the transformer."""
         return int(self.config["num_layers"])

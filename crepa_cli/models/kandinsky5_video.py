@@ -47,6 +47,8 @@ class CaptionAttention(Kandinsky5AttnProcessor):  # type: ignore[misc]  # diffus
         self.lengths = keywords.get("text_lengths")
         return arguments, {name: value for name, value in keywords.items() if name != "text_lengths"}
 
+    # Compiled, the attention would be compiled anew for every combination of lengths.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch has no type here
     def __call__(
         self,
         attn: nn.Module,
@@ -127,6 +129,11 @@ class Kandinsky5Video(Family):
     @property
     def _pixels(self) -> int:
         return int(self.base.read_config("vae/config.json").get("spatial_compression_ratio", 8))
+
+    @property
+    def needs_compilation(self) -> bool:
+        """NABLA attention computes the chosen squares of scores only if it is compiled."""
+        return self._nabla
 
     @property
     def _nabla(self) -> bool:

@@ -9,9 +9,20 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 from torch.utils._triton import has_triton, has_triton_package
 
+from crepa_cli.models.family import Family
 from crepa_cli.profile import Profile
 
 ON_WINDOWS = sys.platform == "win32"
+
+
+def attention_mistakes(profile: Profile, family: Family, device: torch.device) -> list[str]:
+    """Whether the family's attention needs `train.compile` on this device, and it is off."""
+    if profile.train.compile or not family.needs_compilation or device.type == "cpu":
+        return []
+    return [
+        f"train.compile: the attention of {family.base.name} would hold every score, hundreds of gigabytes for a long "
+        "clip, unless it is compiled; set train.compile = true"
+    ]
 
 
 def compile_mistakes(profile: Profile, device: torch.device) -> list[str]:
