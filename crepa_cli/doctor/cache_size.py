@@ -1,4 +1,4 @@
-"""What the cache will take for a set of clips, from shapes alone: no weights are read, nothing is encoded."""
+"""The size of the cache for a set of clips, from shapes alone: no weights are read, nothing is encoded."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ FEATURE_BYTES = 2
 def cache_bytes(
     family: Family, buckets: Sequence[Bucket], texts: int, dtype: torch.dtype, crepa: CrepaSettings | None
 ) -> dict[str, int]:
-    """Bytes that the cache will take, by part; file headers, well under a percent, are left out.
+    """Predicted bytes of the cache by part, without file headers, which are well under one percent.
 
     Args:
         family: of the checkpoint.
         buckets: one for each clip.
-        texts: different captions and prompts.
+        texts: number of distinct captions and prompts.
         dtype: of the text encoder.
-        crepa: the encoder's settings; None where no features are stored.
+        crepa: the encoder's settings; None if no features are stored.
     """
     size = measure_clip(family)
     return {
@@ -43,6 +43,6 @@ def _feature_bytes(family: Family, size: ClipSize, bucket: Bucket, crepa: CrepaS
 
 
 def _prompt_bytes(family: Family, dtype: torch.dtype) -> int:
-    """Bytes of the tensors of a prompt, which are padded to the longest."""
+    """Bytes of the tensors of one prompt, padded to the longest."""
     with torch.device("meta"):
         return total_bytes(family.longest_prompt(dtype))

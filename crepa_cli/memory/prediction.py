@@ -21,16 +21,16 @@ IRRELEVANT: Any = {
     "report": True,
     "train": {"steps", "learning_rate", "lr_scheduler", "lr_warmup_steps", "seed", "output", "gradient_accumulation"},
 }
-"""Settings that memory does not depend on, or by the shape of the clips alone."""
+"""Settings that memory does not depend on, or only through the shape of the clips."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes that training and its preparation take.
+    """Predicted bytes of training and its preparation.
 
     Attributes:
-        training: what is held by part at the moment of a step at which most is held.
-        preparation: the most that each of its models holds; they are never in memory together.
+        training: bytes by part at the peak of a training step.
+        preparation: peak of each of its models; they are never in memory together.
     """
 
     training: dict[str, int]
@@ -38,16 +38,16 @@ class Prediction:
 
     @property
     def peak(self) -> int:
-        """What a device must have free."""
+        """Bytes that a device must have free."""
         return max(sum(self.training.values()), *self.preparation.values())
 
 
 def predict(profile: Profile, family: Family, bucket: Bucket) -> Prediction:
-    """Bytes that a run takes, found again where they were predicted before.
+    """Predict the memory of a run; predictions are stored and reused.
 
     Args:
         profile: the resolved settings.
-        family: of the checkpoint, of which configurations alone are read.
+        family: of the checkpoint, of which only configurations are read.
         bucket: the largest shape of its clips.
 
     Raises:
@@ -76,7 +76,7 @@ def preparation_memory(profile: Profile, family: Family, bucket: Bucket) -> dict
 
 
 def _facts(profile: Profile, family: Family, bucket: Bucket) -> list[object]:
-    """Everything that a prediction depends on."""
+    """Everything that a prediction depends on, as JSON values."""
     crepa = profile.crepa
     encoder = encoder_config(crepa) if crepa.encoder_teaches else None
     settings = profile.model_dump(mode="json", by_alias=True, exclude=IRRELEVANT)

@@ -38,10 +38,10 @@ class Fitting:
 
 
 def memory_advice(profile: Profile, family: Family, bucket: Bucket) -> tuple[dict[str, int], list[Saving]]:
-    """What is in memory while it trains, by part, and the settings that save most of it, largest saving first.
+    """The memory of training by part, and the settings that reduce it most, largest saving first.
 
-    Each saving is that of a step that was run on fake tensors with the one setting changed. It takes about ten seconds
-    for a setting, once: predictions are kept.
+    Each saving is predicted by running a step on fake tensors with one setting changed. A setting takes about ten
+    seconds the first time; predictions are stored.
 
     Args:
         profile: the resolved settings.
@@ -51,26 +51,26 @@ def memory_advice(profile: Profile, family: Family, bucket: Bucket) -> tuple[dic
     Raises:
         UserError: if a configuration cannot be read.
     """
-    # Lighter encoders are looked for too; without network that must not take minutes.
+    # Lighter encoders are looked up too, which must not take minutes without network.
     go_offline_without_hub()
     parts = training_memory(profile, family, bucket)
-    return parts, savings(profile, family, bucket, listener=lambda _: None)
+    return parts, savings(profile, family, bucket, report=lambda _: None)
 
 
-def savings(profile: Profile, family: Family, bucket: Bucket, listener: Callable[[str], None]) -> list[Saving]:
-    """The settings that lower the peak of training, largest saving first.
+def savings(profile: Profile, family: Family, bucket: Bucket, report: Callable[[str], None]) -> list[Saving]:
+    """The settings that reduce the peak of training, largest saving first.
 
     Args:
         profile: the resolved settings.
         family: of the checkpoint.
         bucket: the shape of the clips.
-        listener: is told the setting that is tried.
+        report: receives each setting before it is tried.
     """
     before = sum(training_memory(profile, family, bucket).values())
     found = []
     for table, key, value in lighter_settings(profile, family):
         setting = f"{table}.{key}={_shown(value)}"
-        listener(setting)
+        report(setting)
         lighter = with_setting(profile, table, key, value)
         frames = value if key == "frames" and isinstance(value, int) else bucket.frames
         after = training_memory(lighter, family, Bucket(frames, bucket.height, bucket.width))
@@ -79,9 +79,9 @@ def savings(profile: Profile, family: Family, bucket: Bucket, listener: Callable
 
 
 def lighter_settings(profile: Profile, family: Family) -> list[tuple[str, str, object]]:
-    """Table, key and value of the settings that may save memory and differ from the profile's."""
+    """Table, key and value of the settings that may save memory and that the profile does not have yet."""
     crepa, train, adapter = profile.crepa, profile.train, profile.adapter
-    # A local encoder is there for a reason, and looking for another would take the network.
+    # A local encoder was chosen for a reason, and finding another needs the network.
     heavy_encoder = crepa.encoder_teaches and crepa.encoder in ENCODERS and crepa.encoder != LIGHT_ENCODER
     frames, rank, side = profile.data.frames, adapter.rank, crepa.encoder_image_size
     step = family.frame_multiple
@@ -114,22 +114,22 @@ def with_setting(profile: Profile, table: str, key: str, value: object) -> Profi
 
 
 def largest_that_fits(
-    profile: Profile, family: Family, bucket: Bucket, limit: int, listener: Callable[[str], None]
+    profile: Profile, family: Family, bucket: Bucket, limit: int, report: Callable[[str], None]
 ) -> Fitting:
-    """The most frames of this size, and the largest size of this length, that take at most `limit` bytes.
+    """The most frames at this size, and the largest size at this length, that need at most `limit` bytes.
 
     Args:
         profile: the resolved settings.
         family: of the checkpoint.
-        bucket: does not fit.
+        bucket: a shape that does not fit.
         limit: bytes that a device has free.
-        listener: is told what is tried.
+        report: receives each shape before it is tried.
     """
 
     def fits(frames: int, size: Size) -> bool:
-        listener(f"{size.width}x{size.height}, {frames} frames")
+        report(f"{size.width}x{size.height}, {frames} frames")
         tried = Bucket(frames, size.height, size.width)
-        # The preparation is looked at only where training fits.
+        # The preparation matters only if training fits.
         if sum(training_memory(profile, family, tried).values()) > limit:
             return False
         return max(preparation_memory(profile, family, tried).values()) <= limit
@@ -143,14 +143,14 @@ def largest_that_fits(
 
 
 def smaller_sizes(size: Size, multiple: int) -> list[Size]:
-    """Sizes of about the same aspect ratio, below `size`, smallest first."""
+    """Sizes below `size` with about the same aspect ratio, smallest first."""
     heights = range(multiple, size.height, multiple)
     widths = [max(1, round(height * size.width / size.height / multiple)) * multiple for height in heights]
     return [Size(*one) for one in zip(widths, heights, strict=True)]
 
 
 def last_that_holds(items: Sequence[Item], holds: Callable[[Item], bool]) -> Item | None:
-    """The last of items of which the first ones hold and the others do not, by bisection; None where none does."""
+    """The last item that holds, by bisection; None if none does. No item may hold after one that does not."""
     low, high = 0, len(items)
     while low < high:
         middle = (low + high) // 2

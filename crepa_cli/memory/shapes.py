@@ -18,7 +18,7 @@ from crepa_cli.teachers.dinov2 import input_size
 
 
 def form_bucket(profile: Profile, family: Family) -> Bucket:
-    """The shape that the settings ask for."""
+    """The shape of clips given by the settings."""
     form = ClipForm.of(profile.data)
     frames = valid_frames(form.frames, form.frames, family.frame_multiple)
     return Bucket(frames or form.frames, form.height, form.width)
@@ -26,12 +26,12 @@ def form_bucket(profile: Profile, family: Family) -> Bucket:
 
 @dataclass(frozen=True)
 class Clips:
-    """What a batch of prepared clips is, by shape.
+    """The shapes of a batch of prepared clips.
 
     Attributes:
         tensors: of one clip and one caption, without a batch dimension, on torch's meta device.
-        teacher: grid of an encoder's features; None where none are read.
-        feature_size: width of the features; of the hidden states where a block teaches.
+        teacher: grid of an encoder's features; None if no features are read.
+        feature_size: width of the features, or of the hidden states if a block is the teacher.
     """
 
     tensors: Tensors
@@ -40,7 +40,7 @@ class Clips:
 
 
 def clips_of(profile: Profile, family: Family, bucket: Bucket) -> Clips:
-    """What clips of a shape become, by their shapes alone."""
+    """The tensors of clips of a shape, without content."""
     crepa = profile.crepa
     latents = measure_clip(family).empty_latents(family, bucket)
     with torch.device("meta"):
@@ -55,12 +55,12 @@ def clips_of(profile: Profile, family: Family, bucket: Bucket) -> Clips:
 
 @dataclass(frozen=True)
 class ClipSize:
-    """How the tensors of a clip grow with it: a part for the first frame, and one for each further frame.
+    """The size of a clip's tensors: a part for the first frame, and a part for each further frame.
 
     Attributes:
         first: bytes per pixel of the first frame.
         further: bytes per pixel of each further frame.
-        image: bytes of the first frame's embedding, of checkpoints that have one.
+        image: bytes of the first frame's embedding; 0 if the checkpoint has no image encoder.
         channels: of the latents.
         pixels: side of a latent in pixels.
     """
@@ -72,7 +72,7 @@ class ClipSize:
     pixels: int
 
     def bytes(self, bucket: Bucket) -> int:
-        """Bytes of one clip's latents and what is stored with them."""
+        """Bytes of one clip's latents and of the tensors stored with them."""
         area = bucket.height * bucket.width
         return round(area * (self.first + (bucket.frames - 1) * self.further)) + self.image
 
@@ -84,7 +84,7 @@ class ClipSize:
 
 
 def measure_clip(family: Family) -> ClipSize:
-    """Run the family's own encoding on two small clips without content, on torch's meta device."""
+    """Measure the family's encoding of two small clips without content, on torch's meta device."""
     side, step = 2 * family.size_multiple, family.frame_multiple
     short, long = (_encoded(family, frames, side) for frames in (1 + step, 1 + 2 * step))
     further = (total_bytes(long) - total_bytes(short)) / (step * side**2)
@@ -99,12 +99,12 @@ def measure_clip(family: Family) -> ClipSize:
 
 
 def teacher_grid(family: Family, latents: Tensor, bucket: Bucket, crepa: CrepaSettings, patch_size: int) -> TokenGrid:
-    """Where the features of one clip are.
+    """The grid of one clip's features.
 
     Args:
         family: of the checkpoint.
         latents: of the clip, `[C, T, h, w]`.
-        bucket: its shape.
+        bucket: shape of the clip.
         crepa: the encoder's settings.
         patch_size: of the encoder, in pixels.
     """
@@ -116,7 +116,7 @@ def teacher_grid(family: Family, latents: Tensor, bucket: Bucket, crepa: CrepaSe
 
 @torch.no_grad()
 def _encoded(family: Family, frames: int, side: int) -> Tensors:
-    """The tensors of a clip without content, but for the embedding of its first frame, which needs its pixels."""
+    """The tensors of a clip without content, except for the embedding of its first frame, which needs pixels."""
     return family.without_image_encoder().encode_clip(
         family.empty_vae_pipeline(), torch.empty(3, frames, side, side, device="meta")
     )
