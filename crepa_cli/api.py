@@ -307,7 +307,7 @@ def _device_memory(device: torch.device) -> int:
 @contextmanager
 def _advice_on_memory(profile: Profile, family: Family) -> Iterator[None]:
     """Say what would lower memory if it was not enough."""
-    from crepa_cli.doctor.out_of_memory import out_of_memory_message
+    from crepa_cli.memory.out_of_memory import out_of_memory_message
 
     try:
         yield

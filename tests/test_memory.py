@@ -21,18 +21,12 @@ from crepa_cli.data.buckets import Bucket, Size
 from crepa_cli.doctor import overview
 from crepa_cli.doctor.findings import BucketCount, Check, FamilyMemory, Plan
 from crepa_cli.doctor.fit import check_memory, largest_bucket
-from crepa_cli.doctor.kept import folder, kept
-from crepa_cli.doctor.live_bytes import LiveBytes
-from crepa_cli.doctor.memory import (
-    clips_of,
-    last_that_holds,
-    lighter_settings,
-    memory_advice,
-    predict,
-    smaller_sizes,
-    with_setting,
-)
-from crepa_cli.doctor.step_memory import PARTS, Clips, predict_training
+from crepa_cli.memory.kept import folder, kept
+from crepa_cli.memory.live_bytes import LiveBytes
+from crepa_cli.memory.prediction import predict
+from crepa_cli.memory.savings import last_that_holds, lighter_settings, memory_advice, smaller_sizes, with_setting
+from crepa_cli.memory.shapes import Clips, clips_of
+from crepa_cli.memory.step import PARTS, predict_training
 from crepa_cli.models import FAMILIES, load_family
 from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
@@ -215,8 +209,9 @@ def test_the_largest_clips_that_fit(open_tiny: OpenTiny, tiny_dinov2: Path) -> N
     )
     peaks = {frames: predict(profile, family, Bucket(frames, 96, 96)).peak for frames in (17, 25, 33)}
     assert peaks[17] < peaks[25] < peaks[33]
-    plan, told = Plan(buckets=[BucketCount(33, 96, 96, clips=2)]), []
-    check_memory(plan, family, profile, peaks[17], told.append)
+    plan, lines = Plan(buckets=[BucketCount(33, 96, 96, clips=2)]), []
+    check_memory(plan, family, profile, peaks[17], lines.append)
+    assert lines[0] == "predicting memory"
     assert plan.memory is not None
     assert plan.memory.fitting is not None
     assert plan.memory.fitting.frames == 17
@@ -229,10 +224,10 @@ def test_the_largest_clips_that_fit(open_tiny: OpenTiny, tiny_dinov2: Path) -> N
     assert saved == sorted(saved, reverse=True)
 
     fine = Plan(buckets=plan.buckets)
-    check_memory(fine, family, profile, peaks[33], told.append)
+    check_memory(fine, family, profile, peaks[33], lines.append)
     assert fine.checks[0].status == "fine"
     shared = Plan(buckets=plan.buckets)
-    check_memory(shared, family, with_setting(profile, "train", "sharding", True), peaks[17], told.append)
+    check_memory(shared, family, with_setting(profile, "train", "sharding", True), peaks[17], lines.append)
     assert shared.checks[0].status == "fine", "nothing is known of several processes"
     assert "not predicted" in shared.checks[0].message
     assert memory_advice(profile, family, Bucket(33, 96, 96)) == (plan.memory.training, plan.memory.savings)

@@ -24,8 +24,8 @@ from crepa_cli.data.dataset import Batch
 from crepa_cli.data.prepare import ClipForm, prepare
 from crepa_cli.demo.clips import write_demo_clips
 from crepa_cli.demo.wan import tiny_transformer
-from crepa_cli.doctor.live_bytes import LiveBytes
 from crepa_cli.events import drained
+from crepa_cli.memory.live_bytes import LiveBytes
 from crepa_cli.models import FAMILIES, load_family
 from crepa_cli.models.capture import HiddenStateCapture
 from crepa_cli.models.wan import Wan

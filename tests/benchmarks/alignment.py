@@ -34,7 +34,7 @@ from transformers import Dinov2Config, Dinov2Model
 from crepa_cli.alignment import Crepa, TokenGrid
 from crepa_cli.data.online import OnlineTeacher
 from crepa_cli.demo import write_tiny
-from crepa_cli.doctor.live_bytes import LiveBytes
+from crepa_cli.memory.live_bytes import LiveBytes
 from crepa_cli.models import load_family
 from crepa_cli.models.wan import Wan
 from crepa_cli.profile import CrepaSettings

@@ -1,4 +1,4 @@
-"""Memory of the preparation, whose models are never in memory together: each run on fake tensors for one clip."""
+"""Memory of the preparation: its models, which are never loaded together, each run on fake tensors for one clip."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModel
 from crepa_cli.alignment import TokenGrid
 from crepa_cli.data.buckets import Bucket
 from crepa_cli.data.prepare import encoder_config
-from crepa_cli.doctor.step_memory import Clips, fake_memory, make_fake
+from crepa_cli.memory.shapes import Clips
+from crepa_cli.memory.step import fake_memory, make_fake
 from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
 from crepa_cli.profile import CrepaSettings, Profile
@@ -18,13 +19,13 @@ from crepa_cli.teachers.dinov2 import Dinov2Teacher
 
 
 def predict_preparation(profile: Profile, family: Family, bucket: Bucket, clips: Clips) -> dict[str, int]:
-    """Most bytes that each model of the preparation holds, weights and all, as on a GPU.
+    """Peak bytes of each model of the preparation on a GPU, weights included.
 
     Args:
         profile: the resolved settings.
-        family: of the checkpoint, of which configurations alone are read.
+        family: of the checkpoint, of which only configurations are read.
         bucket: the shape of a clip.
-        clips: what clips of this shape become.
+        clips: the tensors of clips of this shape.
 
     Raises:
         UserError: if a configuration cannot be read.
@@ -40,7 +41,7 @@ def predict_preparation(profile: Profile, family: Family, bucket: Bucket, clips:
 
 @torch.no_grad()
 def _text_encoders_peak(family: Family, clips: Clips, dtype: torch.dtype) -> int:
-    """The text encoders on the longest caption; the instructions that some pipelines add are a few MB more."""
+    """The text encoders on the longest caption; instructions that some pipelines add take a few MB more."""
     encoders = [family.base.empty_model(name, dtype) for name in family.text_encoders]
     caption = len(clips.tensors["prompt_embeds"])
     with fake_memory() as live:
@@ -54,7 +55,7 @@ def _text_encoders_peak(family: Family, clips: Clips, dtype: torch.dtype) -> int
 
 @torch.no_grad()
 def _vae_peak(family: Family, bucket: Bucket) -> int:
-    """The VAE on one clip, and the image encoder on its first frame where the checkpoint has one."""
+    """The VAE on one clip, and the image encoder, if there is one, on its first frame."""
     pipeline = family.empty_vae_pipeline()
     image_encoder = family.base.empty_model(family.image_encoder, family.vae_dtype) if family.image_encoder else None
     with fake_memory() as live:
@@ -82,7 +83,7 @@ def _teacher_peak(crepa: CrepaSettings, bucket: Bucket, grid: TokenGrid) -> int:
 def online_teacher_weights(family: Family, crepa: CrepaSettings) -> int:
     """Bytes of the VAE and the vision encoder that `teacher_cache = false` keeps in memory.
 
-    What they hold while they run is gone when the transformer's step begins.
+    Their activations are freed before the transformer's step begins.
     """
     vae = family.empty_vae_pipeline().vae
     if crepa.drop_vae_encoder:
