@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -191,10 +191,23 @@ def test_wrong_shapes_are_refused_with_what_is_needed() -> None:
         crepa(hidden, features, TokenGrid(2, 4, 4), grid)
     with pytest.raises(ValueError, match="features has shape"):
         crepa(hidden, hidden, grid, grid)
-    with pytest.raises(ValueError, match="adjacent_tau"):
-        Crepa(8, 6, adjacent_tau=0.0)
+    with pytest.raises(ValueError, match="hidden has 1 clips and features has 2"):
+        crepa(hidden, features.expand(2, -1, -1, -1), grid, grid)
+    for tau in (0.0, math.nan):
+        with pytest.raises(ValueError, match="adjacent_tau"):
+            Crepa(8, 6, adjacent_tau=tau)
     with pytest.raises(ValueError, match="at least 1"):
         TokenGrid(0, 1, 1)
+
+
+def test_a_missing_tensor_is_refused_by_name() -> None:
+    crepa, grid, nothing = Crepa(8, 6), TokenGrid(2, 3, 4), cast(Any, None)
+    with pytest.raises(TypeError, match="hidden must be a tensor, got NoneType"):
+        crepa(nothing, torch.randn(1, 2, 12, 6), grid, grid)
+    with pytest.raises(TypeError, match="features must be a tensor, got NoneType"):
+        crepa(torch.randn(1, 2, 12, 8), nothing, grid, grid)
+    with pytest.raises(TypeError, match="teacher must be a tensor, got NoneType"):
+        layersync_loss(torch.randn(1, 2, 8), nothing)
 
 
 def test_layersync_is_minus_the_mean_cosine_and_leaves_the_teacher_alone() -> None:
