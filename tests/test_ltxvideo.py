@@ -22,7 +22,7 @@ VERSIONS = ["0.9", "0.9.5"]
 
 def open_version(version: str, task: str, open_tiny: OpenTiny, checkpoints: Path) -> LtxVideo:
     """The tiny checkpoint of a version; the scheduler of later ones does not shift by the sequence length."""
-    source = open_tiny("ltxvideo", "t2v").checkpoint
+    source = open_tiny("ltxvideo", "t2v").base.name
     if version == "0.9":
         return LtxVideo(source, task)
 

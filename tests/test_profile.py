@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from crepa_cli.errors import UserError
 from crepa_cli.models import FAMILIES, load_family
 from crepa_cli.models import family_defaults as real_defaults
+from crepa_cli.models.flavours import FLAVOURS
 from crepa_cli.profile import (
     Profile,
     ResolvedProfile,
@@ -509,7 +510,7 @@ def test_none_in_a_json_configuration_gives_the_default_of_the_family(folder: Pa
     names = {f"{table}.{key}" for table, key in family_keys()} & by_setting.keys()
     assert "crepa.block_index" in names
     config = {"model_family": "wan", **{by_setting[name]: none for name in names}}
-    imported = import_config(config, "config.json").settings
+    imported = import_config(config, "config.json", FLAVOURS).settings
     write_project(
         project_settings(profile=None, vram=None, imported=imported, flags={}, folder=folder, families=FAMILIES), folder
     )
