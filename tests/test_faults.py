@@ -21,7 +21,7 @@ from conftest import RunCrepa
 from safetensors.torch import load_file
 
 from crepa_cli.data.cache import Cache
-from crepa_cli.events import StepDone
+from crepa_cli.events import StepDone, TrainingStarted
 from crepa_cli.report.metrics import MetricsFile, read_metrics
 from crepa_cli.training.checkpoints import checkpoints_in, newest_checkpoint
 from crepa_cli.training.skipped import SkippedSteps
@@ -47,6 +47,20 @@ def finite(path: Path) -> bool:
     return all(bool(tensor.isfinite().all()) for tensor in load_file(path).values())
 
 
+def spoil_at_start(
+    monkeypatch: pytest.MonkeyPatch, cache: Path, kind: str, name: str, value: float, *, entries: int
+) -> None:
+    """Spoil cached tensors once the preparation has checked them."""
+    write = MetricsFile.__call__
+
+    def spoil_first(self: MetricsFile, event: Any) -> None:
+        write(self, event)
+        if isinstance(event, TrainingStarted):
+            spoil(cache, kind, name, value, entries=entries)
+
+    monkeypatch.setattr(MetricsFile, "__call__", spoil_first)
+
+
 def spoil(cache: Path, kind: str, name: str, value: float, *, entries: int) -> None:
     """Put a value into the tensor `name` of the first entries of a kind, with a correct checksum."""
     store = Cache(cache)
@@ -65,12 +79,12 @@ SPOILED = {
 @pytest.mark.usefixtures("in_demo")
 @pytest.mark.parametrize("term", SPOILED)
 def test_a_step_that_is_not_finite_is_skipped_and_names_term_and_clip(
-    term: str, tmp_path: Path, run_crepa: RunCrepa
+    term: str, tmp_path: Path, run_crepa: RunCrepa, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two of eight clips are corrupt; no non-finite number reaches weights, averages or schedule."""
     cache = shutil.copytree("crepa-demo/clips/.crepa-cache", tmp_path / "cache")
     kind, name, value = SPOILED[term]
-    spoil(cache, kind, name, value, entries=2)
+    spoil_at_start(monkeypatch, cache, kind, name, value, entries=2)
     run = tmp_path / "run"
     flags = ["--steps", 10, "--set", f"data.cache={cache}", "--set", "train.ema=0.9", "--set", "checkpoints.every=1"]
     flags += ["--set", "checkpoints.keep=10", "--set", "crepa.similarity_threshold=0.9", "--output", run]
@@ -117,10 +131,10 @@ def test_a_gradient_that_overflows_is_not_taken(
 
 @pytest.mark.usefixtures("in_demo")
 def test_too_many_steps_that_are_not_finite_end_the_run(
-    tmp_path: Path, run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = shutil.copytree("crepa-demo/clips/.crepa-cache", tmp_path / "cache")
-    spoil(cache, "latents", "latents", math.nan, entries=1000)
+    spoil_at_start(monkeypatch, cache, "latents", "latents", math.nan, entries=1000)
     flags = ["--set", f"data.cache={cache}", "--set", "train.max_skipped_steps=2", "--output", tmp_path / "run"]
     assert run_crepa(*DEMO, *flags) == 1
     message = capsys.readouterr().err
