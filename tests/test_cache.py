@@ -91,6 +91,7 @@ def test_reading_does_not_load_what_is_not_used(tmp_path: Path) -> None:
 
 def test_a_key_depends_on_every_value_and_on_nothing_else() -> None:
     assert cache_key(a=1, b=["x", None]) == cache_key(b=("x", None), a=1)
+    variants: list[dict[str, object]]
     variants = [{}, {"a": 1}, {"a": 2}, {"a": "1"}, {"a": 1.5}, {"a": [1]}, {"a": {"b": 1}}, {"b": 1}, {"a": "\ud800"}]
     assert len({cache_key(**parts) for parts in variants}) == len(variants)
     with pytest.raises(ValueError, match="JSON"):

@@ -10,9 +10,9 @@ from conftest import OpenTiny
 from diffusers import Kandinsky5T2VPipeline
 from torch import Tensor
 
+from crepa_cli.models.capture import HiddenStateCapture
 from crepa_cli.models.family import Tensors
 from crepa_cli.models.kandinsky5_video import Kandinsky5Video, rotary_scale, tiny_transformer
-from crepa_cli.training.aligned import HiddenStateCapture
 
 NABLA = {"attention_type": "nabla", "attention_P": 0.9, "attention_wT": 3, "attention_wH": 3, "attention_wW": 3}
 

@@ -43,6 +43,7 @@ def write(
     name, pixels = CODECS[path.suffix]
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec or name, rate=rate)
+        assert isinstance(stream, av.VideoStream)
         stream.height, stream.width = pictures[0].shape[1:]
         stream.pix_fmt = pixels
         stream.thread_count = 1
