@@ -29,14 +29,16 @@ from crepa_cli.data.online import OnlineTeacher
 from crepa_cli.data.prepare import ClipForm, PreparedClip, encoder_config, prepare, prompt_key
 from crepa_cli.errors import RunError, UserError
 from crepa_cli.events import Event, Notice, Progress, RunOpened, TrainingEnded, TrainingStarted
-from crepa_cli.models.checkpoint import fetch
+from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
+from crepa_cli.models.hub import fetch
 from crepa_cli.processes import PRECISION, from_main, start_processes
 from crepa_cli.profile import Profile
 from crepa_cli.report.card import loading_lines, write_model_card
 from crepa_cli.report.metrics import MetricsFile
 from crepa_cli.report.plot import CurvesFile
 from crepa_cli.report.trackers import Trackers
+from crepa_cli.runs.capabilities import attention_mistakes, compile_mistakes, dtype_mistakes
 from crepa_cli.runs.checks import open_family
 from crepa_cli.runs.folder import RunFolder
 from crepa_cli.runs.resume import resume_mistakes
@@ -122,6 +124,12 @@ def train(
     profile = _with_output(profile, output)
     state = start_processes()
     family = _opened(profile)
+    if mistakes := [
+        *dtype_mistakes(profile, state.device),
+        *compile_mistakes(profile, state.device),
+        *attention_mistakes(profile, family, state.device),
+    ]:
+        raise UserError("\n".join(mistakes))
     # One process decides: once it has made the folder, the others would find a run in it.
     run = from_main(lambda: _run_to_resume(profile) if resume else RunFolder.claim(profile))
     accelerator = _accelerator(profile, run)
@@ -222,16 +230,16 @@ def _newest_checkpoint(run: RunFolder) -> Generator[Event, None, Path | None]:
 def _prepared(profile: Profile, family: Family, accelerator: Accelerator) -> Generator[Event, None, _Prepared]:
     """Fill the cache with everything that depends on the clips alone."""
     # Without network this ends here, not after an hour of reading clips.
-    fetch(family.checkpoint, family.revision, folders=())
+    fetch(family.base.name, family.base.revision, folders=())
     crepa, form = profile.crepa, ClipForm.of(profile.data)
     damaged: list[str] = []
     cache = Cache(
         cache_folder(profile.data),
         on_damage=lambda path, reason: damaged.append(f"{path.name} in the cache is made again: {reason}"),
     )
-    dtype = getattr(torch, profile.model.dtype)
+    dtype = torch_dtype(profile.model.dtype)
     texts = [*profile.validation.prompts, ""]
-    stored = crepa if crepa.enabled and not crepa.use_backbone_features and crepa.teacher_cache else None
+    stored = crepa if crepa.encoder_teaches and crepa.teacher_cache else None
     folder = clips_folder(profile.data)
     clips = yield from prepare(family, folder, form, stored, texts, cache, accelerator.device, dtype)
     for message in damaged:
@@ -249,10 +257,10 @@ def _build_trainer(
     checkpoint: Path | None,
 ) -> Trainer:
     crepa = profile.crepa
-    encoder_teaches = crepa.enabled and not crepa.use_backbone_features
+    encoder_teaches = crepa.encoder_teaches
     progress = read_progress(checkpoint) if checkpoint else {}
     teacher_size = encoder_config(crepa)["hidden_size"] if encoder_teaches else family.hidden_size
-    empty_key = prompt_key(family, "", getattr(torch, profile.model.dtype))
+    empty_key = prompt_key(family, "", torch_dtype(profile.model.dtype))
     learner = build_learner(profile, family, teacher_size, accelerator, checkpoint, progress)
     online = encoder_teaches and not crepa.teacher_cache and learner.aligns
     # Checkpoints of earlier versions counted the skipped steps of the run alone.
@@ -299,7 +307,7 @@ def _device_memory(device: torch.device) -> int:
 @contextmanager
 def _advice_on_memory(profile: Profile, family: Family) -> Iterator[None]:
     """Say what would lower memory if it was not enough."""
-    from crepa_cli.doctor.out_of_memory import out_of_memory_message
+    from crepa_cli.memory.out_of_memory import out_of_memory_message
 
     try:
         yield

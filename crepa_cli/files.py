@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, on every system and file system."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -17,6 +18,10 @@ from crepa_cli.errors import UserError
 
 PARTIAL = "partial"
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM}
+"""What Windows, network drives and FUSE answer if a folder is opened or synced."""
+ATTEMPTS = 20
+PAUSE_SECONDS = 0.05
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -36,7 +41,7 @@ def write_whole(path: Path, data: bytes) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(path)
+            _retry(lambda: temporary.replace(path))
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
@@ -47,7 +52,7 @@ def write_whole(path: Path, data: bytes) -> None:
 def whole_folder(path: Path, size: int) -> Iterator[Path]:
     """A folder to fill; once its files are on the disk it takes the place of `path`.
 
-    Whatever goes wrong before leaves `path` as it was, and no half folder.
+    An error before that leaves `path` as it was, and no partial folder.
 
     Args:
         path: its final name.
@@ -59,13 +64,13 @@ def whole_folder(path: Path, size: int) -> Iterator[Path]:
     partial = path.with_name(f"{path.name}.{PARTIAL}")
     try:
         try:
-            shutil.rmtree(partial, ignore_errors=True)
+            _delete(partial)
             partial.mkdir(parents=True)
             yield partial
             for entry in (*partial.rglob("*"), partial):
                 _sync(entry)
             remove_folder(path)
-            partial.replace(path)
+            _retry(lambda: partial.replace(path))
             _sync(path.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -74,25 +79,57 @@ def whole_folder(path: Path, size: int) -> Iterator[Path]:
 
 
 def remove_folder(path: Path) -> None:
-    """Delete a folder; killed at any moment, it is still there under its name whole, or not at all."""
+    """Delete a folder; if the process is killed, the folder is there under its name whole, or not at all."""
     if path.is_dir():
         doomed = path.with_name(f"{path.name}.{secrets.token_hex(4)}.{PARTIAL}")
-        path.replace(doomed)
-        shutil.rmtree(doomed)
+        _retry(lambda: path.replace(doomed))
+        _delete(doomed)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what runs that were killed had half written or half deleted in a folder."""
+    """Delete the folders that killed processes left partly written or partly deleted, but for those still in use."""
     for path in folder.glob(f"*.{PARTIAL}"):
-        shutil.rmtree(path)
+        with suppress(PermissionError):
+            _delete(path)
+
+
+def _delete(path: Path) -> None:
+    if path.exists():
+        _retry(lambda: shutil.rmtree(path))
+
+
+def _retry(action: Callable[[], object]) -> None:
+    """Retry for a second what is refused: on Windows, virus scanners and indexers open new files for a moment."""
+    for _ in range(ATTEMPTS - 1):
+        try:
+            action()
+        except PermissionError:
+            time.sleep(PAUSE_SECONDS)
+        else:
+            return
+    action()
 
 
 def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    """Wait until a file, or the list of names in a folder, is on the disk."""
+    if path.is_dir():
+        _sync_folder(path)
+        return
+    # Windows flushes only what is open for writing.
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in CANNOT_SYNC:
+            raise
 
 
 def _write_failure(path: Path, size: int, error: OSError | SafetensorError) -> str:
@@ -110,6 +147,8 @@ def _write_failure(path: Path, size: int, error: OSError | SafetensorError) -> s
 def _reason(error: OSError | SafetensorError) -> tuple[int | None, str]:
     if isinstance(error, OSError):
         return error.errno, error.strerror or str(error)
-    # safetensors reports the system's errors as text.
+    # safetensors reports the system's errors as text. On Windows the number is one of Windows' own, which OSError
+    # translates; elsewhere the fourth argument is ignored.
     found = re.search(r"os error (\d+)", str(error))
-    return (int(found[1]), os.strerror(int(found[1]))) if found else (None, str(error))
+    number = OSError(int(found[1]), "", None, int(found[1])).errno if found else None
+    return (number, os.strerror(number)) if number is not None else (None, str(error))

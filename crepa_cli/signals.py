@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import _thread
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
-"""Those that this system lacks are left out. Windows sends SIGBREAK for Ctrl-Break and a closed console."""
+"""Those that this system lacks are left out. SIGBREAK is the Ctrl-Break of Windows."""
+CLOSE_EVENT = 2
+"""What Windows calls a closed console window."""
+LONGEST_GRACE_SECONDS = 30
+"""Windows itself ends a process some 5 seconds after its console was closed."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -58,10 +64,46 @@ def stop_signals() -> Iterator[StopSignals]:
     if threading.current_thread() is not threading.main_thread():
         yield signals
         return
-    numbers = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
-    previous = {number: signal.signal(number, signals.handle) for number in numbers}
-    try:
+    with handled(signals.handle), _closed_console():
         yield signals
+
+
+@contextmanager
+def handled(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Handle the signals that ask for a stop; a SIGHUP that `nohup` made the process ignore stays ignored."""
+    numbers = {getattr(signal, name) for name in NAMES if hasattr(signal, name)}
+    ignored = {number for number in numbers if signal.getsignal(number) is signal.SIG_IGN} - {signal.SIGINT}
+    previous = {number: signal.signal(number, handler) for number in numbers - ignored}
+    try:
+        yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, before in previous.items():
+            signal.signal(number, before)
+
+
+@contextmanager
+def _closed_console() -> Iterator[None]:
+    """Count a closed console window of Windows as Ctrl-Break.
+
+    Windows ends the process as soon as the handler, which runs in a thread of its own, returns.
+    """
+    if sys.platform == "win32":
+        import ctypes
+        from ctypes import wintypes
+
+        def close(event: int) -> bool:
+            if event != CLOSE_EVENT:
+                return False
+            _thread.interrupt_main(signal.SIGBREAK)
+            time.sleep(LONGEST_GRACE_SECONDS)
+            return True
+
+        handler = ctypes.WINFUNCTYPE(wintypes.BOOL, wintypes.DWORD)(close)
+        set_handler = ctypes.windll.kernel32.SetConsoleCtrlHandler
+        set_handler(handler, True)
+        try:
+            yield
+        finally:
+            set_handler(handler, False)
+    else:
+        yield

@@ -17,10 +17,11 @@ from filelock import FileLock
 from torch import Tensor
 
 from crepa_cli.cli import main
+from crepa_cli.demo import write_tiny
+from crepa_cli.demo.teacher import write_tiny_dinov2
+from crepa_cli.demo.tiny import write_once
 from crepa_cli.models import load_family
 from crepa_cli.models.family import Family
-from crepa_cli.models.tiny import write_once
-from crepa_cli.teachers.dinov2 import write_tiny_dinov2
 
 # Tensors of tiny models are faster on one thread than shared out, here and in the commands that tests start.
 torch.set_num_threads(1)
@@ -42,7 +43,7 @@ def open_tiny(checkpoints: Path) -> OpenTiny:
 
     def open_family(name: str, task: str) -> Family:
         family = load_family(name)
-        folder = write_once(checkpoints / f"{name}-{task}", lambda path: family.write_tiny(path, task))
+        folder = write_once(checkpoints / f"{name}-{task}", lambda path: write_tiny(name, path, task))
         return family(str(folder), task)
 
     return open_family

@@ -11,9 +11,9 @@ from pathlib import Path
 from rich.console import Console
 
 from crepa_cli import api
+from crepa_cli.demo import write_demo
 from crepa_cli.report.dashboard import HEIGHT, Dashboard
 from crepa_cli.training.build import coefficient_schedule
-from crepa_cli.training.demo import write_demo
 
 
 def draw(path: Path, width: int = 100) -> None:

@@ -1,10 +1,13 @@
 """Kill a run at random moments and resume it each time: its result must equal that of an uninterrupted run.
 
     python tests/kill_and_resume.py --count 30
+    python tests/kill_and_resume.py --count 3 --at "alignment turned off" --set checkpoints.every=1
+    python tests/kill_and_resume.py --count 10 --set train.optimizer=adamw8bit --set adapter.rank=128
 
-The demo's run is killed after a random time (with SIGKILL, which a process cannot catch): during preparation, a step, a
-checkpoint, a validation or the export. It is started again with `--resume` until it ends. Then its weights, optimizer
-state, weight average and metrics are compared bit for bit with those of an uninterrupted run.
+The demo's run is killed (with SIGKILL, which a process cannot catch) after a random time: during preparation, a step, a
+checkpoint, a validation or the export. With `--at` it is killed as soon as it prints a line with these words. It is
+started again with `--resume` until it ends. Then its weights, optimizer state, weight average and metrics are compared
+bit for bit with those of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -37,27 +41,47 @@ STATES = ("model", "optimizer", "average")
 MOST_SESSIONS = 40
 
 
-def command() -> list[str]:
+def command(settings: list[str]) -> list[str]:
     """The command that a user types: start the run, or resume it."""
-    return [*TRAIN, "--resume", "--output", str(RUN)] if (RUN / "profile.toml").exists() else whole_run(RUN)
+    if (RUN / "profile.toml").exists():
+        return [*TRAIN, "--resume", "--output", str(RUN)]
+    return whole_run(RUN, settings)
 
 
-def whole_run(output: Path) -> list[str]:
+def whole_run(output: Path, settings: list[str]) -> list[str]:
     """The command that starts a run."""
-    return [*TRAIN, *SETTINGS, "--output", str(output)]
+    sets = [word for setting in settings for word in ("--set", setting)]
+    return [*TRAIN, *SETTINGS, *sets, "--output", str(output)]
 
 
-def session(kill_after: float | None) -> tuple[bool, str]:
-    """Run a command and kill it after some seconds, if given; returns whether it finished by itself, and its output."""
-    process = subprocess.Popen(command(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def session(settings: list[str], kill_after: float | None, kill_at: str | None) -> tuple[bool, str]:
+    """Run a command and kill it after some seconds, or at a line with some words.
+
+    Returns:
+        Whether it finished by itself, and its output.
+    """
+    process = subprocess.Popen(command(settings), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        output, _ = process.communicate(timeout=kill_after)
+        output = read_until(process, kill_at) if kill_at else process.communicate(timeout=kill_after)[0]
     except subprocess.TimeoutExpired:
         process.kill()
         return False, process.communicate()[0]
+    if process.returncode == -signal.SIGKILL:
+        return False, output
     if process.returncode:
         raise SystemExit(f"a resumed run failed with exit code {process.returncode}:\n{output}")
     return True, output
+
+
+def read_until(process: subprocess.Popen[str], words: str) -> str:
+    """The output of a process, which is killed at the first line with these words."""
+    lines = []
+    for line in process.stdout or ():
+        lines.append(line)
+        if words in line:
+            process.kill()
+    process.wait()
+    return "".join(lines)
 
 
 def last_event(output: str) -> str:
@@ -87,8 +111,14 @@ def metrics(run: Path) -> list[list[Any]]:
     return [[line[key] for key in EXACT] for line in lines]
 
 
-def kill_and_resume(count: int, seed: int) -> None:
+def kill_and_resume(count: int, seed: int, settings: list[str], kill_at: str | None) -> None:
     """Kill runs of the demo in the current folder `count` times in all.
+
+    Args:
+        count: kills.
+        seed: of the times.
+        settings: "table.key=value", on top of those of every run.
+        kill_at: words of the line at which each run is killed once; None for random times.
 
     Raises:
         SystemExit: if a run cannot be resumed, or its result differs from that of the uninterrupted run.
@@ -96,7 +126,7 @@ def kill_and_resume(count: int, seed: int) -> None:
     randomness = random.Random(seed)
     whole = Path("runs/whole")
     started = time.monotonic()
-    subprocess.run(whole_run(whole), check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(whole_run(whole, settings), check=True, stdout=subprocess.DEVNULL)
     longest = time.monotonic() - started
     killed = 0
     while killed < count:
@@ -104,13 +134,13 @@ def kill_and_resume(count: int, seed: int) -> None:
         if randomness.random() < 0.5:
             # The next run may be killed during its preparation too.
             shutil.rmtree("crepa-demo/clips/.crepa-cache", ignore_errors=True)
-        for _ in range(MOST_SESSIONS):
-            after = randomness.uniform(0.1, longest) if killed < count else None
-            ended, output = session(after)
+        for number in range(MOST_SESSIONS):
+            after = randomness.uniform(0.1, longest) if killed < count and not kill_at else None
+            ended, output = session(settings, after, kill_at if number == 0 else None)
             if ended:
                 break
             killed += 1
-            print(f"{killed}: killed after {after:.1f} s; last output: {last_event(output)}", flush=True)
+            print(f"{killed}: killed; last output: {last_event(output)}", flush=True)
         else:
             raise SystemExit(f"the run did not finish in {MOST_SESSIONS} sessions")
         if found := differences(RUN, whole):
@@ -122,7 +152,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=30, help="total number of kills")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random times")
+    parser.add_argument("--at", help="words of the line at which to kill, in place of random times")
+    parser.add_argument("--set", action="append", default=[], dest="settings", help="a setting, as table.key=value")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        kill_and_resume(arguments.count, arguments.seed)
+        kill_and_resume(arguments.count, arguments.seed, arguments.settings, arguments.at)

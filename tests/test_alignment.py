@@ -15,7 +15,7 @@ from torch import Tensor
 from crepa_cli.alignment import Alignment, Crepa, TokenGrid, layersync_loss, loss
 from crepa_cli.alignment.grid import interpolation_taps, matching_frames
 from crepa_cli.alignment.loss import neighbor_weights
-from crepa_cli.doctor.live_bytes import LiveBytes
+from crepa_cli.memory.live_bytes import LiveBytes
 
 GRIDS = st.tuples(st.integers(1, 5), st.integers(1, 5))
 SETTINGS = st.fixed_dictionaries(

@@ -76,19 +76,6 @@ def test_tensors_of_any_layout_can_be_stored_and_changing_what_was_read_changes_
     assert cache.has("features", KEY)
 
 
-def test_reading_does_not_load_what_is_not_used(tmp_path: Path) -> None:
-    cache = Cache(tmp_path)
-    cache.write("features", KEY, {"large": torch.ones(50_000_000, dtype=torch.uint8)})
-
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-    before = resident()
-    large = cache.read("features", KEY)["large"]
-    assert large[:1000].sum() == 1000
-    assert resident() - before < 10_000_000
-
-
 def test_a_key_depends_on_every_value_and_on_nothing_else() -> None:
     assert cache_key(a=1, b=["x", None]) == cache_key(b=("x", None), a=1)
     variants: list[dict[str, object]]

@@ -51,7 +51,7 @@ def test_a_folder_of_unreadable_clips(
     for name in ("a", "b"):
         Path("clips", f"{name}.mp4").write_bytes(b"no video")
         Path("clips", f"{name}.txt").write_text("a caption")
-    checkpoint = open_tiny("wan", "t2v").checkpoint
+    checkpoint = open_tiny("wan", "t2v").base.name
     flags = ["--checkpoint", checkpoint, "--data", "clips", "--plain"]
     assert run_crepa("train", "--profile", "t2v", "--model", "wan", *flags) == 2
     captured = capsys.readouterr()

@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 
 from crepa_cli.data.clips import file_digest, find_clips
-from crepa_cli.data.demo import COLORS, write_demo_clips
 from crepa_cli.data.video import decode, frames_available, probe
+from crepa_cli.demo.clips import COLORS, write_demo_clips
 
 
 def test_demo_clips_are_usable_varied_and_moving(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from packaging.version import Version
 from safetensors import safe_open
 
 from crepa_cli.data.cache import Cache
-from crepa_cli.data.demo import write_demo_clips
 from crepa_cli.data.prepare import ClipForm, prepare
+from crepa_cli.demo.clips import write_demo_clips
 from crepa_cli.doctor import devices
 from crepa_cli.doctor.cache_size import cache_bytes
 from crepa_cli.doctor.disk import check_folder
@@ -27,7 +27,7 @@ from crepa_cli.doctor.environment import check_library, pinned_versions
 from crepa_cli.doctor.hub import check_repository
 from crepa_cli.errors import UserError
 from crepa_cli.events import drained
-from crepa_cli.profile import Crepa
+from crepa_cli.profile import CrepaSettings
 
 DEMO = ["--profile", "t2v", "--model", "wan", "--demo"]
 
@@ -108,7 +108,7 @@ def test_every_family_stores_what_is_predicted(
 ) -> None:
     family = open_tiny(name, task)
     write_demo_clips(folder / "clips", count=1)
-    crepa = Crepa(encoder=str(tiny_dinov2), encoder_image_size="grid")
+    crepa = CrepaSettings(block_index=8, encoder=str(tiny_dinov2), encoder_image_size="grid")
     cache = Cache(folder / "cache")
     form = ClipForm(128, 96, 17, 16)
     events = prepare(family, folder / "clips", form, crepa, [], cache, torch.device("cpu"), torch.float32)

@@ -19,7 +19,7 @@ from test_wan import two_experts
 
 from crepa_cli.models.family import COMFYUI_FILE, Family, Tensors
 from crepa_cli.models.wan import Wan
-from crepa_cli.profile import Adapter
+from crepa_cli.profile import AdapterSettings
 from crepa_cli.training.adapter import export_weights, make_trainable
 from crepa_cli.training.checkpoints import trained_weights
 
@@ -38,8 +38,8 @@ MORE_OF_WAN = ["add_k_proj", "add_v_proj", "time_proj", "proj_out", "linear_1", 
 def exported(family: Family, folder: Path, **settings: object) -> tuple[Tensors, Tensors]:
     """The tensors of the diffusers file and of the ComfyUI file of a random LoRA of rank 4."""
     torch.manual_seed(0)
-    defaults = {"rank": 4, "target_modules": family.settings["adapter"]["target_modules"]}
-    adapter = Adapter.model_validate(defaults | {"export": ("diffusers", "comfyui")} | settings)
+    defaults = {"rank": 4, "alpha": 4.0, "target_modules": family.settings["adapter"]["target_modules"]}
+    adapter = AdapterSettings.model_validate(defaults | {"export": ("diffusers", "comfyui")} | settings)
     transformer = family.load_transformer(torch.float32)
     make_trainable(transformer, adapter)
     for parameter in transformer.parameters():
@@ -98,7 +98,7 @@ def test_alpha_is_kept(open_tiny: OpenTiny, tmp_path: Path) -> None:
 def test_the_lora_of_the_low_noise_expert_loads_into_it(open_tiny: OpenTiny, checkpoints: Path, tmp_path: Path) -> None:
     family = Wan(two_experts(open_tiny, checkpoints, "t2v"), "t2v", variant="low")
     published, _ = exported(family, tmp_path / "weights")
-    pipeline = WanPipeline.from_pretrained(family.checkpoint)
+    pipeline = WanPipeline.from_pretrained(family.base.name)
     pipeline.load_lora_weights(tmp_path / "weights", weight_name=DIFFUSERS_FILE, load_into_transformer_2=True)
     loaded = get_peft_model_state_dict(pipeline.transformer_2, adapter_name="default_0")
     assert {f"transformer.{key}" for key in loaded} == published.keys()

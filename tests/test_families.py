@@ -19,7 +19,7 @@ from torch import Tensor
 from crepa_cli.models import FAMILIES, load_family
 from crepa_cli.models.capture import HiddenStateCapture
 from crepa_cli.models.family import Family, Tensors
-from crepa_cli.profile import Adapter
+from crepa_cli.profile import AdapterSettings
 from crepa_cli.training.adapter import export_weights, make_trainable
 from crepa_cli.training.checkpoints import trained_weights
 from crepa_cli.training.flow import diffusion_loss, sample_sigmas
@@ -97,7 +97,7 @@ def overfitted(family: Family, tensors: Tensors, steps: int) -> torch.nn.Module:
 def sampled_similarity(family: Family, video: Tensor, tensors: Tensors, **transformers: torch.nn.Module) -> float:
     """The cosine between a clip's latents and those that the published pipeline samples with these transformers."""
     pipeline_class = getattr(diffusers, family.pipeline_class)
-    pipeline = pipeline_class.from_pretrained(family.checkpoint, **transformers)
+    pipeline = pipeline_class.from_pretrained(family.base.name, **transformers)
     sampled = sampled_latents(family, pipeline, video, tensors["latents"], steps=30)
     return float(torch.cosine_similarity(sampled.flatten(), tensors["latents"].flatten(), dim=0))
 
@@ -163,7 +163,9 @@ def test_an_exported_lora_loads_in_the_published_pipeline(
     frames = FRAMES.get((name, task), 2 * family.frame_multiple + 1)
     video, tensors = encoded_clip(family, frames, multiple, multiple)
     transformer = family.load_transformer(torch.float32)
-    settings = Adapter.model_validate({"rank": 4, "target_modules": family.settings["adapter"]["target_modules"]})
+    settings = AdapterSettings.model_validate(
+        {"rank": 4, "alpha": 4.0, "target_modules": family.settings["adapter"]["target_modules"]}
+    )
     make_trainable(transformer, settings)
     for parameter in transformer.parameters():
         if parameter.requires_grad:
@@ -172,7 +174,7 @@ def test_an_exported_lora_loads_in_the_published_pipeline(
     trained = get_peft_model_state_dict(transformer)
 
     pipeline_class = getattr(diffusers, family.pipeline_class)
-    pipeline = pipeline_class.from_pretrained(family.checkpoint)
+    pipeline = pipeline_class.from_pretrained(family.base.name)
     before = sampled_latents(family, pipeline, video, tensors["latents"], steps=2)
     pipeline.load_lora_weights(tmp_path / "weights")
     loaded = get_peft_model_state_dict(pipeline.transformer, adapter_name="default_0")

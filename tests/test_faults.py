@@ -292,11 +292,22 @@ def test_two_runs_fill_one_cache_at_once(demo: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "cache").rglob(".*.tmp"))
 
 
+KILLS = {
+    "at random moments": ["--count", "2"],
+    "at the cutoff, with one checkpoint kept": [
+        *("--count", "1", "--at", "alignment turned off"),
+        *("--set", "checkpoints.every=1", "--set", "checkpoints.keep=1"),
+    ],
+    "with 8-bit AdamW": ["--count", "2", "--set", "train.optimizer=adamw8bit", "--set", "adapter.rank=128"],
+}
+
+
 @pytest.mark.slow
-def test_runs_killed_at_random_moments_end_as_if_they_had_not_been(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", KILLS)
+def test_killed_runs_end_as_if_they_had_not_been(kills: str, tmp_path: Path) -> None:
     script = Path(__file__).parent / "kill_and_resume.py"
     done = subprocess.run(
-        [sys.executable, script, "--count", "2"], capture_output=True, text=True, check=False, cwd=tmp_path
+        [sys.executable, script, *KILLS[kills]], capture_output=True, text=True, check=False, cwd=tmp_path
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

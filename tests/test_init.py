@@ -20,11 +20,21 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
 from crepa_cli.cli.init import init
+from crepa_cli.cli.terminal import NOTEBOOK_VARIABLES
 from crepa_cli.errors import UserError
-from crepa_cli.profile import Profile, ResolvedProfile, description, json_schema, known_keys, resolve_profile
-from crepa_cli.profile.project import commented_toml, memory_settings, project_profile
+from crepa_cli.models.flavours import FLAVOURS
+from crepa_cli.profile import ResolvedProfile, description, json_schema, known_keys, resolve_profile
+from crepa_cli.profile.project import commented_toml, memory_settings, project_settings
 from crepa_cli.profile.simpletuner import COUNTERPARTS, export_crepa, import_config, read_config
 
+DEFAULTS: dict[str, dict[str, object]] = {
+    "model": {"checkpoint": "org/wan"},
+    "adapter": {"rank": 32, "target_modules": ["to_q"]},
+    "data": {"width": 832, "height": 480, "frames": 81, "fps": 16.0},
+    "train": {"learning_rate": 1e-4},
+    "validation": {"guidance_scale": 5.0},
+    "crepa": {"block_index": 8},
+}
 SCRIPT = "import typer; from crepa_cli.cli.init import init; typer.run(init)"
 
 
@@ -57,15 +67,18 @@ def written(folder: Path) -> dict[str, Any]:
 
 
 def resolved(folder: Path) -> ResolvedProfile:
-    return resolve_profile(profile=None, flags={}, sets=[], folder=folder, family_defaults=lambda *_: {})
+    return resolve_profile(profile=None, flags={}, sets=[], folder=folder, family_defaults=lambda *_: DEFAULTS)
 
 
-def imported(config: dict[str, Any]) -> tuple[Profile, dict[str, object]]:
-    result = import_config(read_config(json.dumps({"model_family": "wan", **config}), "config.json"), "config.json")
-    profile = project_profile(
+def imported(config: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, object]]:
+    """The settings that a configuration leads to, and its options without a counterpart."""
+    result = import_config(
+        read_config(json.dumps({"model_family": "wan", **config}), "config.json"), "config.json", FLAVOURS
+    )
+    settings = project_settings(
         profile=None, vram=None, imported=result.settings, flags={}, folder=Path(), families=("wan", "ltxvideo")
     )
-    return profile, result.without_counterpart
+    return settings, result.without_counterpart
 
 
 def test_presets_are_listed_with_their_purpose(folder: Path):
@@ -85,10 +98,10 @@ def test_flags_alone_write_a_file_that_means_the_preset(folder: Path, preset: st
         flags={"model.family": "wan", "data.path": "clips"},
         sets=[],
         folder=folder.parent,
-        family_defaults=lambda *_: {},
+        family_defaults=lambda *_: DEFAULTS,
     )
     assert resolved(folder).profile == expected.profile
-    assert set(resolved(folder).sources.values()) == {"built-in default", "crepa.toml"}
+    assert set(resolved(folder).sources.values()) == {"built-in default", "crepa.toml", "family wan"}
 
 
 def test_the_file_has_comments_a_schema_and_nothing_that_is_a_default(folder: Path):
@@ -116,14 +129,14 @@ def test_memory_lowers_frames_and_teacher(folder: Path):
 
 def test_every_memory_setting_is_valid(folder: Path):
     for memory in (4, 12, 16, 24, 80):
-        assert project_profile(
+        assert project_settings(
             profile=None, vram=memory, imported=(), flags={"model.family": "wan"}, folder=folder, families=("wan",)
         )
 
 
 def test_nothing_is_overwritten_without_force(folder: Path):
     (folder / "crepa.toml").write_text("mine")
-    assert "crepa.toml: already there; --force" in refusal("--model", "wan")
+    assert "crepa.toml: already exists; use --force" in refusal("--model", "wan")
     assert (folder / "crepa.toml").read_text() == "mine"
     assert not (folder / "crepa.schema.json").exists()
     succeed("--model", "wan", "--force")
@@ -132,7 +145,7 @@ def test_nothing_is_overwritten_without_force(folder: Path):
 
 def test_another_schema_is_not_overwritten_either_but_the_same_one_may_stay(folder: Path):
     (folder / "crepa.schema.json").write_text("{}")
-    assert "crepa.schema.json: already there" in refusal("--model", "wan")
+    assert "crepa.schema.json: already exists" in refusal("--model", "wan")
     assert not (folder / "crepa.toml").exists()
     succeed("--model", "wan", "--force")
     (folder / "crepa.toml").unlink()
@@ -149,10 +162,10 @@ def test_mistakes_of_flags_are_listed_at_once_and_write_nothing(folder: Path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give --model"),
+        ([], "use --model"),
         (["--model", "wan", "--profile", "t3v"], "did you mean t2v?"),
         (["--model", "wan", "--from", "missing.json"], "missing.json: is not a file"),
-        (["--to", "config.json"], "no model family is chosen"),
+        (["--to", "config.json"], "no model family is set"),
     ],
 )
 def test_without_a_terminal_what_is_missing_is_said(folder: Path, arguments: list[str], message: str):
@@ -166,16 +179,20 @@ def test_a_folder_that_cannot_be_written_is_explained(folder: Path):
     assert {path.name for path in folder.iterdir()} == {"crepa.toml", "crepa.schema.json"}
 
 
-def terminal(folder: Path, answers: str, *arguments: str) -> tuple[int, str]:
-    """Exit code and screen of `crepa init` in a pseudo-terminal in which these lines are typed."""
+def terminal(folder: Path, answers: str, *arguments: str, **extra: str) -> tuple[int, str]:
+    """Exit code and screen of `crepa init` in a pseudo-terminal in which these lines are typed.
+
+    `extra` adds environment variables.
+    """
     ours, theirs = pty.openpty()
+    environment = {name: value for name, value in os.environ.items() if name not in {"CI", *NOTEBOOK_VARIABLES}}
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, *arguments],
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
         cwd=folder,
-        env={**os.environ, "PATH": os.fspath(folder), "TERM": "dumb", "COLUMNS": "100"},
+        env={**environment, "PATH": os.fspath(folder), "TERM": "dumb", "COLUMNS": "100", **extra},
         start_new_session=True,
     )
     os.close(theirs)
@@ -226,6 +243,14 @@ def test_a_terminal_is_not_asked_when_the_file_is_there(folder: Path):
     assert code != 0
     assert "Model family" not in screen
     assert (folder / "crepa.toml").read_text() == "mine"
+
+
+@pytest.mark.parametrize("variable", ["CI", *NOTEBOOK_VARIABLES])
+def test_nobody_is_asked_in_a_notebook_or_ci(folder: Path, variable: str):
+    code, screen = terminal(folder, "\x04", "--model", "wan", **{variable: "1"})
+    assert code == 0, screen
+    assert "Text to video" not in screen
+    assert written(folder)["crepa"]["scheduler"] == "cosine"
 
 
 def test_the_end_of_input_writes_nothing(folder: Path):
@@ -309,10 +334,11 @@ def test_flags_win_over_an_imported_configuration(folder: Path):
         ({"seed": 1}, "train.seed", 1),
     ],
 )
-def test_options_have_their_counterparts(config: dict[str, Any], setting: str, value: object):
-    profile, left_out = imported(config)
+def test_options_have_their_counterparts(folder: Path, config: dict[str, Any], setting: str, value: object):
+    settings, left_out = imported(config)
+    (folder / "crepa.toml").write_text(commented_toml(settings))
     table, key = setting.split(".")
-    assert json.loads(json.dumps(profile.model_dump()))[table][key] == value
+    assert json.loads(resolved(folder).profile.model_dump_json())[table][key] == value
     assert left_out == {}
 
 
@@ -339,8 +365,8 @@ def test_what_has_no_counterpart_is_kept_by_name(config: dict[str, Any]):
 
 
 def test_of_two_names_of_one_setting_the_other_is_named():
-    profile, left_out = imported({"crepa_encoder": "dinov2_vits14", "crepa_model": "dinov2_vitb14"})
-    assert profile.crepa.encoder == "dinov2_vitb14"
+    settings, left_out = imported({"crepa_encoder": "dinov2_vits14", "crepa_model": "dinov2_vitb14"})
+    assert settings["crepa"]["encoder"] == "dinov2_vitb14"
     assert left_out == {"crepa_encoder": "dinov2_vits14"}
 
 
@@ -353,7 +379,7 @@ def test_wrong_values_of_a_configuration_are_listed_with_their_option():
         imported({"crepa_lambda": -1, "learning_rate": "fast", "model_family": "sdxl"})
     lines = [line.strip() for line in str(error.value).splitlines()[1:]]
     assert lines == [
-        'config.json (model_family): model.family = "sdxl": must be one of wan, ltxvideo, which have CREPA support',
+        'config.json (model_family): model.family = "sdxl": must be one of wan, ltxvideo, which support CREPA',
         'config.json (learning_rate): train.learning_rate = "fast": must be a number > 0, or none',
         "config.json (crepa_lambda): crepa.lambda = -1.0: must be a number >= 0",
     ]
@@ -365,8 +391,8 @@ def test_wrong_values_of_a_configuration_are_listed_with_their_option():
         ("{", "not valid JSON"),
         ("[]", "must be a JSON object"),
         ("[" * 100_000, "not valid JSON"),
-        ('{"a": 1, "a": 2}', "there twice: a"),
-        ('{"a": 1, "--a": 2}', "there with and without dashes: a"),
+        ('{"a": 1, "a": 2}', "given twice: a"),
+        ('{"a": 1, "--a": 2}', "given both with and without dashes: a"),
         ('{"a": "\\ud800"}', "not valid JSON"),
         ('{"a": ' + "9" * 5000 + "}", "not valid JSON"),
     ],
@@ -382,7 +408,7 @@ class FakeFamily:
     @classmethod
     def defaults(cls, task: str) -> dict[str, dict[str, object]]:
         assert task == "t2v"
-        return {"crepa": {"block_index": 8}}
+        return DEFAULTS
 
 
 @pytest.fixture
@@ -462,14 +488,14 @@ FUZZ = settings(deadline=None, max_examples=400, suppress_health_check=[HealthCh
 @given(values=CREPA, dashes=st.booleans())
 def test_the_round_trip_loses_nothing(folder: Path, values: dict[str, object], dashes: bool):
     first = {f"{'--' if dashes else ''}crepa_{key}": value for key, value in values.items()}
-    profile, left_out = imported(first)
+    settings, left_out = imported(first)
     assert left_out == {}
-    (folder / "crepa.toml").write_text(commented_toml(profile), encoding="utf-8")
+    (folder / "crepa.toml").write_text(commented_toml(settings), encoding="utf-8")
     read_back = resolved(folder).profile
-    assert read_back == profile
     second = export_crepa(read_back, first)
     assert {name: second[name] for name in first} == first
-    assert imported(second)[0].crepa == profile.crepa
+    (folder / "crepa.toml").write_text(commented_toml(imported(second)[0]), encoding="utf-8")
+    assert resolved(folder).profile == read_back
 
 
 OPTIONS = st.one_of(
@@ -506,11 +532,11 @@ JSON = st.recursive(
 def test_no_configuration_ends_in_a_traceback(config: dict[str, Any]):
     names = [name.lstrip("-") for name in config]
     try:
-        profile, left_out = imported(config)
+        settings, left_out = imported(config)
     except UserError:
         return
     assert set(left_out) <= set(names)
-    assert tomllib.loads(commented_toml(profile))["model"]["family"]
+    assert tomllib.loads(commented_toml(settings))["model"]["family"]
 
 
 @FUZZ
@@ -530,7 +556,7 @@ def test_deep_nesting_ends_in_no_traceback(depth: int):
         config = read_config(text, "config.json")
     except UserError:
         return
-    assert "optimizer" in import_config(config, "config.json").without_counterpart
+    assert "optimizer" in import_config(config, "config.json", FLAVOURS).without_counterpart
 
 
 @pytest.mark.parametrize("in_terminal", [False, True])

@@ -21,19 +21,14 @@ from crepa_cli.data.buckets import Bucket, Size
 from crepa_cli.doctor import overview
 from crepa_cli.doctor.findings import BucketCount, Check, FamilyMemory, Plan
 from crepa_cli.doctor.fit import check_memory, largest_bucket
-from crepa_cli.doctor.kept import folder, kept
-from crepa_cli.doctor.live_bytes import LiveBytes
-from crepa_cli.doctor.memory import (
-    clips_of,
-    last_that_holds,
-    lighter_settings,
-    memory_advice,
-    predict,
-    smaller_sizes,
-    with_setting,
-)
-from crepa_cli.doctor.step_memory import PARTS, Clips, predict_training
+from crepa_cli.memory.kept import folder, kept
+from crepa_cli.memory.live_bytes import LiveBytes
+from crepa_cli.memory.prediction import predict
+from crepa_cli.memory.savings import last_that_holds, lighter_settings, memory_advice, smaller_sizes, with_setting
+from crepa_cli.memory.shapes import Clips, clips_of
+from crepa_cli.memory.step import PARTS, predict_training
 from crepa_cli.models import FAMILIES, load_family
+from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
 from crepa_cli.processes import PRECISION
 from crepa_cli.profile import Profile
@@ -65,11 +60,12 @@ def shallow(family: Family) -> Family:
 def settings(family: Family, **tables: dict[str, object]) -> Profile:
     """A LoRA on two clips at once in float32, except for the settings in `tables`."""
     base: dict[str, dict[str, object]] = {
-        "model": {"family": family.name, "checkpoint": family.checkpoint, "dtype": "float32"},
-        "adapter": {"rank": 8, "target_modules": family.settings["adapter"]["target_modules"]},
+        "model": {"family": family.name, "checkpoint": family.base.name, "dtype": "float32"},
+        "adapter": {"rank": 8, "alpha": 8.0, "target_modules": family.settings["adapter"]["target_modules"]},
         "data": {"width": 96, "height": 96, "frames": 33, "fps": 16.0},
         "train": {"batch_size": 2, "learning_rate": 1e-4},
         "crepa": {"block_index": 1},
+        "validation": {"guidance_scale": 5.0},
     }
     return Profile.model_validate({table: values | tables.get(table, {}) for table, values in base.items()})
 
@@ -78,7 +74,7 @@ def small_clips(family: Family, profile: Profile) -> Clips:
     """Clips of five frames with 144 tokens each."""
     with torch.device("meta"):
         latents = torch.empty(LATENTS.get(family.name, (4, 5, 24, 24)))
-        prompt = family.longest_prompt(getattr(torch, profile.model.dtype))
+        prompt = family.longest_prompt(torch_dtype(profile.model.dtype))
         return Clips({"latents": latents, "fps": torch.empty(())} | prompt, TEACHER, FEATURES)
 
 
@@ -216,8 +212,9 @@ def test_the_largest_clips_that_fit(open_tiny: OpenTiny, tiny_dinov2: Path) -> N
     peaks = {frames: predict(profile, family, Bucket(frames, 96, 96)).peak for frames in (17, 25, 33)}
     assert peaks[17] < peaks[25] < peaks[33]
     plan = Plan(buckets=[BucketCount(33, 96, 96, clips=2)])
-    told: list[str] = []
-    check_memory(plan, family, profile, peaks[17], told.append)
+    lines: list[str] = []
+    check_memory(plan, family, profile, peaks[17], lines.append)
+    assert lines[0] == "predicting memory"
     assert plan.memory is not None
     assert plan.memory.fitting is not None
     assert plan.memory.fitting.frames == 17
@@ -230,10 +227,10 @@ def test_the_largest_clips_that_fit(open_tiny: OpenTiny, tiny_dinov2: Path) -> N
     assert saved == sorted(saved, reverse=True)
 
     fine = Plan(buckets=plan.buckets)
-    check_memory(fine, family, profile, peaks[33], told.append)
+    check_memory(fine, family, profile, peaks[33], lines.append)
     assert fine.checks[0].status == "fine"
     shared = Plan(buckets=plan.buckets)
-    check_memory(shared, family, with_setting(profile, "train", "sharding", True), peaks[17], told.append)
+    check_memory(shared, family, with_setting(profile, "train", "sharding", True), peaks[17], lines.append)
     assert shared.checks[0].status == "fine", "nothing is known of several processes"
     assert "not predicted" in shared.checks[0].message
     assert memory_advice(profile, family, Bucket(33, 96, 96)) == (plan.memory.training, plan.memory.savings)

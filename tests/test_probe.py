@@ -21,16 +21,17 @@ from torch import Tensor, nn
 from crepa_cli.alignment import TokenGrid
 from crepa_cli.data.cache import Cache
 from crepa_cli.data.dataset import Batch
-from crepa_cli.data.demo import write_demo_clips
 from crepa_cli.data.prepare import ClipForm, prepare
-from crepa_cli.doctor.live_bytes import LiveBytes
+from crepa_cli.demo.clips import write_demo_clips
+from crepa_cli.demo.wan import tiny_transformer
 from crepa_cli.events import drained
+from crepa_cli.memory.live_bytes import LiveBytes
 from crepa_cli.models import FAMILIES, load_family
 from crepa_cli.models.capture import HiddenStateCapture
-from crepa_cli.models.wan import Wan, tiny_transformer
+from crepa_cli.models.wan import Wan
 from crepa_cli.probe.clip import ClipProbe
 from crepa_cli.probe.measure import measure
-from crepa_cli.profile import Crepa
+from crepa_cli.profile import CrepaSettings
 from crepa_cli.settings import resolve
 
 CLIPS = 4
@@ -79,7 +80,7 @@ def measured(clips: Path, open_tiny: OpenTiny, tiny_dinov2: Path) -> list[str]:
         "crepa.encoder_image_size": "grid",
     }
     sets = [text for name, value in settings.items() for text in ("--set", f"{name}={value}")]
-    return ["wan", "--checkpoint", open_tiny("wan", "t2v").checkpoint, "--data", str(clips), *sets]
+    return ["wan", "--checkpoint", open_tiny("wan", "t2v").base.name, "--data", str(clips), *sets]
 
 
 @pytest.fixture
@@ -125,7 +126,7 @@ def test_the_parameters_of_a_block(probe: Callable[..., Any], open_tiny: OpenTin
     family = open_tiny("wan", "t2v")
     block = family.blocks(family.load_transformer(torch.float32))[3]
     expected = sum(parameter.numel() for parameter in block.parameters())
-    assert probe("wan", "--checkpoint", family.checkpoint)["parameters_per_block"] == expected
+    assert probe("wan", "--checkpoint", family.base.name)["parameters_per_block"] == expected
 
 
 def test_a_larger_checkpoint_on_a_narrow_screen(run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,7 +145,7 @@ def test_a_wrong_block_in_the_settings_is_no_obstacle(probe: Callable[..., Any])
 
 
 def test_a_checkpoint_without_the_familys_block(probe: Callable[..., Any], open_tiny: OpenTiny) -> None:
-    source = Path(open_tiny("wan", "t2v").checkpoint)
+    source = Path(open_tiny("wan", "t2v").base.name)
     for name in ("transformer/config.json", "vae/config.json", "model_index.json"):
         path = Path("short", name)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -178,7 +179,7 @@ def test_help_imports_nothing_heavy() -> None:
 def features_by_prompt(clips: Path, checkpoint: str, dinov2: Path) -> list[tuple[Tensor, Tensor]]:
     """The tensors of each clip's caption `[L, D]`, and its features as tokens `[T * N, D]`."""
     family, cache = Wan(checkpoint, "t2v"), Cache(clips / ".crepa-cache")
-    crepa = Crepa(encoder=str(dinov2), encoder_image_size="grid")
+    crepa = CrepaSettings(block_index=8, encoder=str(dinov2), encoder_image_size="grid")
     events = prepare(family, clips, FORM, crepa, [], cache, torch.device("cpu"), torch.float32)
     return [
         (
@@ -371,7 +372,7 @@ def test_memory_does_not_grow_with_the_blocks(open_tiny: OpenTiny) -> None:
     batch = Batch(("clip",), tensors, torch.randn(1, 5, 16, 48), TokenGrid(5, 4, 4))
 
     def peak(blocks: int) -> int:
-        family = Wan(open_tiny("wan", "t2v").checkpoint, "t2v")
+        family = Wan(open_tiny("wan", "t2v").base.name, "t2v")
         family.config["num_layers"] = blocks
         transformer = tiny_transformer(num_layers=blocks)
         capture = HiddenStateCapture(transformer.blocks, range(blocks))

@@ -38,12 +38,18 @@ def write(
     codec: str = "",
     rotation: int = 0,
     pixel_aspect: int = 1,
+    title: str = "",
 ) -> Path:
-    """Write pictures (uint8 [3, H, W]) in the usual codec of the suffix; `times` are in 1/90000 s."""
+    """Write pictures (uint8 [3, H, W]) in the usual codec of the suffix; `times` are in 1/90000 s.
+
+    `title` names both the file and its stream.
+    """
     name, pixels = CODECS[path.suffix]
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec or name, rate=rate)
         assert isinstance(stream, av.VideoStream)
+        if title:
+            container.metadata["title"] = stream.metadata["handler_name"] = title
         stream.height, stream.width = pictures[0].shape[1:]
         stream.pix_fmt = pixels
         stream.thread_count = 1
@@ -280,6 +286,18 @@ def test_odd_names_are_names(tmp_path: Path) -> None:
     for name in ["concat:a|b.mp4", "http:x.mp4", "%03d.mp4", "\udcff.mp4", "-i.mp4", "a?b#c.mp4"]:
         real = write(tmp_path / "real.mp4", numbered(3))
         assert probe(real.rename(tmp_path / name)).frames == 3
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_titles_that_are_not_utf8_do_not_matter(tmp_path: Path, suffix: str) -> None:
+    title = "café in été"
+    path = write(tmp_path / f"clip{suffix}", numbered(4), title=title)
+    content = path.read_bytes()
+    assert content.count(title.encode()) == 2
+    latin = title.encode("latin-1").ljust(len(title.encode()))
+    path.write_bytes(content.replace(title.encode(), latin))
+    assert probe(path).frames == 4
+    assert shown(path, 4, 16) == list(range(4))
 
 
 @pytest.fixture(scope="module")

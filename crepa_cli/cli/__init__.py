@@ -13,6 +13,7 @@ from crepa_cli import __version__
 from crepa_cli.cli.doctor import doctor
 from crepa_cli.cli.init import init
 from crepa_cli.cli.probe import probe_blocks
+from crepa_cli.cli.terminal import in_notebook, write_plain_text
 from crepa_cli.cli.train import train
 from crepa_cli.errors import RunError, UserError
 
@@ -45,6 +46,8 @@ def _crepa(
 
 def main() -> None:
     """Run the command line; a user's mistake exits with code 2, a failure of the run with 1."""
+    if in_notebook():
+        write_plain_text()
     try:
         app()
     except UserError as error:

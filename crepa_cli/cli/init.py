@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from crepa_cli.cli.completion import family_names, preset_names
+from crepa_cli.cli.terminal import interactive
 from crepa_cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def init(
 ) -> None:
     """Write a crepa.toml for this folder, from a preset or from SimpleTuner's JSON.
 
-    In a terminal, it asks for everything that no flag gives.
+    In a terminal, it asks for everything that no flag gives; in notebooks and CI, it never asks.
     """
     if list_presets:
         _show_presets()
@@ -73,21 +74,23 @@ def _show_presets() -> None:
 
 
 def _create(choices: _Choices, from_json: Path | None, *, force: bool) -> None:
+    from rich.console import Console
+
     from crepa_cli.profile import presets
-    from crepa_cli.profile.project import SCHEMA_FILE, project_profile, refuse_to_overwrite, write_project
+    from crepa_cli.profile.project import SCHEMA_FILE, project_settings, refuse_to_overwrite, write_project
 
     folder = Path()
     if not force:
         refuse_to_overwrite(folder)
     imported = None if from_json is None else _imported(from_json)
-    if sys.stdin.isatty():
+    if sys.stdin.isatty() and interactive(Console()):
         try:
             _ask(choices, imported)
         except EOFError as error:
             raise UserError("not all questions were answered; nothing was written") from error
     if choices.profile is None and imported is None:
         choices.profile = choices.task if choices.task in presets() else "t2v"
-    profile = project_profile(
+    settings = project_settings(
         profile=choices.profile,
         vram=choices.vram,
         imported=imported.settings if imported else (),
@@ -95,22 +98,24 @@ def _create(choices: _Choices, from_json: Path | None, *, force: bool) -> None:
         folder=folder,
         families=family_names(),
     )
-    write_project(profile, folder)
+    write_project(settings, folder)
     typer.echo(f"Wrote crepa.toml and {SCHEMA_FILE}.")
     if imported and imported.without_counterpart:
         _show_without_counterpart(imported.without_counterpart, from_json)
-    if profile.data.path is None:
+    clips = settings.get("data", {}).get("path")
+    if clips is None:
         typer.echo("Where are the clips? Set path in [data], or give --data to crepa train.")
-    elif not Path(profile.data.path).is_dir():
-        typer.echo(f"The folder {profile.data.path} does not exist yet: put clips there before training.")
+    elif not Path(clips).is_dir():
+        typer.echo(f"The folder {clips} does not exist yet: put clips there before training.")
     typer.echo("Next: crepa doctor, then crepa train.")
 
 
 def _imported(path: Path) -> Imported:
+    from crepa_cli.models.flavours import FLAVOURS
     from crepa_cli.profile.files import read_text
     from crepa_cli.profile.simpletuner import import_config, read_config
 
-    return import_config(read_config(read_text(path, str(path)), str(path)), str(path))
+    return import_config(read_config(read_text(path, str(path)), str(path)), str(path), FLAVOURS)
 
 
 def _show_without_counterpart(options: Mapping[str, object], path: Path | None) -> None:
@@ -155,7 +160,7 @@ def detected_gpu() -> tuple[str, float] | None:
 
 def _export(path: Path, profile: str | None, flags: Mapping[str, object], *, force: bool) -> None:
     from crepa_cli.files import write_whole
-    from crepa_cli.models import load_family
+    from crepa_cli.models import family_defaults
     from crepa_cli.profile import resolve_profile
     from crepa_cli.profile.files import exists, read_text
     from crepa_cli.profile.simpletuner import export_crepa, read_config
@@ -170,7 +175,7 @@ def _export(path: Path, profile: str | None, flags: Mapping[str, object], *, for
         flags=flags,
         sets=(),
         folder=Path(),
-        family_defaults=lambda family, task: load_family(family).defaults(task),
+        family_defaults=family_defaults,
     )
     text = json.dumps(export_crepa(resolved.profile, config), indent=4, ensure_ascii=False)
     write_whole(path, f"{text}\n".encode())

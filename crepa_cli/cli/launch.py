@@ -9,13 +9,36 @@ import subprocess
 import sys
 import time
 
+from crepa_cli.errors import UserError
+from crepa_cli.signals import handled
+
 GRACE_SECONDS = 60.0
-"""How long the other processes may continue after one has failed: long enough to report their own errors."""
+"""How long the others may continue after one process has failed: long enough to report what they know."""
 
 
 def launched() -> bool:
     """Whether a launcher started this process: `launch`, torchrun or accelerate."""
     return "WORLD_SIZE" in os.environ
+
+
+def check_processes(processes: int) -> None:
+    """Check that this machine can train in several processes: each needs a GPU, and all of them NCCL.
+
+    Raises:
+        UserError: if it cannot.
+    """
+    import torch
+
+    devices = torch.cuda.device_count()
+    if processes == 1 or not devices:
+        return
+    if devices < processes:
+        raise UserError(f"--processes {processes}: this machine has {devices} GPUs, and each process needs its own")
+    if not torch.distributed.is_nccl_available():
+        raise UserError(
+            f"--processes {processes}: this torch has no NCCL, which GPUs train together with; there is none for "
+            "Windows. Train in one process (leave --processes out), or run crepa in WSL2"
+        )
 
 
 def launch(processes: int) -> int:
@@ -33,19 +56,28 @@ def launch(processes: int) -> int:
     # By default, every process would use all cores.
     shared.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     command = [sys.executable, "-m", "crepa_cli", *sys.argv[1:]]
+    # On Windows only the leader of a process group can be sent Ctrl-Break; the console sends it no Ctrl-C then.
+    group: int = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
     started = [
-        subprocess.Popen(command, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        subprocess.Popen(command, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, creationflags=group)
         for rank in range(processes)
     ]
+    received: list[int] = []
 
     def forward(number: int, _frame: object) -> None:
+        if sys.platform == "win32":
+            # Any other signal kills at once, which is what a second Ctrl-C asks for.
+            request = signal.SIGTERM if number == signal.SIGINT in received else signal.CTRL_BREAK_EVENT
+        elif number == signal.SIGINT:
+            return  # The terminal has sent it to all of them.
+        else:
+            request = number
+        received.append(number)
         for process in started:
-            process.send_signal(number)
+            process.send_signal(request)
 
-    # A terminal sends Ctrl-C to all processes itself.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, forward)
-    return _wait(started)
+    with handled(forward):
+        return _wait(started)
 
 
 def _wait(started: list[subprocess.Popen[bytes]]) -> int:

@@ -78,16 +78,16 @@ def probe_blocks(
 
 
 def _answer(profile: Profile, *, measured: bool, demo: bool) -> Answer:
-    from crepa_cli.models.checkpoint import hub_answers
+    from crepa_cli.models.hub import go_offline_without_hub
     from crepa_cli.probe.answer import describe
     from crepa_cli.probe.recommend import recommend
 
     if demo:
-        from crepa_cli.training.demo import write_demo
+        from crepa_cli.demo import write_demo
 
         write_demo(profile)
     elif not all(Path(str(one)).is_dir() for one in _repositories(profile, measured=measured)):
-        hub_answers()
+        go_offline_without_hub()
     opened = _open_family(profile)
     answer = describe(opened, profile.crepa.block_index)
     if not measured:
@@ -107,10 +107,14 @@ def _repositories(profile: Profile, *, measured: bool) -> list[str | None]:
 
 def _open_family(profile: Profile) -> Family:
     """Open the checkpoint, ignoring the blocks and the validation that the settings name."""
-    from crepa_cli.profile import Crepa, LayerSync, Validation
+    from crepa_cli.profile import LayerSyncSettings
     from crepa_cli.runs.checks import open_family
 
-    unasked = {"crepa": Crepa(enabled=False), "layersync": LayerSync(), "validation": Validation()}
+    unasked = {
+        "crepa": profile.crepa.model_copy(update={"enabled": False}),
+        "layersync": LayerSyncSettings(),
+        "validation": profile.validation.model_copy(update={"prompts": (), "images": ()}),
+    }
     return open_family(profile.model_copy(update=unasked))
 
 
@@ -162,11 +166,11 @@ def _write_block(path: Path, family: str, block: int) -> None:
     from crepa_cli.files import write_whole
     from crepa_cli.profile.edit import with_number
     from crepa_cli.profile.files import parse_toml, read_text
-    from crepa_cli.profile.layers import Setting, checked_profile, known_settings
+    from crepa_cli.profile.layers import Setting, check_settings, known_settings
 
     text = with_number(read_text(path, str(path)), str(path), "crepa", "block_index", block)
     mistakes: list[str] = []
     settings = [*known_settings(parse_toml(text, str(path)), str(path), mistakes)]
-    checked_profile([*settings, Setting("model", "family", family, "FAMILY")], mistakes)
+    check_settings([*settings, Setting("model", "family", family, "FAMILY")], mistakes)
     write_whole(path, text.encode())
     typer.echo(f"Wrote crepa.block_index = {block} to {path}.", err=True)

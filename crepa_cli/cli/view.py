@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Literal
 
+from crepa_cli.cli.terminal import interactive
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -41,7 +43,7 @@ def open_view(
             errors = PlainLines(Console(stderr=True), profile.report.every)
             stack.enter_context(records_as_notices(errors, logging.ERROR))
             yield []
-        elif plain or not console.is_interactive or os.environ.get("CI"):
+        elif plain or console.is_dumb_terminal or not interactive(console):
             lines = PlainLines(console, profile.report.every)
             stack.enter_context(records_as_notices(lines, level))
             yield [lines]
@@ -61,4 +63,6 @@ def silence_libraries() -> None:
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.disable_progress_bar()
         library.set_verbosity_error()
+    # On some processors its import warns of a kernel for 4-bit weights, which nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.captureWarnings(True)

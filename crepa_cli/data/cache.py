@@ -20,14 +20,14 @@ from torch import Tensor
 from crepa_cli.data.clips import clips_folder
 from crepa_cli.errors import UserError
 from crepa_cli.files import write_whole
-from crepa_cli.profile import Data
+from crepa_cli.profile import DataSettings
 
 CACHE_FOLDER = ".crepa-cache"
 LAYOUT_VERSION = 1
 LEFTOVER_SECONDS = 24 * 3600
 
 
-def cache_folder(data: Data) -> Path:
+def cache_folder(data: DataSettings) -> Path:
     """The folder of the cache: `data.cache`, or by default a folder next to the clips.
 
     Raises:
@@ -77,14 +77,15 @@ class Cache:
         return damage is None
 
     def read(self, kind: str, key: str) -> dict[str, Tensor]:
-        """The tensors of an entry, memory-mapped: unused ones are never read. The checksum is not verified again.
+        """The tensors of an entry, copied, so that its file can be replaced or deleted. Nothing is verified again.
 
         Raises:
             UserError: if the entry is missing or cannot be read.
         """
         path = self.path(kind, key)
         try:
-            return _tensors(path)[0]
+            # Tensors of safetensors map their file as long as they live, and Windows deletes no file that is mapped.
+            return {name: tensor.clone() for name, tensor in _tensors(path)[0].items()}
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"{path} cannot be read ({error}). Run the command again: missing entries are computed again."

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from crepa_cli.errors import UserError
-from crepa_cli.profile import Data
+from crepa_cli.profile import DataSettings
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
@@ -52,7 +52,7 @@ class ClipScan:
     skipped: list[SkippedClip]
 
 
-def clips_folder(data: Data) -> Path:
+def clips_folder(data: DataSettings) -> Path:
     """The folder of clips named in the settings.
 
     Raises:

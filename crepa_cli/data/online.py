@@ -9,7 +9,7 @@ from crepa_cli.alignment import TokenGrid
 from crepa_cli.alignment.grid import matching_frames
 from crepa_cli.data.prepare import load_teacher
 from crepa_cli.models.family import Family
-from crepa_cli.profile import Crepa
+from crepa_cli.profile import CrepaSettings
 from crepa_cli.teachers.dinov2 import input_size
 
 
@@ -22,7 +22,7 @@ class OnlineTeacher:
         device: the device of both.
     """
 
-    def __init__(self, family: Family, crepa: Crepa, device: torch.device) -> None:
+    def __init__(self, family: Family, crepa: CrepaSettings, device: torch.device) -> None:
         self.family = family
         self.image_size = crepa.encoder_image_size
         self.pipeline = family.load_vae_pipeline()

@@ -24,10 +24,10 @@ from crepa_cli.data.clips import Clip, ClipError, file_digest, find_clips
 from crepa_cli.data.video import decode, frames_available, probe
 from crepa_cli.errors import UserError, counted
 from crepa_cli.events import ClipSkipped, Event, Progress
-from crepa_cli.models.checkpoint import fetch, fingerprint, read_config
 from crepa_cli.models.family import Family, Tensors
+from crepa_cli.models.hub import fetch, fingerprint, read_config
 from crepa_cli.processes import from_all, from_main
-from crepa_cli.profile import Crepa, Data
+from crepa_cli.profile import CrepaSettings, DataSettings
 from crepa_cli.teachers.dinov2 import ENCODERS, Dinov2Teacher, input_size
 
 Item = TypeVar("Item")
@@ -43,12 +43,8 @@ class ClipForm(NamedTuple):
     fps: float
 
     @classmethod
-    def of(cls, data: Data) -> ClipForm:
+    def of(cls, data: DataSettings) -> ClipForm:
         """The form given by the settings."""
-        assert data.width is not None, "the family's defaults give a width"
-        assert data.height is not None, "and a height"
-        assert data.frames is not None, "and a number of frames"
-        assert data.fps is not None, "and a frame rate"
         return cls(data.width, data.height, data.frames, data.fps)
 
 
@@ -68,7 +64,7 @@ def prepare(
     family: Family,
     folder: Path,
     form: ClipForm,
-    crepa: Crepa | None,
+    crepa: CrepaSettings | None,
     prompts: Iterable[str],
     cache: Cache,
     device: torch.device,
@@ -159,17 +155,17 @@ def clip_pixels(clip: PreparedClip, fps: float) -> Tensor:
     return decode(clip.clip.path, frames=bucket.frames, fps=fps, width=bucket.width, height=bucket.height)
 
 
-def load_teacher(crepa: Crepa, device: torch.device) -> Dinov2Teacher:
+def load_teacher(crepa: CrepaSettings, device: torch.device) -> Dinov2Teacher:
     """Load the encoder named in the settings."""
     return Dinov2Teacher.load(encoder_folder(crepa), device)
 
 
-def encoder_folder(crepa: Crepa) -> Path:
+def encoder_folder(crepa: CrepaSettings) -> Path:
     """The local folder of the encoder, downloaded if necessary."""
     return fetch(ENCODERS.get(crepa.encoder, crepa.encoder))
 
 
-def encoder_config(crepa: Crepa) -> dict[str, Any]:
+def encoder_config(crepa: CrepaSettings) -> dict[str, Any]:
     """The encoder's configuration, with its patch size and the width of its features."""
     return read_config(ENCODERS.get(crepa.encoder, crepa.encoder), "config.json")
 
@@ -205,7 +201,7 @@ def _encode_prompts(
 def _prepare_latents(
     family: Family, clips: list[PreparedClip], fps: float, cache: Cache, device: torch.device
 ) -> Generator[Event, None, list[PreparedClip]]:
-    vae = _digests(("vae", *family.image_components), family)
+    vae = _digests(family.vae_components, family)
 
     def key(clip: PreparedClip) -> str:
         return cache_key(kind="latents", family=family.name, task=family.task, vae=vae, **_content(clip, fps))
@@ -234,7 +230,7 @@ def _encode_latents(
 
 
 def _prepare_features(
-    family: Family, crepa: Crepa, clips: list[PreparedClip], fps: float, cache: Cache, device: torch.device
+    family: Family, crepa: CrepaSettings, clips: list[PreparedClip], fps: float, cache: Cache, device: torch.device
 ) -> Generator[Event, None, list[PreparedClip]]:
     folder = encoder_folder(crepa)
     encoder = fingerprint(folder)
@@ -257,7 +253,7 @@ def _prepare_features(
 
 
 def _encode_features(
-    crepa: Crepa,
+    crepa: CrepaSettings,
     clips: list[PreparedClip],
     inputs: dict[str, tuple[list[int], tuple[int, int]]],
     fps: float,
@@ -330,7 +326,7 @@ def _content(clip: PreparedClip, fps: float) -> dict[str, object]:
 
 
 def _digests(components: Iterable[str], family: Family) -> list[str]:
-    folder = family.fetch()
+    folder = family.base.fetch()
     return [fingerprint(folder / name) for name in components]
 
 

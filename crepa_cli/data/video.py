@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import torch
@@ -16,6 +17,7 @@ from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.reformatter import Colorspace
 from av.video.stream import VideoStream
+from packaging.version import Version
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -30,6 +32,8 @@ OPEN_OPTIONS = {
     "protocol_whitelist": "file",
     "max_pixels": str(MAX_PIXELS),
 }
+# Titles that are not UTF-8 are common in old files. PyAV 19 reads them by itself; earlier ones raise by default.
+METADATA_OPTIONS: dict[str, Any] = {"metadata_errors": "surrogateescape"} if Version(av.__version__).major < 19 else {}
 BT709 = 1
 LIMITED_RANGE = 1
 
@@ -202,7 +206,7 @@ def _opened(path: Path) -> Iterator[_Video]:
     """The best video stream of a file; FFmpeg's errors inside the block become ClipErrors."""
     try:
         # With a scheme in front, no part of a file name can be mistaken for one.
-        with av.open(f"file:{path}", options=OPEN_OPTIONS, metadata_errors="replace") as container:
+        with av.open(f"file:{path}", options=OPEN_OPTIONS, **METADATA_OPTIONS) as container:
             stream = container.streams.best("video")
             # PyAV leaves the codec context out if FFmpeg has no decoder.
             if not isinstance(stream, VideoStream) or not isinstance(stream.codec_context, VideoCodecContext):

@@ -13,6 +13,7 @@ from rich.filesize import decimal
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from crepa_cli.doctor.findings import Check
+from crepa_cli.runs.capabilities import has_bfloat16
 
 KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -20,6 +21,11 @@ KERNELS = {
     "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
     "plain": SDPBackend.MATH,
 }
+
+NO_BFLOAT16 = (
+    "training in bf16 needs a GPU of the Ampere generation or later (RTX 30, A10, L4, A100); "
+    "model.dtype=float32 works here, at twice the memory: only for small models"
+)
 
 
 def check_devices() -> Iterator[Check]:
@@ -41,7 +47,7 @@ def _cuda(index: int) -> Check:
     name = f"{device}: {properties.name}"
     try:
         free, total = torch.cuda.mem_get_info(device)
-        bf16 = torch.cuda.get_device_capability(device) >= (8, 0) or torch.version.hip is not None
+        bf16 = has_bfloat16(device)
         kernels = attention_kernels(device)
     except RuntimeError as error:
         return Check(
@@ -50,7 +56,7 @@ def _cuda(index: int) -> Check:
     facts = [f"{decimal(free)} of {decimal(total)} free", f"driver {_driver(index)}", f"CUDA {torch.version.cuda}"]
     message = ", ".join([*facts, f"bf16 {'yes' if bf16 else 'no'}", f"attention: {', '.join(kernels)}"])
     if not bf16:
-        return Check(name, "warning", message, "bf16 is emulated, which is slow: --set model.dtype=float32")
+        return Check(name, "warning", message, NO_BFLOAT16)
     if "flash" not in kernels:
         return Check(name, "warning", message, "without flash attention, long clips train slowly: update torch")
     return Check(name, "fine", message)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from rich.console import Console
 from rich.filesize import decimal
@@ -12,6 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from crepa_cli.errors import UserError
+
+if TYPE_CHECKING:
+    from crepa_cli.memory.savings import Fitting, Saving
 
 Status = Literal["fine", "warning", "failure"]
 Item = TypeVar("Item")
@@ -39,23 +42,6 @@ class BucketCount:
     height: int
     width: int
     clips: int
-
-
-@dataclass(frozen=True)
-class Saving:
-    """A setting in the form that `--set` takes, and the bytes it saves during training."""
-
-    setting: str
-    saved: int
-
-
-@dataclass(frozen=True)
-class Fitting:
-    """The most frames and the largest size that fit a device with the other settings unchanged; None if none do."""
-
-    frames: int | None
-    width: int | None
-    height: int | None
 
 
 @dataclass(frozen=True)

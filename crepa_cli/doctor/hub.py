@@ -13,14 +13,14 @@ from rich.filesize import decimal
 
 from crepa_cli.doctor.findings import Check
 from crepa_cli.errors import UserError
-from crepa_cli.models.checkpoint import hub_answers, needed_files
+from crepa_cli.models.hub import go_offline_without_hub, needed_files
 
 ADVICE = "connect to the network, log in with hf auth login if the repository is gated, or give a local folder"
 
 
 def check_hub(repositories: Iterable[str]) -> Iterator[Check]:
     """Warn if the Hub may be needed but cannot be reached; later checks then no longer ask it."""
-    if not all(Path(repository).is_dir() for repository in repositories) and not hub_answers():
+    if not all(Path(repository).is_dir() for repository in repositories) and not go_offline_without_hub():
         advice = "connect to the network, unless everything needed is on this machine"
         yield Check("hub", "warning", f"{constants.ENDPOINT} cannot be reached", advice)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from crepa_cli.doctor.findings import Check, FamilyMemory
-from crepa_cli.doctor.fit import form_bucket
 from crepa_cli.doctor.hub import check_hub
-from crepa_cli.doctor.memory import predict
 from crepa_cli.errors import UserError
+from crepa_cli.memory.prediction import predict
+from crepa_cli.memory.shapes import form_bucket
 from crepa_cli.models import FAMILIES
 from crepa_cli.profile import Profile
 from crepa_cli.runs.checks import open_family

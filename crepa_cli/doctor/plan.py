@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 
-import torch
 from rich.filesize import decimal
 
 from crepa_cli.data.cache import cache_folder
 from crepa_cli.data.clips import clips_folder, find_clips
 from crepa_cli.data.prepare import ClipForm, PreparedClip, encoder_config, scan
+from crepa_cli.demo import write_demo
 from crepa_cli.doctor.cache_size import cache_bytes
 from crepa_cli.doctor.disk import check_folder
 from crepa_cli.doctor.findings import BucketCount, Plan
@@ -19,12 +19,12 @@ from crepa_cli.doctor.fit import check_memory
 from crepa_cli.doctor.hub import check_hub, check_repository
 from crepa_cli.errors import counted
 from crepa_cli.events import ClipSkipped, Event, drained
+from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
-from crepa_cli.profile import Crepa, Profile, ResolvedProfile
+from crepa_cli.profile import CrepaSettings, Profile, ResolvedProfile
 from crepa_cli.runs.checks import open_family
 from crepa_cli.runs.folder import RunFolder
 from crepa_cli.teachers.dinov2 import ENCODERS
-from crepa_cli.training.demo import write_demo
 
 Listener = Callable[[Event], None]
 
@@ -73,12 +73,12 @@ def check_plan(
 
 def _check_checkpoint(plan: Plan, family: Family, profile: Profile) -> None:
     aligned = f"; block {profile.crepa.block_index} is aligned" if profile.crepa.enabled else ""
-    message = f"{family.checkpoint}: {counted(family.block_count, 'block')} of width {family.hidden_size}{aligned}"
+    message = f"{family.base.name}: {counted(family.block_count, 'block')} of width {family.hidden_size}{aligned}"
     plan.add("checkpoint", "fine", message)
-    folders = [family.component, "vae", "text_encoder"]
+    folders = [family.component, *family.encoders]
     check = plan.attempt(
         "weights",
-        lambda: check_repository("weights", family.checkpoint, family.revision, folders, family.components),
+        lambda: check_repository("weights", family.base.name, family.base.revision, folders, family.base.components),
     )
     if check:
         plan.checks.append(check)
@@ -90,16 +90,16 @@ def _repositories(profile: Profile) -> list[str]:
     return [str(profile.model.checkpoint), *([_encoder(crepa)] if crepa else [])]
 
 
-def _encoder(crepa: Crepa) -> str:
+def _encoder(crepa: CrepaSettings) -> str:
     return ENCODERS.get(crepa.encoder, crepa.encoder)
 
 
-def _teacher(crepa: Crepa) -> Crepa | None:
+def _teacher(crepa: CrepaSettings) -> CrepaSettings | None:
     """The settings of the encoder if it is the teacher."""
-    return crepa if crepa.enabled and not crepa.use_backbone_features else None
+    return crepa if crepa.encoder_teaches else None
 
 
-def _check_teacher(plan: Plan, crepa: Crepa) -> bool:
+def _check_teacher(plan: Plan, crepa: CrepaSettings) -> bool:
     """Whether the encoder's configuration can be read."""
     config = plan.attempt("teacher", lambda: encoder_config(crepa))
     if config is None:
@@ -156,7 +156,7 @@ def _check_cache(plan: Plan, family: Family, profile: Profile, clips: list[Prepa
     texts = {clip.clip.caption for clip in clips} | {*profile.validation.prompts, ""}
     stored = _teacher(profile.crepa) if profile.crepa.teacher_cache else None
     buckets = [clip.bucket for clip in clips]
-    dtype = getattr(torch, profile.model.dtype)
+    dtype = torch_dtype(profile.model.dtype)
     parts = plan.attempt("cache", lambda: cache_bytes(family, buckets, len(texts), dtype, stored))
     if parts is None:
         return

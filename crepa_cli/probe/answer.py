@@ -62,7 +62,7 @@ def describe(family: Family, configured: int | None) -> Answer:
     return Answer(
         family=family.name,
         task=family.task,
-        checkpoint=family.checkpoint,
+        checkpoint=family.base.name,
         blocks=family.block_count,
         hidden_size=family.hidden_size,
         parameters_per_block=sum(parameter.numel() for parameter in blocks[0].parameters()),

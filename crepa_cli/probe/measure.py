@@ -22,8 +22,9 @@ from crepa_cli.data.prepare import ClipForm, PreparedClip, prepare
 from crepa_cli.errors import RunError, UserError
 from crepa_cli.events import Event, Notice, Progress
 from crepa_cli.models.capture import HiddenStateCapture
-from crepa_cli.models.checkpoint import fetch, fingerprint
+from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family, Tensors
+from crepa_cli.models.hub import fetch, fingerprint
 from crepa_cli.probe.clip import KERNEL_TOKENS, PROJECTOR_TOKENS, ClipProbe
 from crepa_cli.probe.metrics import NEIGHBORS, NormalEquations, predicted_cosine
 from crepa_cli.processes import PRECISION
@@ -87,10 +88,10 @@ def measure(profile: Profile, family: Family) -> Generator[Event, None, Measurem
         )
     folder = clips_folder(profile.data)
     # Without a network, fail here and not after an hour of reading clips.
-    fetch(family.checkpoint, family.revision, folders=())
+    fetch(family.base.name, family.base.revision, folders=())
     accelerator = Accelerator(mixed_precision=PRECISION[profile.model.dtype])
     cache = Cache(cache_folder(profile.data))
-    dtype = getattr(torch, profile.model.dtype)
+    dtype = torch_dtype(profile.model.dtype)
     form = ClipForm.of(profile.data)
     clips = yield from prepare(family, folder, form, profile.crepa, [], cache, accelerator.device, dtype)
     if len(clips) > CLIPS:
@@ -117,7 +118,7 @@ def _keys(profile: Profile, family: Family, clips: list[PreparedClip], sigmas: l
         "kind": "probe",
         "family": family.name,
         "task": family.task,
-        "transformer": fingerprint(family.fetch() / family.component),
+        "transformer": fingerprint(family.base.fetch() / family.component),
         "dtype": profile.model.dtype,
         "seed": profile.train.seed,
         "sigmas": sigmas,
@@ -142,7 +143,7 @@ def _run_clips(
     missing = [index for index, key in enumerate(keys) if not cache.has("probe", key)]
     if not missing:
         return
-    transformer = family.load_transformer(getattr(torch, profile.model.dtype)).to(accelerator.device)
+    transformer = family.load_transformer(torch_dtype(profile.model.dtype)).to(accelerator.device)
     capture = HiddenStateCapture(family.blocks(transformer), range(family.block_count))
     dataset = ClipDataset(clips, cache, "")
     total, done = len(clips) * len(sigmas), (len(clips) - len(missing)) * len(sigmas)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from torch import Tensor
 
@@ -25,8 +25,7 @@ class Choice(NamedTuple):
 
 def default_choice(family: Family) -> Choice:
     """The family's default block, or the one at a third of the depth if the checkpoint has too few blocks."""
-    block, blocks = family.defaults(family.task)["crepa"]["block_index"], family.block_count
-    assert isinstance(block, int), "every family must have a default block"
+    block, blocks = cast("int", family.defaults(family.task)["crepa"]["block_index"]), family.block_count
     if block >= blocks:
         return Choice(
             blocks // 3,

@@ -16,7 +16,7 @@ from crepa_cli.runs.folder import RunFolder
 def write_model_card(run: RunFolder, family: Family, profile: Profile) -> None:
     """Write `README.md` in a run's folder: base model, how to load the weights, results and settings."""
     data = ModelCardData(
-        base_model=family.checkpoint if not Path(family.checkpoint).exists() else None,
+        base_model=family.base.name if not Path(family.base.name).exists() else None,
         library_name="diffusers",
         pipeline_tag="image-to-video" if family.task == "i2v" else "text-to-video",
         tags=["crepa", "video", "lora" if profile.adapter.kind == "lora" else "full-fine-tune"],
@@ -24,7 +24,7 @@ def write_model_card(run: RunFolder, family: Family, profile: Profile) -> None:
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {run.path.name}",
-        f"`{family.checkpoint}` ({family.name}, {family.task}), fine-tuned for {counted(profile.train.steps, 'step')} "
+        f"`{family.base.name}` ({family.name}, {family.task}), fine-tuned for {counted(profile.train.steps, 'step')} "
         "with Cross-frame Representation Alignment ([CREPA](https://arxiv.org/abs/2506.09229)).",
         f"## Use\n\n{_usage(family, profile)}",
         _results(run),
@@ -61,14 +61,14 @@ def loading_code(family: Family, profile: Profile, weights: str = "weights") -> 
         return (
             f"{head}, {family.transformer_class}\n\n"
             f'transformer = {family.transformer_class}.from_pretrained("{weights}/transformer", dtype=torch.bfloat16)\n'
-            f'pipeline = {pipeline}.from_pretrained(\n    "{family.checkpoint}", {family.component}=transformer, '
+            f'pipeline = {pipeline}.from_pretrained(\n    "{family.base.name}", {family.component}=transformer, '
             "dtype=torch.bfloat16\n)"
         )
-    expert = ", load_into_transformer_2=True" if family.component == "transformer_2" else ""
+    arguments = "".join(f", {name}={value}" for name, value in family.lora_loading_arguments.items())
     return (
         f"{head}\n\n"
-        f'pipeline = {pipeline}.from_pretrained("{family.checkpoint}", dtype=torch.bfloat16)\n'
-        f'pipeline.load_lora_weights("{weights}", weight_name="pytorch_lora_weights.safetensors"{expert})'
+        f'pipeline = {pipeline}.from_pretrained("{family.base.name}", dtype=torch.bfloat16)\n'
+        f'pipeline.load_lora_weights("{weights}", weight_name="pytorch_lora_weights.safetensors"{arguments})'
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from crepa_cli.events import Event, StepDone, StepSkipped, TrainingStarted
+from crepa_cli.files import write_whole
 
 
 class MetricsFile:
@@ -35,9 +36,7 @@ class MetricsFile:
 
     def _keep_until(self, step: int) -> None:
         kept = [line for line in read_metrics(self.path) if line["step"] < step]
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        partial.replace(self.path)
+        write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -173,6 +174,7 @@ def load_checkpoint(
         *tables, name = key.split(SEPARATOR)
         functools.reduce(lambda table, part: table.setdefault(part, {}), tables, state)[name] = value
     set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": saved["param_groups"]}, options=OPTIONS)
+    _unmap(optimizer)
     if average is not None:
         averages = load_file(path / "average.safetensors")
         for index, tensor in enumerate(average):
@@ -180,10 +182,14 @@ def load_checkpoint(
 
 
 def remove_old_checkpoints(newest: Path, keep: int) -> None:
-    """Delete all but `keep` checkpoints, of which `newest`, just written, is one, and leftovers of killed runs."""
+    """Delete all but `keep` checkpoints, of which `newest`, just written, is one, and leftovers of killed runs.
+
+    On Windows a checkpoint that another program has open stays until the next call.
+    """
     others = [path for path in checkpoints_in(newest.parent) if path != newest]
     for path in others[: max(0, len(others) - keep + 1)]:
-        remove_folder(path)
+        with suppress(PermissionError):
+            remove_folder(path)
     remove_leftovers(newest.parent)
 
 
@@ -210,6 +216,17 @@ def _flattened(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield from _flattened(value, f"{prefix}{name}{SEPARATOR}")
         else:
             yield f"{prefix}{name}", value
+
+
+def _unmap(optimizer: torch.optim.Optimizer) -> None:
+    """Copy the state that still maps the file it was read from: Windows deletes no file that is mapped.
+
+    Copying tensor by tensor, once they are in place, needs no memory beyond the optimizer's own.
+    """
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.device.type == "cpu":
+                state[name] = value.clone()
 
 
 def _is_view(tensor: Tensor) -> bool:

@@ -6,6 +6,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import torch
 
 RESET_PEAK = Path("/proc/self/clear_refs")
@@ -47,6 +48,9 @@ class PeakMemory:
 
 def resident_peak() -> int:
     """Most bytes that this process had in memory at one time."""
+    memory = psutil.Process().memory_info()
+    if hasattr(memory, "peak_wset"):  # Windows, which has no module `resource`
+        return int(memory.peak_wset)
     import resource
 
     unit = 1 if sys.platform == "darwin" else 1024

@@ -121,8 +121,7 @@ class Validator:
             _to(self.prompts.validation[index], device), _to(self.prompts.empty, device)
         )
         inputs["num_inference_steps"] = validation.steps
-        if validation.guidance_scale is not None:
-            inputs["guidance_scale"] = validation.guidance_scale
+        inputs["guidance_scale"] = validation.guidance_scale
         if validation.images:
             inputs["image"] = first_frame(validation.images[index], self.form.width, self.form.height)
         generator = torch.Generator().manual_seed(self.seed)

@@ -33,10 +33,11 @@ from transformers import Dinov2Config, Dinov2Model
 
 from crepa_cli.alignment import Crepa, TokenGrid
 from crepa_cli.data.online import OnlineTeacher
-from crepa_cli.doctor.live_bytes import LiveBytes
+from crepa_cli.demo import write_tiny
+from crepa_cli.memory.live_bytes import LiveBytes
 from crepa_cli.models import load_family
 from crepa_cli.models.wan import Wan
-from crepa_cli.profile import Crepa as CrepaSettings
+from crepa_cli.profile import CrepaSettings
 from crepa_cli.training.aligned import AlignedTransformer, BlockPair
 
 ENCODER = TokenGrid(frames=1, rows=37, columns=37)
@@ -241,10 +242,10 @@ def mid_size_model(feature_size: int | None) -> AlignedTransformer:
 @contextlib.contextmanager
 def online_teacher(folder: Path) -> Iterator[OnlineTeacher]:
     """A tiny VAE and a DINOv2 ViT-S with random weights, as used with `teacher_cache = false`."""
-    Wan.write_tiny(folder / "wan", "t2v")
+    write_tiny("wan", folder / "wan", "t2v")
     config = Dinov2Config(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518)
     Dinov2Model(config).save_pretrained(folder / "dinov2")
-    settings = CrepaSettings(encoder=str(folder / "dinov2"), teacher_cache=False)
+    settings = CrepaSettings(block_index=8, encoder=str(folder / "dinov2"), teacher_cache=False)
     yield OnlineTeacher(Wan(str(folder / "wan"), "t2v"), settings, torch.device("cpu"))
 
 

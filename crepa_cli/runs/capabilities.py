@@ -1,0 +1,74 @@
+"""Settings checked against what this machine can do, before any clip is read."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
+from torch.utils._triton import has_triton, has_triton_package
+
+from crepa_cli.models.family import Family
+from crepa_cli.profile import Profile
+
+BFLOAT16_CAPABILITY = (8, 0)
+"""Compute capability of the first NVIDIA GPUs with bfloat16: Ampere."""
+ON_WINDOWS = sys.platform == "win32"
+
+
+def attention_mistakes(profile: Profile, family: Family, device: torch.device) -> list[str]:
+    """Whether the family's attention needs `train.compile` on this device, and it is off."""
+    if profile.train.compile or not family.needs_compilation or device.type == "cpu":
+        return []
+    return [
+        f"train.compile: the attention of {family.base.name} would hold every score, hundreds of gigabytes for a long "
+        "clip, unless it is compiled; set train.compile = true"
+    ]
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16; NVIDIA's GPUs before Ampere only emulate it, many times slower."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return True
+    return torch.cuda.get_device_capability(device) >= BFLOAT16_CAPABILITY
+
+
+def dtype_mistakes(profile: Profile, device: torch.device) -> list[str]:
+    """Whether the settings ask for bfloat16 on a device that lacks it."""
+    if profile.model.dtype != "bfloat16" or has_bfloat16(device):
+        return []
+    return [
+        f"model.dtype = 'bfloat16': {torch.cuda.get_device_name(device)} cannot compute in it; use a GPU of the Ampere "
+        "generation or later (RTX 30, A10, L4, A100), or, if crepa doctor says that it fits, model.dtype = 'float32'"
+    ]
+
+
+def compile_mistakes(profile: Profile, device: torch.device) -> list[str]:
+    """What this machine lacks for `train.compile`: Triton compiles for GPUs, a C++ compiler for the CPU."""
+    if not profile.train.compile:
+        return []
+    missing = {"cuda": _without_triton, "xpu": _without_triton, "cpu": _without_compiler}.get(
+        device.type, lambda: None
+    )()
+    return [f"train.compile: {missing}, or leave train.compile out"] if missing else []
+
+
+def _without_triton() -> str | None:
+    if has_triton():
+        return None
+    if has_triton_package():
+        return "Triton does not support this GPU (it needs CUDA compute capability 7.0): use a newer one"
+    package = "triton-windows" if ON_WINDOWS else "triton"
+    return f"torch.compile needs Triton on a GPU, and it is not installed: pip install {package}"
+
+
+def _without_compiler() -> str | None:
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        compiler = "cl, from the Build Tools for Visual Studio," if ON_WINDOWS else "g++"
+        return (
+            f"torch.compile needs a C++ compiler on the CPU, and finds none: install {compiler} and put it on the PATH"
+        )
+    return None

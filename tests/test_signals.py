@@ -1,0 +1,104 @@
+"""Requests to stop are recorded; a second Ctrl-C does not wait."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from crepa_cli.signals import Stopped, stop_signals
+
+WAIT = """
+import sys
+from crepa_cli.signals import stop_signals
+with stop_signals() as signals:
+    signals.at_once = False
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        print(signals.received, flush=True)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _handlers() -> Iterator[None]:
+    """Handlers of Python's own at first, whatever started the tests."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_is_recorded_and_its_handler_is_put_back(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with stop_signals() as signals:
+        signals.at_once = False
+        assert signals.received == []
+        os.kill(os.getpid(), number)
+        assert signals.received == [number]
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_at_once_what_has_nothing_to_save(number: signal.Signals) -> None:
+    with pytest.raises(Stopped) as stopped, stop_signals():
+        os.kill(os.getpid(), number)
+    assert stopped.value.number == number
+
+
+def test_the_second_ctrl_c_ends_the_process_at_once() -> None:
+    with pytest.raises(SystemExit) as ended, stop_signals() as signals:  # noqa: PT012
+        signals.at_once = False
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+    assert ended.value.code == 128 + signal.SIGINT
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_launcher_may_repeat_ctrl_c_as_sigterm() -> None:
+    with stop_signals() as signals:
+        signals.at_once = False
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+    assert signals.received == [signal.SIGINT, signal.SIGTERM, signal.SIGTERM]
+
+
+def test_other_threads_get_no_handlers() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    found: list[object] = []
+
+    def work() -> None:
+        with stop_signals() as signals:
+            found.extend([signals.received, signal.getsignal(signal.SIGINT)])
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [[], before]
+
+
+@pytest.mark.parametrize(("command", "expected"), [([], "[1]"), (["nohup"], "[]")])
+def test_a_closed_terminal_is_a_request_but_for_nohup(command: list[str], expected: str) -> None:
+    process = subprocess.Popen(
+        [*command, sys.executable, "-c", WAIT],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGHUP)
+    told, _ = process.communicate("\n")
+    assert told.strip() == expected
+    assert process.returncode == 0

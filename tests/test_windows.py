@@ -1,0 +1,50 @@
+"""The commands under the rules of Windows, which `windows_rules` enforces."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from crepa_cli.report.metrics import read_metrics
+
+CREPA = [sys.executable, str(Path(__file__).with_name("windows_rules.py"))]
+FEW_STEPS = ["--steps", "2", "--output", "run", "--set", "validation.every=2", "--set", "validation.steps=1"]
+KEEP_ONE = ["--set", "checkpoints.every=1", "--set", "checkpoints.keep=1"]
+
+
+def run(folder: Path, *arguments: str) -> str:
+    """What a command prints that has to end well."""
+    done = subprocess.run([*CREPA, *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def train_and_resume(folder: Path, family: str) -> None:
+    run(folder, "train", "--profile", "t2v", "--model", family, "--demo", "--plain", *FEW_STEPS, *KEEP_ONE)
+    run(folder, "train", "--resume", "--output", "run", "--plain", "--steps", "3")
+    assert [path.name for path in (folder / "run/checkpoints").iterdir()] == ["step-000003"]
+    assert [line["step"] for line in read_metrics(folder / "run/metrics.jsonl")] == [0, 1, 2]
+    assert all(line["peak_memory_bytes"] > 2**27 for line in read_metrics(folder / "run/metrics.jsonl"))
+    assert (folder / "run/weights/pytorch_lora_weights.safetensors").is_file()
+    assert not [path for path in folder.rglob("*") if path.suffix in (".partial", ".tmp")]
+
+
+def test_wan_trains_and_resumes(tmp_path: Path) -> None:
+    train_and_resume(tmp_path, "wan")
+
+
+def test_doctor_says_that_training_would_start(demo: Path) -> None:
+    assert "Training would start." in run(demo, "doctor", "--profile", "t2v", "--model", "wan", "--demo")
+
+
+def test_blocks_are_measured(demo: Path) -> None:
+    assert "recommended" in run(demo, "probe-blocks", "wan", "--demo")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["ltxvideo", "sanavideo", "kandinsky5_video"])
+def test_every_family_trains_and_resumes(family: str, tmp_path: Path) -> None:
+    train_and_resume(tmp_path, family)
