@@ -17,10 +17,10 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from test_wan import two_experts
 
-from crepa_cli.models.family import Family, Tensors
+from crepa_cli.models.family import COMFYUI_FILE, Family, Tensors
 from crepa_cli.models.wan import Wan
 from crepa_cli.profile import AdapterSettings
-from crepa_cli.training.adapter import COMFYUI_FILE, export_weights, make_trainable
+from crepa_cli.training.adapter import export_weights, make_trainable
 from crepa_cli.training.checkpoints import trained_weights
 
 READERS: dict[str, Any] = {

@@ -17,10 +17,10 @@ from published_configs import PUBLISHED
 from torch import Tensor
 
 from crepa_cli.models import FAMILIES, load_family
+from crepa_cli.models.capture import HiddenStateCapture
 from crepa_cli.models.family import Family, Tensors
 from crepa_cli.profile import AdapterSettings
 from crepa_cli.training.adapter import export_weights, make_trainable
-from crepa_cli.training.aligned import HiddenStateCapture
 from crepa_cli.training.checkpoints import trained_weights
 from crepa_cli.training.flow import diffusion_loss, sample_sigmas
 
@@ -196,6 +196,7 @@ def test_the_default_block_of_a_published_checkpoint_is_captured(
     assert (family.frame_multiple, family.size_multiple) == (published.frame_multiple, published.size_multiple)
 
     index = family.settings["crepa"]["block_index"]
+    assert isinstance(index, int)
     with torch.device("meta"), torch.no_grad():
         transformer = family.empty_transformer(torch.float32)
         batch = {key: torch.zeros(1, *shape) for key, shape in published.clip.items()} | {"fps": torch.ones(1)}

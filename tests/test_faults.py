@@ -117,7 +117,9 @@ def test_a_gradient_that_overflows_is_not_taken(
         steps.append(parameters)
         # The projector's gradient is clipped after the adapter's in each step.
         if len(steps) == 5:
-            parameters[0].grad.view(-1)[0] = math.inf
+            gradient = parameters[0].grad
+            assert gradient is not None
+            gradient.view(-1)[0] = math.inf
         return clip(self, parameters, max_norm)
 
     monkeypatch.setattr(Accelerator, "clip_grad_norm_", overflow)
@@ -253,7 +255,7 @@ def test_a_full_disk_leaves_the_checkpoints_before_it(demo: Path, stopped_run: P
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     before = {path: path.read_bytes() for path in (stopped_run / "checkpoints").rglob("*.*")}
-    command = [sys.executable, "-m", "crepa_cli", "train", "--resume", "--output", stopped_run, "--steps", "41"]
+    command = [sys.executable, "-m", "crepa_cli", "train", "--resume", "--output", str(stopped_run), "--steps", "41"]
     command += ["--set", "crepa.decay_steps=50", "--plain"]
     done = subprocess.run(command, cwd=demo, capture_output=True, text=True, check=False, preexec_fn=limited)
     assert done.returncode == 2, done.stderr

@@ -31,13 +31,8 @@ def test_loss_similarities_and_gradients_equal_the_worked_case(name: str, dtype:
         case = {key.removeprefix(f"{name}/"): file.get_tensor(key) for key in file.keys() if key.startswith(f"{name}/")}  # noqa: SIM118 (safe_open has keys() alone)
     hidden = case["hidden"].to(dtype).requires_grad_()
     crepa = Crepa(hidden.shape[-1], case["features"].shape[-1], **settings).to(dtype)
-    norm, linear = crepa.projector
-    parameters = {
-        "norm.weight": norm.weight,
-        "norm.bias": norm.bias,
-        "linear.weight": linear.weight,
-        "linear.bias": linear.bias,
-    }
+    names = ("norm.weight", "norm.bias", "linear.weight", "linear.bias")
+    parameters = dict(zip(names, crepa.projector.parameters(), strict=True))
     with torch.no_grad():
         for key, parameter in parameters.items():
             parameter.copy_(case[key])

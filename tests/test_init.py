@@ -8,6 +8,7 @@ import pty
 import subprocess
 import sys
 import tomllib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -450,15 +451,15 @@ def test_a_file_that_is_no_json_is_not_written_over(folder: Path):
     assert (folder / "config.json").read_text() == "mine"
 
 
-NUMBERS = {"allow_nan": False, "allow_infinity": False}
+numbers = partial(st.floats, allow_nan=False, allow_infinity=False)
 CREPA = st.fixed_dictionaries(
     {},
     optional={
         "enabled": st.booleans(),
         "block_index": st.integers(0, 63),
-        "lambda": st.floats(0, 1e6, **NUMBERS),
+        "lambda": numbers(0, 1e6),
         "adjacent_distance": st.integers(0, 99),
-        "adjacent_tau": st.floats(1e-6, 1e6, **NUMBERS),
+        "adjacent_tau": numbers(1e-6, 1e6),
         "cumulative_neighbors": st.booleans(),
         "normalize_by_frames": st.booleans(),
         "spatial_align": st.booleans(),
@@ -473,8 +474,8 @@ CREPA = st.fixed_dictionaries(
         "warmup_steps": st.integers(0, 2**40),
         "decay_steps": st.integers(0, 2**40),
         "cutoff_step": st.integers(0, 2**40),
-        "lambda_end": st.floats(0, 1e6, **NUMBERS),
-        "power": st.floats(1e-6, 1e6, **NUMBERS),
+        "lambda_end": numbers(0, 1e6),
+        "power": numbers(1e-6, 1e6),
         "similarity_threshold": st.floats(1e-6, 1),
         "similarity_ema_decay": st.floats(0, 1, exclude_max=True),
         "threshold_mode": st.sampled_from(["permanent", "recoverable"]),

@@ -66,7 +66,8 @@ def test_a_sheet_shows_frames_of_each_video_from_first_to_last(tmp_path: Path) -
     levels = torch.arange(15, dtype=torch.uint8).view(-1, 1, 1, 1) * 10
     row = frame_row(levels.expand(-1, 3, 4, 6))
     assert row.size == (6 * COLUMNS, 4)
-    assert [row.getpixel((6 * column + 3, 2))[0] for column in range(COLUMNS)] == [0, 20, 40, 60, 80, 100, 120, 140]
+    reds = row.getchannel("R")
+    assert [reds.getpixel((6 * column + 3, 2)) for column in range(COLUMNS)] == [0, 20, 40, 60, 80, 100, 120, 140]
     write_sheet(tmp_path / "sheet.png", [row, frame_row(levels[:1].expand(-1, 3, 4, 6))])
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.size == (6 * COLUMNS, 8)

@@ -184,7 +184,7 @@ def features_by_prompt(clips: Path, checkpoint: str, dinov2: Path) -> list[tuple
     return [
         (
             cache.read("prompts", clip.prompt_key)["prompt_embeds"],
-            cache.read("features", clip.features_key)["features"].flatten(0, 2).float(),
+            cache.read("features", str(clip.features_key))["features"].flatten(0, 2).float(),
         )
         for clip in drained(events, lambda _: None)
     ]
@@ -204,7 +204,7 @@ def plant(transformer: nn.Module, block: int, known: list[tuple[Tensor, Tensor]]
         return 0.3 * output + features @ carried
 
     transformer.register_forward_pre_hook(recognize, with_kwargs=True)
-    transformer.blocks[block].register_forward_hook(carry)
+    transformer.get_submodule(f"blocks.{block}").register_forward_hook(carry)
     return transformer
 
 

@@ -16,7 +16,8 @@ def orders(draw: st.DrawFn) -> tuple[list[list[int]], int, int, int]:
     """Buckets over distinct clips, batch size, repeats, seed."""
     sizes = draw(st.lists(st.integers(0, 9), min_size=1, max_size=4).filter(any))
     clips = iter(range(sum(sizes)))
-    return [[next(clips) for _ in range(n)] for n in sizes], *(draw(st.integers(1, n)) for n in (5, 3, 10**6))
+    batch, repeats, seed = (draw(st.integers(1, n)) for n in (5, 3, 10**6))
+    return [[next(clips) for _ in range(n)] for n in sizes], batch, repeats, seed
 
 
 @LAWS

@@ -47,6 +47,7 @@ def write(
     name, pixels = CODECS[path.suffix]
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec or name, rate=rate)
+        assert isinstance(stream, av.VideoStream)
         if title:
             container.metadata["title"] = stream.metadata["handler_name"] = title
         stream.height, stream.width = pictures[0].shape[1:]
