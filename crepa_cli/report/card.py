@@ -77,7 +77,7 @@ def _results(run: RunFolder) -> str:
     if not metrics:
         return ""
     columns = ("step", "loss", "diffusion_loss", "crepa_similarity", "crepa_similarity_ema", "crepa_coefficient")
-    chosen = [metrics[index * (len(metrics) - 1) // 4] for index in range(5)]
+    chosen = [metrics[index] for index in sorted({part * (len(metrics) - 1) // 4 for part in range(5)})]
     rows = [[_cell(line[column]) for column in columns] for line in chosen]
     lines = [columns, ["---"] * len(columns), *rows]
     curves = f"![losses, lambda (the coefficient) and similarity over the steps]({run.curves.name})\n\n"
