@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from conftest import RunCrepa
+from conftest import CREPA, RunCrepa
 from safetensors.torch import load_file
 
 from crepa_cli.data.cache import Cache
@@ -345,3 +345,22 @@ def test_a_damaged_checkpoint_does_not_make_new_ones_disappear(
     flags = ["--steps", 22, "--set", "validation.every=0", "--set", "checkpoints.keep=1", "--plain"]
     assert run_crepa("train", "--resume", "--output", stopped_run, *flags) == 0
     assert [path.name for path in checkpoints_in(stopped_run / "checkpoints")] == ["step-000022"]
+
+
+def test_an_error_that_nobody_expects_ends_with_the_name_of_the_checkpoint(demo: Path, tmp_path: Path) -> None:
+    """The metrics file becomes a folder in the middle of a run."""
+    run = tmp_path / "run"
+    flags = ["--steps", "1000", "--set", "report.every=1", "--output", str(run)]
+    with subprocess.Popen(
+        [*CREPA, *DEMO, *flags], cwd=demo, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert any(line.startswith("step 2 ") for line in process.stdout)
+        process.send_signal(signal.SIGSTOP)
+        (run / "metrics.jsonl").unlink()
+        (run / "metrics.jsonl").mkdir()
+        process.send_signal(signal.SIGCONT)
+        printed = process.stdout.read()
+    (checkpoint,) = checkpoints_in(run / "checkpoints")
+    assert process.returncode == 1
+    assert printed.splitlines()[-1] == f"A checkpoint was saved first: {checkpoint}"
