@@ -11,6 +11,7 @@ from rich.console import Console
 
 from crepa_cli import __version__
 from crepa_cli.cli.doctor import doctor
+from crepa_cli.cli.encoding import print_any_text
 from crepa_cli.cli.init import init
 from crepa_cli.cli.probe import probe_blocks
 from crepa_cli.cli.train import train
@@ -45,6 +46,7 @@ def _crepa(
 
 def main() -> None:
     """Run the command line; a mistake of the user's ends with exit code 2, a failure of the run with 1."""
+    print_any_text()
     try:
         app()
     except UserError as error:
