@@ -12,14 +12,14 @@ print(run.weights)
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
+from accelerate.utils import GradientAccumulationPlugin
 from accelerate.utils.memory import should_reduce_batch_size
 
 from crepa_cli.data.cache import Cache, cache_folder
@@ -27,18 +27,21 @@ from crepa_cli.data.clips import clips_folder
 from crepa_cli.data.dataset import ClipDataset
 from crepa_cli.data.online import OnlineTeacher
 from crepa_cli.data.prepare import ClipForm, PreparedClip, encoder_config, prepare, prompt_key
-from crepa_cli.errors import RunError
+from crepa_cli.errors import RunError, UserError
 from crepa_cli.events import Event, Notice, Progress, RunOpened, TrainingEnded, TrainingStarted
-from crepa_cli.models.checkpoint import fetch
+from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
+from crepa_cli.models.hub import fetch
 from crepa_cli.processes import PRECISION, from_main, start_processes
 from crepa_cli.profile import Profile
 from crepa_cli.report.card import loading_lines, write_model_card
 from crepa_cli.report.metrics import MetricsFile
 from crepa_cli.report.plot import CurvesFile
 from crepa_cli.report.trackers import Trackers
-from crepa_cli.runs.checks import open_family
+from crepa_cli.runs.capabilities import attention_mistakes, compile_mistakes, dtype_mistakes
+from crepa_cli.runs.checks import open_family, require_packages
 from crepa_cli.runs.folder import RunFolder
+from crepa_cli.runs.resume import resume_mistakes
 from crepa_cli.settings import resolve
 from crepa_cli.signals import stop_signals
 from crepa_cli.training.batches import Batches
@@ -56,8 +59,12 @@ StopRequest = Callable[[], bool]
 Events = Generator[Event, None, None]
 
 
-def check(profile: Profile, *, resume: bool) -> Family:
+def check(profile: Profile, *, resume: bool = False) -> Family:
     """Find the mistakes in the settings that can be found before any work: clips, checkpoint, run folder.
+
+    Args:
+        profile: the resolved settings.
+        resume: whether they are to resume the run in `train.output`.
 
     Returns:
         The family with its checkpoint.
@@ -65,11 +72,26 @@ def check(profile: Profile, *, resume: bool) -> Family:
     Raises:
         UserError: says what is wrong and what to do.
     """
-    clips_folder(profile.data)
-    family = open_family(profile)
-    if not resume:
-        RunFolder.new(profile)
+    require_packages(profile)
+    family = _opened(profile)
+    if resume:
+        _run_to_resume(profile)
+    else:
+        RunFolder.next(profile)
     return family
+
+
+def _opened(profile: Profile) -> Family:
+    clips_folder(profile.data)
+    return open_family(profile)
+
+
+def _run_to_resume(profile: Profile) -> RunFolder:
+    """The run in `train.output`, which can be resumed with these settings."""
+    run = RunFolder.to_resume(profile.train.output)
+    if mistakes := resume_mistakes(resolve(str(run.profile)).profile, profile):
+        raise UserError("\n".join(mistakes))
+    return run
 
 
 def train(
@@ -102,14 +124,24 @@ def train(
     """
     profile = _with_output(profile, output)
     state = start_processes()
-    family = check(profile, resume=resume)
-    run = RunFolder.to_resume(profile.train.output) if resume else from_main(lambda: RunFolder.new(profile))
-    accelerator = _accelerator(profile, run)
-    if state.is_main_process:
-        run.create(profile)
-        curves = CurvesFile(run, profile.crepa.similarity_threshold)
-        listeners = [MetricsFile(run.metrics), curves, Trackers(accelerator, profile), *listeners]
-    with _advice_on_memory(profile, family):
+    require_packages(profile)
+    family = _opened(profile)
+    if mistakes := [
+        *dtype_mistakes(profile, state.device),
+        *compile_mistakes(profile, state.device),
+        *attention_mistakes(profile, family, state.device),
+    ]:
+        raise UserError("\n".join(mistakes))
+    # One process decides: once it has made the folder, the others would find a run in it.
+    run = from_main(lambda: _run_to_resume(profile) if resume else RunFolder.claim(profile))
+    accelerator = _accelerator(profile)
+    with ExitStack() as stack, _advice_on_memory(profile, family):
+        if state.is_main_process:
+            if resume:
+                run.write_profile(profile)
+            curves = CurvesFile(run, profile.crepa.similarity_threshold)
+            trackers = stack.enter_context(closing(Trackers(profile, run, listeners)))
+            listeners = [MetricsFile(run.metrics), curves, trackers, *listeners]
         last = _follow(
             lambda should_stop: _run(profile, family, run, accelerator, resume=resume, should_stop=should_stop),
             listeners,
@@ -126,7 +158,7 @@ def fill_cache(
 ) -> None:
     """Prepare the clips for later runs, and train nothing; see `train`."""
     start_processes()
-    family = check(profile, resume=True)
+    family = _opened(profile)
     accelerator = Accelerator(mixed_precision=PRECISION[profile.model.dtype])
     _follow(lambda _: _prepared(profile, family, accelerator), listeners, should_stop)
 
@@ -201,16 +233,16 @@ def _newest_checkpoint(run: RunFolder) -> Generator[Event, None, Path | None]:
 def _prepared(profile: Profile, family: Family, accelerator: Accelerator) -> Generator[Event, None, _Prepared]:
     """Fill the cache with everything that depends on the clips alone."""
     # Without network this ends here, not after an hour of reading clips.
-    fetch(family.checkpoint, family.revision, folders=())
+    fetch(family.base.name, family.base.revision, folders=())
     crepa, form = profile.crepa, ClipForm.of(profile.data)
     damaged: list[str] = []
     cache = Cache(
         cache_folder(profile.data),
         on_damage=lambda path, reason: damaged.append(f"{path.name} in the cache is made again: {reason}"),
     )
-    dtype = getattr(torch, profile.model.dtype)
+    dtype = torch_dtype(profile.model.dtype)
     texts = [*profile.validation.prompts, ""]
-    stored = crepa if crepa.enabled and not crepa.use_backbone_features and crepa.teacher_cache else None
+    stored = crepa if crepa.encoder_teaches and crepa.teacher_cache else None
     folder = clips_folder(profile.data)
     clips = yield from prepare(family, folder, form, stored, texts, cache, accelerator.device, dtype)
     for message in damaged:
@@ -228,10 +260,10 @@ def _build_trainer(
     checkpoint: Path | None,
 ) -> Trainer:
     crepa = profile.crepa
-    encoder_teaches = crepa.enabled and not crepa.use_backbone_features
+    encoder_teaches = crepa.encoder_teaches
     progress = read_progress(checkpoint) if checkpoint else {}
     teacher_size = encoder_config(crepa)["hidden_size"] if encoder_teaches else family.hidden_size
-    empty_key = prompt_key(family, "", getattr(torch, profile.model.dtype))
+    empty_key = prompt_key(family, "", torch_dtype(profile.model.dtype))
     learner = build_learner(profile, family, teacher_size, accelerator, checkpoint, progress)
     online = encoder_teaches and not crepa.teacher_cache and learner.aligns
     # Checkpoints of earlier versions counted the skipped steps of the run alone.
@@ -257,14 +289,12 @@ def _with_output(profile: Profile, output: Path | str | None) -> Profile:
     return profile.model_copy(update={"train": profile.train.model_copy(update={"output": str(output)})})
 
 
-def _accelerator(profile: Profile, run: RunFolder) -> Accelerator:
-    """Device, precision, processes and trackers."""
+def _accelerator(profile: Profile) -> Accelerator:
+    """Device, precision and processes."""
     return Accelerator(
         mixed_precision=PRECISION[profile.model.dtype],
         # The trainer accumulates by itself; without the plugin an environment variable would divide the gradients.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        log_with=list(profile.report.trackers) or None,
-        project_config=ProjectConfiguration(project_dir=str(run.path), logging_dir=str(run.trackers)),
     )
 
 
@@ -278,7 +308,7 @@ def _device_memory(device: torch.device) -> int:
 @contextmanager
 def _advice_on_memory(profile: Profile, family: Family) -> Iterator[None]:
     """Say what would lower memory if it was not enough."""
-    from crepa_cli.doctor.out_of_memory import out_of_memory_message
+    from crepa_cli.memory.out_of_memory import out_of_memory_message
 
     try:
         yield

@@ -1,12 +1,17 @@
-"""The exceptions that end a command with a message instead of a traceback."""
+"""Exceptions that end a command with a message instead of a traceback, and the wording of counts in messages."""
 
 
 class UserError(Exception):
-    """A mistake of the user's: the command prints this message and ends with exit code 2, without a traceback.
+    """A user's mistake: the command prints this message and exits with code 2, without a traceback.
 
-    The message says what is wrong, where (file, key, value, allowed range) and what to do.
+    The message says what is wrong, where (file, key, value, allowed range), and what to do.
     """
 
 
 class RunError(Exception):
-    """A failure of the run that is not the user's: the command prints this message and ends with exit code 1."""
+    """A failure that is not the user's mistake: the command prints this message and exits with code 1."""
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, in the plural unless there is exactly one: "1 clip", "1,200 clips"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

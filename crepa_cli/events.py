@@ -1,4 +1,4 @@
-"""What happens in a run, as small frozen dataclasses: the preparation and the trainer yield them, reports listen."""
+"""Events of a run, as small frozen dataclasses: preparation and trainer yield them, and listeners receive them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Progress:
-    """`done` of `total` pieces of a stage are finished, or of this process's share of it.
+    """`done` of a stage's `total` items are finished; with several processes, of this process's share.
 
-    Stages of the preparation are scanning, prompts, latents and features; of a measurement blocks and projectors.
+    Preparation has the stages scanning, prompts, latents and features; a measurement has blocks and projectors.
     """
 
     stage: str
@@ -24,7 +24,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class ClipSkipped:
-    """A clip is left out of the training, and why."""
+    """A clip is excluded from training, with the reason."""
 
     name: str
     reason: str
@@ -32,16 +32,16 @@ class ClipSkipped:
 
 @dataclass(frozen=True)
 class Notice:
-    """Something that the user should know, such as a cache entry that was damaged and is made again."""
+    """Something the user should know, such as a damaged cache entry that is computed again."""
 
     message: str
 
 
 @dataclass(frozen=True)
 class RunOpened:
-    """The first event: settings and checkpoint are checked, and the run has a folder.
+    """The first event: the settings and the checkpoint are valid, and the run has a folder.
 
-    `device_memory` is in bytes; `loading` are the lines of code that will load the weights.
+    `device_memory` is in bytes; `loading` is the code that will load the trained weights.
     """
 
     output: Path
@@ -51,9 +51,9 @@ class RunOpened:
 
 @dataclass(frozen=True)
 class TrainingStarted:
-    """Everything is loaded; the first step comes next.
+    """Everything is loaded, and the first step is next.
 
-    `step` is the first step of this session, above 0 when a run goes on.
+    `step` is the first step of this session; it is above 0 if the run was resumed.
     """
 
     output: Path
@@ -66,7 +66,7 @@ class TrainingStarted:
 
 @dataclass(frozen=True)
 class StepDone:
-    """One optimizer step, counted from zero: the fields of `metrics.jsonl`; None where a value does not exist."""
+    """One optimizer step, counted from zero, with the fields of `metrics.jsonl`; None for values that do not exist."""
 
     step: int
     loss: float
@@ -87,7 +87,7 @@ class StepDone:
 
 @dataclass(frozen=True)
 class StepSkipped:
-    """An optimizer step that changed nothing, because a loss or the gradient was not finite, and of which clips."""
+    """An optimizer step that changed nothing because its loss or gradient was not finite; `reason` names the clips."""
 
     step: int
     reason: str
@@ -95,7 +95,7 @@ class StepSkipped:
 
 @dataclass(frozen=True)
 class AlignmentDropped:
-    """Alignment can never come back from this step on; hook, projector and features are gone."""
+    """Alignment ends for good at this step; the hook, the projector and the features are released."""
 
     step: int
     reason: str
@@ -103,7 +103,7 @@ class AlignmentDropped:
 
 @dataclass(frozen=True)
 class CheckpointSaved:
-    """A checkpoint after this many steps is complete on disk."""
+    """The checkpoint after this many steps is complete on disk."""
 
     step: int
     path: Path
@@ -111,7 +111,7 @@ class CheckpointSaved:
 
 @dataclass(frozen=True)
 class ValidationSampled:
-    """Validation videos after this many steps are on disk."""
+    """The validation videos after this many steps are on disk."""
 
     step: int
     paths: tuple[Path, ...]
@@ -119,7 +119,7 @@ class ValidationSampled:
 
 @dataclass(frozen=True)
 class TrainingEnded:
-    """The last event. `weights` is None where the run was stopped before its last step."""
+    """The last event. `weights` is None if the run stopped before its last step."""
 
     step: int
     weights: Path | None
@@ -141,7 +141,7 @@ Event = (
 
 
 def drained(events: Generator[Event, None, Result], listener: Callable[[Event], None]) -> Result:
-    """Tell a listener all events, and return what came of the work that yielded them."""
+    """Pass every event to a listener and return the generator's result."""
     while True:
         try:
             event = next(events)

@@ -1,4 +1,4 @@
-"""The processes of a run: who is there, and what they tell each other."""
+"""The processes of a run, and the values they exchange."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ Value = TypeVar("Value")
 PRECISION = {"bfloat16": "bf16", "float32": "no"}
 """Accelerate's names for the values of `model.dtype`."""
 TIMEOUT = timedelta(hours=12)
-"""How long processes wait for each other: in the preparation one may have far longer clips than another."""
+"""How long processes wait for each other: during preparation, one may get far longer clips than another."""
 
 
 def start_processes() -> PartialState:
-    """Join the processes that a launcher started, or stand alone.
+    """Join the processes that a launcher started; without a launcher, run as a single process.
 
     Raises:
-        UserError: if the launcher was told to train in a way that would silently not happen.
+        UserError: if the launcher was configured for a method that crepa would silently ignore.
         RunError: if the processes did not find each other.
     """
     for variable, name in {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}.items():
         if os.environ.get(variable, "").lower() == "true":
             raise UserError(
-                f"accelerate was configured for {name}, which crepa does not use: take that out of its configuration; "
-                "train.sharding = true shares the weights out over the processes"
+                f"accelerate is configured for {name}, which crepa does not use: remove that from its configuration; "
+                "train.sharding = true shards the weights across the processes"
             )
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started == 1:
         return PartialState()
-    # Accelerate joins processes on the CPU only where it is told to be there.
+    # Accelerate joins processes on the CPU only if it is asked for the CPU.
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=TIMEOUT)
     if state.num_processes != started:
-        raise RunError(f"{started} processes were started, and they found {state.num_processes}")
+        raise RunError(f"{started} processes were started, but only {state.num_processes} found each other")
     return state
 
 
 def from_main(compute: Callable[[], Value]) -> Value:
-    """What `compute` gives on the main process, for all of them; every process has to call it.
+    """The result of `compute` on the main process, for all processes; every process must call it.
 
     Raises:
         UserError: in every process, if `compute` raises it.
@@ -64,6 +64,6 @@ def from_main(compute: Callable[[], Value]) -> Value:
 
 
 def from_all(values: list[Value]) -> list[Value]:
-    """The values of all processes in one list; every process has to call it."""
+    """The values of all processes in one list; every process must call it."""
     gathered: list[Value] = gather_object(values)
     return gathered

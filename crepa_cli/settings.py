@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from crepa_cli.models import load_family
+from crepa_cli.models import family_defaults
 from crepa_cli.profile import ResolvedProfile, resolve_profile
 
 
@@ -27,13 +27,13 @@ def resolve(
     Raises:
         UserError: lists all mistakes.
     """
-    from crepa_cli.training.demo import demo_settings
+    from crepa_cli.demo import demo_settings
 
     return resolve_profile(
         profile=profile,
         flags=flags or {},
         sets=sets,
         folder=Path(),
-        family_defaults=lambda family, task: load_family(family).defaults(task),
+        family_defaults=family_defaults,
         demo=demo_settings if demo else None,
     )

@@ -1,4 +1,4 @@
-"""Tiny checkpoints in the published layout and small clips, made once for the whole session."""
+"""Tiny checkpoints in the published layout and small clips, created once per session."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from filelock import FileLock
 from torch import Tensor
 
 from crepa_cli.cli import main
+from crepa_cli.demo import write_tiny
+from crepa_cli.demo.teacher import write_tiny_dinov2
+from crepa_cli.demo.tiny import write_once
 from crepa_cli.models import load_family
 from crepa_cli.models.family import Family
-from crepa_cli.models.tiny import write_once
-from crepa_cli.teachers.dinov2 import write_tiny_dinov2
 
 # Tensors of tiny models are faster on one thread than shared out, here and in the commands that tests start.
 torch.set_num_threads(1)
@@ -42,7 +43,7 @@ def open_tiny(checkpoints: Path) -> OpenTiny:
 
     def open_family(name: str, task: str) -> Family:
         family = load_family(name)
-        folder = write_once(checkpoints / f"{name}-{task}", lambda path: family.write_tiny(path, task))
+        folder = write_once(checkpoints / f"{name}-{task}", lambda path: write_tiny(name, path, task))
         return family(str(folder), task)
 
     return open_family
@@ -55,7 +56,7 @@ def tiny_dinov2(checkpoints: Path) -> Path:
 
 
 def moving_pattern(frames: int, height: int, width: int) -> Tensor:
-    """A video `[3, F, H, W]` in [-1, 1] of colored waves that drift."""
+    """A video of drifting colored waves, `[3, F, H, W]` in [-1, 1]."""
     time = torch.arange(frames).view(1, -1, 1, 1) / 8
     rows = torch.arange(height).view(1, 1, -1, 1) / height
     columns = torch.arange(width).view(1, 1, 1, -1) / width
@@ -94,7 +95,7 @@ def run_crepa(monkeypatch: pytest.MonkeyPatch) -> RunCrepa:
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
-    """A folder in which `crepa train --profile t2v --model wan --demo` has run once, as its user runs it.
+    """A folder in which `crepa train --profile t2v --model wan --demo` has run once, as a user would run it.
 
     The workers of a test run share it.
     """

@@ -1,10 +1,13 @@
-"""Kill a run at random moments and go on with it each time: it must end as a run that was left alone.
+"""Kill a run at random moments and resume it each time: its result must equal that of an uninterrupted run.
 
     python tests/kill_and_resume.py --count 30
+    python tests/kill_and_resume.py --count 3 --at "alignment turned off" --set checkpoints.every=1
+    python tests/kill_and_resume.py --count 10 --set train.optimizer=adamw8bit --set adapter.rank=128
 
-Each time the demo's run is killed (SIGKILL, which nothing can answer) after a random time, in its preparation, a step,
-a checkpoint, a validation or its export, and started again with `--resume` until it ends. Weights, optimizer, average
-and metrics are then compared bit for bit with those of a run that was not killed.
+The demo's run is killed (with SIGKILL, which a process cannot catch) after a random time: during preparation, a step, a
+checkpoint, a validation or the export. With `--at` it is killed as soon as it prints a line with these words. It is
+started again with `--resume` until it ends. Then its weights, optimizer state, weight average and metrics are compared
+bit for bit with those of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -37,37 +41,57 @@ STATES = ("model", "optimizer", "average")
 MOST_SESSIONS = 40
 
 
-def command() -> list[str]:
-    """What a user types: the run from its start, or going on with it."""
-    return [*TRAIN, "--resume", "--output", str(RUN)] if (RUN / "profile.toml").exists() else whole_run(RUN)
+def command(settings: list[str]) -> list[str]:
+    """The command that a user types: start the run, or resume it."""
+    if (RUN / "profile.toml").exists():
+        return [*TRAIN, "--resume", "--output", str(RUN)]
+    return whole_run(RUN, settings)
 
 
-def whole_run(output: Path) -> list[str]:
-    """The command of a run from its start."""
-    return [*TRAIN, *SETTINGS, "--output", str(output)]
+def whole_run(output: Path, settings: list[str]) -> list[str]:
+    """The command that starts a run."""
+    sets = [word for setting in settings for word in ("--set", setting)]
+    return [*TRAIN, *SETTINGS, *sets, "--output", str(output)]
 
 
-def session(kill_after: float | None) -> tuple[bool, str]:
-    """Run a command, killed after some seconds or left alone: whether it ended by itself, and its output."""
-    process = subprocess.Popen(command(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def session(settings: list[str], kill_after: float | None, kill_at: str | None) -> tuple[bool, str]:
+    """Run a command and kill it after some seconds, or at a line with some words.
+
+    Returns:
+        Whether it finished by itself, and its output.
+    """
+    process = subprocess.Popen(command(settings), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        output, _ = process.communicate(timeout=kill_after)
+        output = read_until(process, kill_at) if kill_at else process.communicate(timeout=kill_after)[0]
     except subprocess.TimeoutExpired:
         process.kill()
         return False, process.communicate()[0]
+    if process.returncode == -signal.SIGKILL:
+        return False, output
     if process.returncode:
         raise SystemExit(f"a resumed run failed with exit code {process.returncode}:\n{output}")
     return True, output
 
 
+def read_until(process: subprocess.Popen[str], words: str) -> str:
+    """The output of a process, which is killed at the first line with these words."""
+    lines = []
+    for line in process.stdout or ():
+        lines.append(line)
+        if words in line:
+            process.kill()
+    process.wait()
+    return "".join(lines)
+
+
 def last_event(output: str) -> str:
-    """What the run told last."""
+    """The last line that the run printed."""
     lines = output.strip().splitlines()
     return lines[-1] if lines else "nothing yet"
 
 
 def differences(ours: Path, theirs: Path) -> list[str]:
-    """The files of two runs that are not equal, bit for bit."""
+    """The files of two runs that are not bitwise equal."""
     names = ["weights/pytorch_lora_weights", *(f"checkpoints/step-000012/{name}" for name in STATES)]
     found = [name for name in names if not same_tensors(ours / f"{name}.safetensors", theirs / f"{name}.safetensors")]
     if metrics(ours) != metrics(theirs):
@@ -76,7 +100,7 @@ def differences(ours: Path, theirs: Path) -> list[str]:
 
 
 def same_tensors(ours: Path, theirs: Path) -> bool:
-    """Whether two files hold the same tensors."""
+    """Whether two files contain the same tensors."""
     first, second = load_file(ours), load_file(theirs)
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
@@ -87,42 +111,50 @@ def metrics(run: Path) -> list[list[Any]]:
     return [[line[key] for key in EXACT] for line in lines]
 
 
-def kill_and_resume(count: int, seed: int) -> None:
+def kill_and_resume(count: int, seed: int, settings: list[str], kill_at: str | None) -> None:
     """Kill runs of the demo in the current folder `count` times in all.
 
+    Args:
+        count: kills.
+        seed: of the times.
+        settings: "table.key=value", on top of those of every run.
+        kill_at: words of the line at which each run is killed once; None for random times.
+
     Raises:
-        SystemExit: if one does not go on, or ends otherwise than the run that was not killed.
+        SystemExit: if a run cannot be resumed, or its result differs from that of the uninterrupted run.
     """
     randomness = random.Random(seed)
     whole = Path("runs/whole")
     started = time.monotonic()
-    subprocess.run(whole_run(whole), check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(whole_run(whole, settings), check=True, stdout=subprocess.DEVNULL)
     longest = time.monotonic() - started
     killed = 0
     while killed < count:
         shutil.rmtree(RUN, ignore_errors=True)
         if randomness.random() < 0.5:
-            # The next one is killed in its preparation too.
+            # The next run may be killed during its preparation too.
             shutil.rmtree("crepa-demo/clips/.crepa-cache", ignore_errors=True)
-        for _ in range(MOST_SESSIONS):
-            after = randomness.uniform(0.1, longest) if killed < count else None
-            ended, output = session(after)
+        for number in range(MOST_SESSIONS):
+            after = randomness.uniform(0.1, longest) if killed < count and not kill_at else None
+            ended, output = session(settings, after, kill_at if number == 0 else None)
             if ended:
                 break
             killed += 1
-            print(f"{killed}: killed after {after:.1f} s; the run had told: {last_event(output)}", flush=True)
+            print(f"{killed}: killed; last output: {last_event(output)}", flush=True)
         else:
-            raise SystemExit(f"the run did not end in {MOST_SESSIONS} sessions")
+            raise SystemExit(f"the run did not finish in {MOST_SESSIONS} sessions")
         if found := differences(RUN, whole):
-            raise SystemExit(f"not equal to the run that was not killed: {', '.join(found)}")
-        print(f"a run that was killed ended as one that was not; {killed} of {count} kills so far", flush=True)
+            raise SystemExit(f"these files differ from the uninterrupted run: {', '.join(found)}")
+        print(f"the result equals that of the uninterrupted run; {killed} of {count} kills so far", flush=True)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=30, help="how often a run is killed")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--count", type=int, default=30, help="total number of kills")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random times")
+    parser.add_argument("--at", help="words of the line at which to kill, in place of random times")
+    parser.add_argument("--set", action="append", default=[], dest="settings", help="a setting, as table.key=value")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        kill_and_resume(arguments.count, arguments.seed)
+        kill_and_resume(arguments.count, arguments.seed, arguments.settings, arguments.at)

@@ -1,4 +1,4 @@
-"""What the configurations of published checkpoints mean, and the clips that these take."""
+"""Facts from the configurations of published checkpoints, and the clips that these accept."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Published:
-    """Facts of a checkpoint.
+    """Facts about a checkpoint.
 
     `clip` has the shapes of a small clip's tensors, as the family's preparation stores them.
     """
@@ -22,15 +22,15 @@ class Published:
     clip: Shapes
 
 
-LTX_CLIP = {"latents": (128, 3, 2, 4), "prompt_embeds": (8, 4096), "prompt_attention_mask": (8,)}
-SANA_PROMPT = {"prompt_embeds": (300, 2304), "prompt_attention_mask": (300,)}
-WAN_PROMPT = {"prompt_embeds": (512, 4096)}
-WAN_FIRST_FRAME = {"condition": (20, 3, 4, 8)}
-KANDINSKY_CLIP = {"latents": (16, 3, 4, 8), "prompt_embeds": (512, 3584), "pooled_embeds": (768,)}
+LTX_CLIP: Shapes = {"latents": (128, 3, 2, 4), "prompt_embeds": (8, 4096), "prompt_attention_mask": (8,)}
+SANA_PROMPT: Shapes = {"prompt_embeds": (300, 2304), "prompt_attention_mask": (300,)}
+WAN_PROMPT: Shapes = {"prompt_embeds": (512, 4096)}
+WAN_FIRST_FRAME: Shapes = {"condition": (20, 3, 4, 8)}
+KANDINSKY_CLIP: Shapes = {"latents": (16, 3, 4, 8), "prompt_embeds": (512, 3584), "pooled_embeds": (768,)}
 
 
 def wan(task: str, blocks: int, hidden_size: int, clip: Shapes) -> Published:
-    """Of Wan 2.1, and of Wan 2.2 A14B, which have the same VAE."""
+    """Facts about Wan 2.1 and Wan 2.2 A14B, which have the same VAE."""
     return Published(task, blocks, hidden_size, 4, 16, {"latents": (16, 3, 4, 8)} | WAN_PROMPT | clip)
 
 

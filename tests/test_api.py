@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,8 +15,11 @@ import torch
 from safetensors.torch import load_file
 
 from crepa_cli import api
+from crepa_cli.errors import UserError
 from crepa_cli.events import Event, RunOpened, StepDone, TrainingEnded, TrainingStarted
+from crepa_cli.profile import Profile
 from crepa_cli.report.metrics import read_metrics
+from crepa_cli.runs.folder import RunFolder
 
 LORA = "pytorch_lora_weights.safetensors"
 SETS = ["validation.every=0", "checkpoints.every=2", "train.gradient_accumulation=3", "train.steps=4"]
@@ -126,3 +132,63 @@ def _assert_same(ours: Path, theirs: Path) -> None:
     first, second = load_file(ours), load_file(theirs)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.usefixtures("in_demo", "fresh_accelerate")
+def test_8_bit_adamw_resumes_bit_for_bit(tmp_path: Path) -> None:
+    """Full tuning, because state of tensors below 4,096 numbers stays in 32 bits."""
+    sets = [*SETS, "train.optimizer=adamw8bit", "adapter.kind=full", "checkpoints.keep=5"]
+    profile = api.resolve("t2v", {"model.family": "wan"}, sets, demo=True).profile
+    whole = api.train(profile, output=tmp_path / "whole")
+    saved = load_file(whole.checkpoints / "step-000002/optimizer.safetensors")
+    assert torch.uint8 in {tensor.dtype for tensor in saved.values()}
+    cut = shutil.copytree(whole.path, tmp_path / "cut")
+    shutil.rmtree(cut / "checkpoints/step-000004")
+    api.train(profile, output=cut, resume=True)
+    for name in ("model", "optimizer"):
+        _assert_same(*(run / f"checkpoints/step-000004/{name}.safetensors" for run in (cut, whole.path)))
+
+
+def test_a_resume_names_the_settings_that_it_cannot_change(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(demo)
+    run = "runs/wan-t2v-1"
+    saved = str(demo / run / "profile.toml")
+    for changed, old in {
+        "adapter.rank=4": "8",
+        "adapter.kind=full": "'lora'",
+        "train.optimizer=adamw8bit": "'adamw'",
+        "train.ema=0.9": "0",
+        "crepa.enabled=false": "True",
+    }.items():
+        profile = api.resolve(saved, {"train.output": run}, [changed]).profile
+        with pytest.raises(UserError, match=re.escape(changed.partition("=")[0])) as caught:
+            api.check(profile, resume=True)
+        assert f"the run was started with {old}" in str(caught.value)
+    allowed = [
+        "train.learning_rate=1e-5",
+        "train.steps=99",
+        "checkpoints.every=1",
+        "validation.every=0",
+        "report.every=2",
+    ]
+    api.check(api.resolve(saved, {"train.output": run}, allowed).profile, resume=True)
+
+
+def test_runs_that_start_together_get_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them look for a free folder before any of them makes one."""
+    monkeypatch.chdir(tmp_path)
+    profile = api.resolve("t2v", {"model.family": "wan"}).profile
+    barrier, find = threading.Barrier(4), RunFolder.next
+
+    def find_together(wanted: Profile) -> RunFolder:
+        found = find(wanted)
+        if found.path.name == "wan-t2v-1":
+            barrier.wait()
+        return found
+
+    monkeypatch.setattr(RunFolder, "next", find_together)
+    with ThreadPoolExecutor(4) as executor:
+        runs = list(executor.map(lambda _: RunFolder.claim(profile), range(4)))
+    assert {run.path.name for run in runs} == {f"wan-t2v-{number}" for number in (1, 2, 3, 4)}
+    with pytest.raises(UserError, match="already holds a run"):
+        RunFolder.claim(api.resolve("t2v", {"model.family": "wan", "train.output": str(runs[0].path)}).profile)

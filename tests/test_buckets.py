@@ -1,4 +1,4 @@
-"""Sizes and frame counts that clips are brought to."""
+"""Sizes and frame counts to which clips are resized."""
 
 import pytest
 from hypothesis import given, settings

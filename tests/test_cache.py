@@ -1,4 +1,4 @@
-"""Entries of the store are whole or absent, whatever happens to processes, disks and files."""
+"""Cache entries are complete or absent, whatever happens to processes, disks and files."""
 
 import errno
 import json
@@ -78,6 +78,7 @@ def test_tensors_of_any_layout_can_be_stored_and_changing_what_was_read_changes_
 
 def test_a_key_depends_on_every_value_and_on_nothing_else() -> None:
     assert cache_key(a=1, b=["x", None]) == cache_key(b=("x", None), a=1)
+    variants: list[dict[str, object]]
     variants = [{}, {"a": 1}, {"a": 2}, {"a": "1"}, {"a": 1.5}, {"a": [1]}, {"a": {"b": 1}}, {"b": 1}, {"a": "\ud800"}]
     assert len({cache_key(**parts) for parts in variants}) == len(variants)
     with pytest.raises(ValueError, match="JSON"):
@@ -109,7 +110,7 @@ def test_an_entry_under_another_key_is_not_taken(tmp_path: Path) -> None:
     cache.path("latents", other).parent.mkdir(parents=True)
     cache.path("latents", KEY).rename(cache.path("latents", other))
     assert not cache.has("latents", other)
-    assert reports == ["holds another entry"]
+    assert reports == ["contains another entry"]
 
 
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
@@ -139,7 +140,7 @@ def test_an_entry_with_a_foreign_type_is_damaged(tmp_path: Path, dtype: str) -> 
 
 
 def test_reading_what_is_gone_is_an_error_with_advice(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="Start again"):
+    with pytest.raises(UserError, match="Run the command again"):
         Cache(tmp_path).read("latents", KEY)
 
 

@@ -1,4 +1,4 @@
-"""The command line as users meet it: help without torch, and mistakes that end with code 2 and one message."""
+"""The command line as users see it: help without torch, and mistakes that exit with code 2 and one message."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
 
 
 def refused(run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The message of a command that must end with exit code 2."""
+    """The message of a command that must exit with code 2."""
     assert run_crepa(*arguments) == 2
     message = capsys.readouterr().err
     assert "Traceback" not in message
@@ -51,13 +51,13 @@ def test_a_folder_of_unreadable_clips(
     for name in ("a", "b"):
         Path("clips", f"{name}.mp4").write_bytes(b"no video")
         Path("clips", f"{name}.txt").write_text("a caption")
-    checkpoint = open_tiny("wan", "t2v").checkpoint
+    checkpoint = open_tiny("wan", "t2v").base.name
     flags = ["--checkpoint", checkpoint, "--data", "clips", "--plain"]
     assert run_crepa("train", "--profile", "t2v", "--model", "wan", *flags) == 2
     captured = capsys.readouterr()
     assert "skipped a.mp4" in captured.out
     assert "skipped b.mp4" in captured.out
-    assert captured.err.startswith("error: no usable clip in clips")
+    assert captured.err.startswith("error: no usable clips in clips")
 
 
 def test_a_typo_in_a_toml_key(run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str]) -> None:

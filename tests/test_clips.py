@@ -1,4 +1,4 @@
-"""Finding clips and captions in folders that may hold anything."""
+"""Finding clips and captions in folders that may contain anything."""
 
 import hashlib
 import json
@@ -71,7 +71,7 @@ def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("caption", "reason"),
     [
-        (None, "no caption: write it in a.txt beside the clip, or add the clip to metadata.jsonl"),
+        (None, "no caption: write one in a.txt next to the clip, or add it to metadata.jsonl"),
         (b" \n", "empty caption"),
         ("ein Bär".encode("latin-1"), "a.txt is not UTF-8 text (byte 5)"),
         ("a bear".encode("utf-16"), "a.txt is not UTF-8 text (byte 0)"),
@@ -107,9 +107,9 @@ def test_faults_of_metadata_are_reported_by_file_and_line_and_the_rest_is_used(t
     scan = find_clips(tmp_path)
     assert captions(scan, tmp_path) == {"a.mp4": "an ant", "b.mp4": "a bee"}
     assert reasons(scan) == {
-        "metadata.jsonl, line 2": "a.mp4 has another caption already, which is kept",
+        "metadata.jsonl, line 2": "a.mp4 already has another caption, which is kept",
         "metadata.jsonl, line 3": "is not JSON",
-        "metadata.jsonl, line 4": "is not an object with file_name and text",
+        "metadata.jsonl, line 4": "is not a JSON object with file_name and text",
         "metadata.jsonl, line 5": "needs file_name and text, both strings",
         "metadata.jsonl, line 6": "gone.mp4 is not among the clips of this folder",
         "metadata.jsonl, line 7": "is not JSON",
@@ -124,7 +124,7 @@ def test_faults_of_metadata_are_reported_by_file_and_line_and_the_rest_is_used(t
         (b"name,text\na.mp4,x\n", "metadata.csv", "has no column file_name"),
         (b"", "metadata.csv", "has no column file_name and no column text"),
         (b"file_name,text\na.mp4\n", "metadata.csv, line 2", "needs file_name and text, both strings"),
-        (b"file_name,text\n" + b"x" * 200_000 + b",y\n", "metadata.csv", "from line 1 on: field larger"),
+        (b"file_name,text\n" + b"x" * 200_000 + b",y\n", "metadata.csv", "beyond line 1: field larger"),
         (b"file_name,text\n\xff,y\n", "metadata.csv", "metadata.csv is not UTF-8 text (byte 15)"),
     ],
 )
@@ -150,7 +150,7 @@ def test_no_path_of_a_metadata_file_leaves_the_folder(tmp_path: Path, name: str)
     found = reasons(scan)
     assert found["metadata.jsonl, line 2"] == "folder/out.mp4 is not among the clips of this folder"
     if "out" in name or "link" in name:
-        assert found["metadata.jsonl, line 1"].endswith("leaves the clips' folder")
+        assert found["metadata.jsonl, line 1"].endswith("is outside the clips' folder")
 
 
 def test_what_is_no_regular_file_is_skipped(tmp_path: Path) -> None:
@@ -160,8 +160,8 @@ def test_what_is_no_regular_file_is_skipped(tmp_path: Path) -> None:
     put(tmp_path, {"metadata.jsonl": '{"file_name": "loop.mp4", "text": "x"}'})
     scan = find_clips(tmp_path)
     assert captions(scan, tmp_path) == {"folder.mp4/ok.mp4": "fine"}
-    assert "link to nothing" in reasons(scan)["gone.mp4"]
-    assert "link to nothing" in reasons(scan)["loop.mp4"]
+    assert "broken symlink" in reasons(scan)["gone.mp4"]
+    assert "broken symlink" in reasons(scan)["loop.mp4"]
 
 
 def test_hidden_files_and_folders_are_not_looked_at(tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_a_folder_without_clips_is_a_mistake_that_says_what_was_looked_for(tmp_p
         find_clips(tmp_path / "gone")
     (tmp_path / "loop").symlink_to("loop")
     for name in ("loop", "a\x00b", "x" * 5000):
-        with pytest.raises(UserError, match=r"The clips' folder .* Name a folder of video files"):
+        with pytest.raises(UserError, match=r"The clips' folder .* Give a folder of video files"):
             find_clips(tmp_path / name)
 
 

@@ -1,4 +1,4 @@
-"""What a shell completes, without loading anything heavy."""
+"""Shell completion, without heavy imports."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COMPLETE = (
 
 
 def completed(shell: str, words: str) -> list[str]:
-    """The completions that a shell is given for the last of the words."""
+    """The completions that a shell receives for the last word."""
     environment = {
         "_CREPA_COMPLETE": f"complete_{shell}",
         "COMP_WORDS": words,

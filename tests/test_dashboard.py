@@ -1,6 +1,6 @@
-"""The dashboard's screens, from recorded events, held against those in `screens/`.
+"""The dashboard's screens for recorded events, compared with those in `screens/`.
 
-`UPDATE_SCREENS=1 pytest tests/test_dashboard.py` writes them anew.
+`UPDATE_SCREENS=1 pytest tests/test_dashboard.py` rewrites them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from crepa_cli.alignment import CoefficientSchedule
+from crepa_cli.alignment.schedule import Scheduler
 from crepa_cli.events import (
     AlignmentDropped,
     CheckpointSaved,
@@ -47,7 +48,7 @@ RUN = Path("runs/wan-t2v-1")
 LOADING = 'pipeline = WanPipeline.from_pretrained("checkpoint")\npipeline.load_lora_weights("weights")'
 
 
-def schedule(scheduler: str, threshold: float | None = 0.85, **settings: object) -> CoefficientSchedule:
+def schedule(scheduler: Scheduler, threshold: float | None = 0.85, **settings: object) -> CoefficientSchedule:
     return CoefficientSchedule(
         peak=0.5,
         total_steps=5000,
@@ -59,7 +60,7 @@ def schedule(scheduler: str, threshold: float | None = 0.85, **settings: object)
 
 
 def recorded_events(plan: CoefficientSchedule, steps: int, *, aligned: bool = True) -> Iterator[Event]:
-    """A run of 5,000 steps up to a step: losses fall in waves, the similarity rises to 0.9."""
+    """The first `steps` of a run of 5,000: losses fall in waves, the similarity rises to 0.9."""
     yield RunOpened(RUN, 80 * GIB, LOADING)
     yield Progress("scanning", 400, 400)
     yield ClipSkipped("clips/broken.mp4", "no video stream")
@@ -175,7 +176,7 @@ def test_any_window_is_filled_and_not_left(case: str, width: int, height: int) -
 def test_the_end_leaves_a_summary(capsys: pytest.CaptureFixture[str]) -> None:
     dashboard = dashboard_of("warmup", Console(width=80, height=24))
     dashboard(TrainingEnded(38, None))
-    assert dashboard.summary.lines()[-1] == f"Go on with: crepa train --resume --output {RUN}"
+    assert dashboard.summary.lines()[-1] == f"Resume with: crepa train --resume --output {RUN}"
     dashboard(TrainingEnded(5000, RUN / "weights"))
     dashboard.__exit__(None, None, None)
     printed = capsys.readouterr().out

@@ -1,12 +1,12 @@
-"""The clips of the demo are real video files that show what their captions say."""
+"""The demo's clips are real video files that match their captions."""
 
 from pathlib import Path
 
 import torch
 
 from crepa_cli.data.clips import file_digest, find_clips
-from crepa_cli.data.demo import COLORS, write_demo_clips
 from crepa_cli.data.video import decode, frames_available, probe
+from crepa_cli.demo.clips import COLORS, write_demo_clips
 
 
 def test_demo_clips_are_usable_varied_and_moving(tmp_path: Path) -> None:

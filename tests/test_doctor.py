@@ -1,4 +1,4 @@
-"""`crepa doctor`: what it finds on this machine and in a plan, and the exit code that it promises."""
+"""`crepa doctor`: its findings about the machine and a plan, and its exit codes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from packaging.version import Version
 from safetensors import safe_open
 
 from crepa_cli.data.cache import Cache
-from crepa_cli.data.demo import write_demo_clips
 from crepa_cli.data.prepare import ClipForm, prepare
+from crepa_cli.demo.clips import write_demo_clips
 from crepa_cli.doctor import devices
 from crepa_cli.doctor.cache_size import cache_bytes
 from crepa_cli.doctor.disk import check_folder
@@ -27,7 +27,7 @@ from crepa_cli.doctor.environment import check_library, pinned_versions
 from crepa_cli.doctor.hub import check_repository
 from crepa_cli.errors import UserError
 from crepa_cli.events import drained
-from crepa_cli.profile import Crepa
+from crepa_cli.profile import CrepaSettings
 
 DEMO = ["--profile", "t2v", "--model", "wan", "--demo"]
 
@@ -44,7 +44,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_predictions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is predicted has its own tests; it takes a minute for each of these."""
+    """The prediction has its own tests and would take a minute in each of these."""
     monkeypatch.setattr("crepa_cli.doctor.plan.check_memory", lambda *_: None)
     monkeypatch.setattr("crepa_cli.doctor.overview.FAMILIES", {})
 
@@ -71,7 +71,7 @@ def failures(report: Any) -> dict[str, str]:
 
 
 def stored_bytes(cache: Path, part: str) -> int:
-    """Bytes of the tensors in a part of a cache."""
+    """The size of the tensors in a part of a cache, in bytes."""
     total = 0
     for path in (cache / part).rglob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
@@ -108,7 +108,7 @@ def test_every_family_stores_what_is_predicted(
 ) -> None:
     family = open_tiny(name, task)
     write_demo_clips(folder / "clips", count=1)
-    crepa = Crepa(encoder=str(tiny_dinov2), encoder_image_size="grid")
+    crepa = CrepaSettings(block_index=8, encoder=str(tiny_dinov2), encoder_image_size="grid")
     cache = Cache(folder / "cache")
     form = ClipForm(128, 96, 17, 16)
     events = prepare(family, folder / "clips", form, crepa, [], cache, torch.device("cpu"), torch.float32)
@@ -175,7 +175,7 @@ def test_unreadable_and_short_clips_are_named(doctor: Any) -> None:
 
 
 def local_flags() -> list[str]:
-    """What names the demo's files without `--demo`, which would make clips anew."""
+    """Settings that name the demo's files without `--demo`, which would create the clips again."""
     settings = {"crepa.encoder": "crepa-demo/dinov2", "crepa.encoder_image_size": 56, "data.width": 96}
     settings |= {"data.height": 64, "data.frames": 17}
     sets = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
@@ -190,7 +190,7 @@ def test_no_features_where_no_encoder_teaches(doctor: Any) -> None:
 
 
 def test_an_optimizer_that_is_not_installed(doctor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("crepa_cli.doctor.plan.find_spec", lambda _: None)
+    monkeypatch.setattr("crepa_cli.runs.checks.find_spec", lambda _: None)
     report = doctor(*DEMO, "--set", "train.optimizer=adamw8bit", exit_code=2)
     assert failures(report) == {"optimizer": "adamw8bit needs bitsandbytes"}
 
@@ -260,6 +260,15 @@ def test_a_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", busy)
     assert [check.status for check in devices.check_devices()] == ["failure"]
+
+
+def test_a_torch_for_windows_without_cuda_comes_with_the_command_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(sys, "platform", "win32")
+    (check,) = devices.check_devices()
+    assert "pip install --force-reinstall --no-deps torch --index-url https://download.pytorch.org" in check.advice
 
 
 def test_room_on_the_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

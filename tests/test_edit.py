@@ -1,4 +1,4 @@
-"""One number changed in a TOML file that its user wrote."""
+"""Changing one number in a TOML file written by a user."""
 
 from __future__ import annotations
 
@@ -29,5 +29,5 @@ def test_one_number_changes_and_all_else_stays(text: str, expected: str) -> None
     "text", ["crepa = { lambda = 0.3 }\n", "crepa.lambda = 0.3\n", 'a = """\n[crepa]\n"""\n', "crepa = 3\n"]
 )
 def test_a_file_that_cannot_be_changed_safely(text: str) -> None:
-    with pytest.raises(UserError, match="set block_index = 5"):
+    with pytest.raises(UserError, match="set block_index = 5 there by hand"):
         with_number(text, "crepa.toml", "crepa", "block_index", 5)

@@ -1,8 +1,8 @@
-"""How a LoRA leaves a run: in diffusers' layout, and in the original checkpoints' for ComfyUI."""
+"""Exported LoRAs: in diffusers' layout, and in that of the original checkpoints for ComfyUI."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import pytest
@@ -17,10 +17,12 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from test_wan import two_experts
 
-from crepa_cli.models.family import Family, Tensors
+from crepa_cli.models.family import COMFYUI_FILE, Family, Tensors
 from crepa_cli.models.wan import Wan
-from crepa_cli.profile import Adapter
-from crepa_cli.training.adapter import COMFYUI_FILE, export_weights, make_trainable
+from crepa_cli.profile import AdapterSettings
+from crepa_cli.report import card
+from crepa_cli.settings import resolve
+from crepa_cli.training.adapter import export_weights, make_trainable
 from crepa_cli.training.checkpoints import trained_weights
 
 READERS: dict[str, Any] = {
@@ -32,14 +34,14 @@ READERS: dict[str, Any] = {
 }
 DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 MORE_OF_WAN = ["add_k_proj", "add_v_proj", "time_proj", "proj_out", "linear_1", "linear_2", "ff.net.0.proj", "ff.net.2"]
-"""Layers that an adapter may have beside the default ones."""
+"""Layers that an adapter can have in addition to the default ones."""
 
 
 def exported(family: Family, folder: Path, **settings: object) -> tuple[Tensors, Tensors]:
     """The tensors of the diffusers file and of the ComfyUI file of a random LoRA of rank 4."""
     torch.manual_seed(0)
-    defaults = {"rank": 4, "target_modules": family.settings["adapter"]["target_modules"]}
-    adapter = Adapter.model_validate(defaults | {"export": ("diffusers", "comfyui")} | settings)
+    defaults = {"rank": 4, "alpha": 4.0, "target_modules": family.settings["adapter"]["target_modules"]}
+    adapter = AdapterSettings.model_validate(defaults | {"export": ("diffusers", "comfyui")} | settings)
     transformer = family.load_transformer(torch.float32)
     make_trainable(transformer, adapter)
     for parameter in transformer.parameters():
@@ -98,7 +100,7 @@ def test_alpha_is_kept(open_tiny: OpenTiny, tmp_path: Path) -> None:
 def test_the_lora_of_the_low_noise_expert_loads_into_it(open_tiny: OpenTiny, checkpoints: Path, tmp_path: Path) -> None:
     family = Wan(two_experts(open_tiny, checkpoints, "t2v"), "t2v", variant="low")
     published, _ = exported(family, tmp_path / "weights")
-    pipeline = WanPipeline.from_pretrained(family.checkpoint)
+    pipeline = WanPipeline.from_pretrained(family.base.name)
     pipeline.load_lora_weights(tmp_path / "weights", weight_name=DIFFUSERS_FILE, load_into_transformer_2=True)
     loaded = get_peft_model_state_dict(pipeline.transformer_2, adapter_name="default_0")
     assert {f"transformer.{key}" for key in loaded} == published.keys()
@@ -126,3 +128,12 @@ def test_what_comfyui_does_not_run_is_said_before_training(
     assert run_crepa("train", "--profile", "t2v", "--model", family, "--demo", "--plain", *sets) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_code_of_the_card_has_slashes(open_tiny: OpenTiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder of a checkpoint on Windows, whose paths stand in for those of this system."""
+    family = open_tiny("wan", "t2v")
+    monkeypatch.setattr(card, "Path", PureWindowsPath)
+    monkeypatch.setattr(family.base, "name", r"D:\new\wan")
+    profile = resolve("t2v", {"model.family": "wan"}, []).profile
+    assert 'from_pretrained("D:/new/wan", ' in card.loading_code(family, profile)

@@ -1,4 +1,4 @@
-"""What every family promises for each of its tasks."""
+"""The behavior that every family guarantees for each of its tasks."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from published_configs import PUBLISHED
 from torch import Tensor
 
 from crepa_cli.models import FAMILIES, load_family
+from crepa_cli.models.capture import HiddenStateCapture
 from crepa_cli.models.family import Family, Tensors
-from crepa_cli.profile import Adapter
+from crepa_cli.profile import AdapterSettings
 from crepa_cli.training.adapter import export_weights, make_trainable
-from crepa_cli.training.aligned import HiddenStateCapture
 from crepa_cli.training.checkpoints import trained_weights
 from crepa_cli.training.flow import diffusion_loss, sample_sigmas
 
 CAPTION = "colored waves drift"
 FPS = 20.0
 FRAMES = {("kandinsky5_video", "i2v"): 17}
-"""Its pipeline brings the statistics of the first four latent frames close to those of the frames after them."""
+"""Its pipeline adjusts the statistics of the first four latent frames to those of the following frames."""
 STEPS = {"ltxvideo": 60, "kandinsky5_video": 200}
-"""Where 150 are too few, or more than enough."""
+"""Step counts of the families for which 150 are too few or more than enough."""
 TASKS = [(name, task) for name in FAMILIES for task in load_family(name).pipelines]
 
 
 def encoded_clip(family: Family, frames: int, height: int, width: int) -> tuple[Tensor, Tensors]:
-    """A video and the tensors that the preparation stores for it, without a batch dimension."""
+    """A video and the tensors that preparation stores for it, without a batch dimension."""
     video = moving_pattern(frames, height, width)
     with torch.no_grad():
         tensors = family.encode_clip(family.load_vae_pipeline(), video)
@@ -52,7 +52,7 @@ def first_frame(video: Tensor) -> Image.Image:
 
 
 def sampled_latents(family: Family, pipeline: Any, video: Tensor, latents: Tensor, steps: int) -> Tensor:
-    """What the published pipeline makes of the caption, in the form of a video and its latents: `[C, T, h, w]`."""
+    """The latents `[C, T, h, w]` that the published pipeline generates for the caption, at the size of the video."""
     frames, height, width = video.shape[1:]
     arguments = family.form_arguments(width=width, height=height, frames=frames, fps=FPS)
     if family.task == "i2v":
@@ -73,7 +73,7 @@ def sampled_latents(family: Family, pipeline: Any, video: Tensor, latents: Tenso
 
 
 def overfitted(family: Family, tensors: Tensors, steps: int) -> torch.nn.Module:
-    """The family's transformer, trained on one clip at the noise levels that it is used for."""
+    """The family's transformer, trained on one clip at the noise levels that it covers."""
     batch = batch_of(tensors, 4)
     transformer = family.load_transformer(torch.float32).requires_grad_(True).train()
     optimizer = torch.optim.AdamW(transformer.parameters(), weight_decay=0.0)
@@ -95,13 +95,14 @@ def overfitted(family: Family, tensors: Tensors, steps: int) -> torch.nn.Module:
 
 
 def sampled_similarity(family: Family, video: Tensor, tensors: Tensors, **transformers: torch.nn.Module) -> float:
-    """The cosine of a clip's latents and those that the published pipeline samples with the given transformers."""
+    """The cosine between a clip's latents and those that the published pipeline samples with these transformers."""
     pipeline_class = getattr(diffusers, family.pipeline_class)
-    pipeline = pipeline_class.from_pretrained(family.checkpoint, **transformers)
+    pipeline = pipeline_class.from_pretrained(family.base.name, **transformers)
     sampled = sampled_latents(family, pipeline, video, tensors["latents"], steps=30)
     return float(torch.cosine_similarity(sampled.flatten(), tensors["latents"].flatten(), dim=0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "task"), TASKS)
 def test_an_overfitted_transformer_gives_its_clip_back(name: str, task: str, open_tiny: OpenTiny) -> None:
     """Noise, target, timesteps, normalization and conditions agree with the published pipeline, or this fails."""
@@ -116,7 +117,7 @@ def test_an_overfitted_transformer_gives_its_clip_back(name: str, task: str, ope
 
 @pytest.mark.parametrize(("name", "task"), TASKS)
 def test_captured_tokens_are_where_the_grid_says(name: str, task: str, open_tiny: OpenTiny) -> None:
-    """One changed patch of one latent frame changes most the state at its own frame, row and column."""
+    """Changing one patch of one latent frame changes the state at the same frame, row and column the most."""
     torch.manual_seed(0)
     family = open_tiny(name, task)
     multiple, frames = family.size_multiple, 3 * family.frame_multiple + 1
@@ -162,7 +163,9 @@ def test_an_exported_lora_loads_in_the_published_pipeline(
     frames = FRAMES.get((name, task), 2 * family.frame_multiple + 1)
     video, tensors = encoded_clip(family, frames, multiple, multiple)
     transformer = family.load_transformer(torch.float32)
-    settings = Adapter.model_validate({"rank": 4, "target_modules": family.settings["adapter"]["target_modules"]})
+    settings = AdapterSettings.model_validate(
+        {"rank": 4, "alpha": 4.0, "target_modules": family.settings["adapter"]["target_modules"]}
+    )
     make_trainable(transformer, settings)
     for parameter in transformer.parameters():
         if parameter.requires_grad:
@@ -171,7 +174,7 @@ def test_an_exported_lora_loads_in_the_published_pipeline(
     trained = get_peft_model_state_dict(transformer)
 
     pipeline_class = getattr(diffusers, family.pipeline_class)
-    pipeline = pipeline_class.from_pretrained(family.checkpoint)
+    pipeline = pipeline_class.from_pretrained(family.base.name)
     before = sampled_latents(family, pipeline, video, tensors["latents"], steps=2)
     pipeline.load_lora_weights(tmp_path / "weights")
     loaded = get_peft_model_state_dict(pipeline.transformer, adapter_name="default_0")
@@ -185,7 +188,7 @@ def test_an_exported_lora_loads_in_the_published_pipeline(
 def test_the_default_block_of_a_published_checkpoint_is_captured(
     name: str, repository: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Facts come from the configuration alone, without network, and the transformer takes what the family gives it."""
+    """Facts come from the configuration alone, without a network, and the transformer accepts the family's inputs."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     published = PUBLISHED[name, repository]
     family = load_family(name)(repository, published.task)
@@ -193,6 +196,7 @@ def test_the_default_block_of_a_published_checkpoint_is_captured(
     assert (family.frame_multiple, family.size_multiple) == (published.frame_multiple, published.size_multiple)
 
     index = family.settings["crepa"]["block_index"]
+    assert isinstance(index, int)
     with torch.device("meta"), torch.no_grad():
         transformer = family.empty_transformer(torch.float32)
         batch = {key: torch.zeros(1, *shape) for key, shape in published.clip.items()} | {"fps": torch.ones(1)}

@@ -1,4 +1,4 @@
-"""What happens on rented machines: numbers that blow up, damaged files, full disks, errors in the middle."""
+"""Faults of rented machines: non-finite numbers, damaged files, full disks, errors in the middle of a run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from conftest import RunCrepa
 from safetensors.torch import load_file
 
 from crepa_cli.data.cache import Cache
-from crepa_cli.events import StepDone
+from crepa_cli.events import StepDone, TrainingStarted
 from crepa_cli.report.metrics import MetricsFile, read_metrics
 from crepa_cli.training.checkpoints import checkpoints_in, newest_checkpoint
 from crepa_cli.training.skipped import SkippedSteps
@@ -47,8 +47,22 @@ def finite(path: Path) -> bool:
     return all(bool(tensor.isfinite().all()) for tensor in load_file(path).values())
 
 
+def spoil_at_start(
+    monkeypatch: pytest.MonkeyPatch, cache: Path, kind: str, name: str, value: float, *, entries: int
+) -> None:
+    """Spoil cached tensors once the preparation has checked them."""
+    write = MetricsFile.__call__
+
+    def spoil_first(self: MetricsFile, event: Any) -> None:
+        write(self, event)
+        if isinstance(event, TrainingStarted):
+            spoil(cache, kind, name, value, entries=entries)
+
+    monkeypatch.setattr(MetricsFile, "__call__", spoil_first)
+
+
 def spoil(cache: Path, kind: str, name: str, value: float, *, entries: int) -> None:
-    """Put a value into the tensor `name` of the first entries of a kind, with a checksum that is right."""
+    """Put a value into the tensor `name` of the first entries of a kind, with a correct checksum."""
     store = Cache(cache)
     for path in sorted((cache / kind).rglob("*.safetensors"))[:entries]:
         tensors = {key: tensor.clone() for key, tensor in store.read(kind, path.stem).items()}
@@ -65,12 +79,12 @@ SPOILED = {
 @pytest.mark.usefixtures("in_demo")
 @pytest.mark.parametrize("term", SPOILED)
 def test_a_step_that_is_not_finite_is_skipped_and_names_term_and_clip(
-    term: str, tmp_path: Path, run_crepa: RunCrepa
+    term: str, tmp_path: Path, run_crepa: RunCrepa, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two of eight clips are spoiled; nothing that is not finite reaches weights, averages or schedule."""
+    """Two of eight clips are corrupt; no non-finite number reaches weights, averages or schedule."""
     cache = shutil.copytree("crepa-demo/clips/.crepa-cache", tmp_path / "cache")
     kind, name, value = SPOILED[term]
-    spoil(cache, kind, name, value, entries=2)
+    spoil_at_start(monkeypatch, cache, kind, name, value, entries=2)
     run = tmp_path / "run"
     flags = ["--steps", 10, "--set", f"data.cache={cache}", "--set", "train.ema=0.9", "--set", "checkpoints.every=1"]
     flags += ["--set", "checkpoints.keep=10", "--set", "crepa.similarity_threshold=0.9", "--output", run]
@@ -103,7 +117,9 @@ def test_a_gradient_that_overflows_is_not_taken(
         steps.append(parameters)
         # The projector's gradient is clipped after the adapter's in each step.
         if len(steps) == 5:
-            parameters[0].grad.view(-1)[0] = math.inf
+            gradient = parameters[0].grad
+            assert gradient is not None
+            gradient.view(-1)[0] = math.inf
         return clip(self, parameters, max_norm)
 
     monkeypatch.setattr(Accelerator, "clip_grad_norm_", overflow)
@@ -117,10 +133,10 @@ def test_a_gradient_that_overflows_is_not_taken(
 
 @pytest.mark.usefixtures("in_demo")
 def test_too_many_steps_that_are_not_finite_end_the_run(
-    tmp_path: Path, run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = shutil.copytree("crepa-demo/clips/.crepa-cache", tmp_path / "cache")
-    spoil(cache, "latents", "latents", math.nan, entries=1000)
+    spoil_at_start(monkeypatch, cache, "latents", "latents", math.nan, entries=1000)
     flags = ["--set", f"data.cache={cache}", "--set", "train.max_skipped_steps=2", "--output", tmp_path / "run"]
     assert run_crepa(*DEMO, *flags) == 1
     message = capsys.readouterr().err
@@ -222,7 +238,7 @@ def test_entries_that_vanish_during_a_run_cost_no_step(
     monkeypatch.setattr(MetricsFile, "__call__", delete_after_step_2)
     assert run_crepa(*DEMO, "--output", tmp_path / "run", "--set", f"data.cache={cache}") == 2
     message = capsys.readouterr().err
-    assert "what is missing is made again" in message
+    assert "missing entries are computed again" in message
     checkpoint, _ = newest_checkpoint(tmp_path / "run/checkpoints")
     assert checkpoint is not None
     assert f"A checkpoint was saved first: {checkpoint}" in " ".join(message.split())
@@ -231,7 +247,7 @@ def test_entries_that_vanish_during_a_run_cost_no_step(
 
 
 def test_a_full_disk_leaves_the_checkpoints_before_it(demo: Path, stopped_run: Path) -> None:
-    """A limit on the size of files stands for the full disk; the optimizer's state is larger, the weights are not."""
+    """A file size limit simulates a full disk; only the optimizer's state exceeds it, not the weights."""
     limit = (stopped_run / "checkpoints/step-000040/model.safetensors").stat().st_size + 1000
 
     def limited() -> None:
@@ -239,7 +255,7 @@ def test_a_full_disk_leaves_the_checkpoints_before_it(demo: Path, stopped_run: P
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     before = {path: path.read_bytes() for path in (stopped_run / "checkpoints").rglob("*.*")}
-    command = [sys.executable, "-m", "crepa_cli", "train", "--resume", "--output", stopped_run, "--steps", "41"]
+    command = [sys.executable, "-m", "crepa_cli", "train", "--resume", "--output", str(stopped_run), "--steps", "41"]
     command += ["--set", "crepa.decay_steps=50", "--plain"]
     done = subprocess.run(command, cwd=demo, capture_output=True, text=True, check=False, preexec_fn=limited)
     assert done.returncode == 2, done.stderr
@@ -254,7 +270,7 @@ def test_a_full_disk_leaves_the_checkpoints_before_it(demo: Path, stopped_run: P
 def test_out_of_memory_says_what_is_held_and_what_would_lower_it(
     tmp_path: Path, run_crepa: RunCrepa, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The allocator of the CPU refuses more than any machine has, in the middle of the third step."""
+    """In the middle of the third step, the CPU allocator is asked for more memory than any machine has."""
     attend, calls = F.scaled_dot_product_attention, []
 
     def hungry(*arguments: Any, **settings: Any) -> torch.Tensor:
@@ -290,10 +306,22 @@ def test_two_runs_fill_one_cache_at_once(demo: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "cache").rglob(".*.tmp"))
 
 
-def test_runs_killed_at_random_moments_end_as_if_they_had_not_been(tmp_path: Path) -> None:
+KILLS = {
+    "at random moments": ["--count", "2"],
+    "at the cutoff, with one checkpoint kept": [
+        *("--count", "1", "--at", "alignment turned off"),
+        *("--set", "checkpoints.every=1", "--set", "checkpoints.keep=1"),
+    ],
+    "with 8-bit AdamW": ["--count", "2", "--set", "train.optimizer=adamw8bit", "--set", "adapter.rank=128"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", KILLS)
+def test_killed_runs_end_as_if_they_had_not_been(kills: str, tmp_path: Path) -> None:
     script = Path(__file__).parent / "kill_and_resume.py"
     done = subprocess.run(
-        [sys.executable, script, "--count", "2"], capture_output=True, text=True, check=False, cwd=tmp_path
+        [sys.executable, script, *KILLS[kills]], capture_output=True, text=True, check=False, cwd=tmp_path
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

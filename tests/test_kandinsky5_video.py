@@ -1,4 +1,4 @@
-"""What is particular to Kandinsky 5: the token order of NABLA attention, and captions of different lengths."""
+"""Specifics of Kandinsky 5: the token order of NABLA attention, and captions of different lengths."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ import torch
 from conftest import OpenTiny
 from diffusers import Kandinsky5T2VPipeline
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
+from crepa_cli.demo.kandinsky5_video import tiny_transformer
+from crepa_cli.models.capture import HiddenStateCapture
 from crepa_cli.models.family import Tensors
-from crepa_cli.models.kandinsky5_video import Kandinsky5Video, rotary_scale, tiny_transformer
-from crepa_cli.training.aligned import HiddenStateCapture
+from crepa_cli.models.kandinsky5_video import Kandinsky5Video, rotary_scale
+from crepa_cli.runs.capabilities import attention_mistakes
+from crepa_cli.settings import resolve
 
 NABLA = {"attention_type": "nabla", "attention_P": 0.9, "attention_wT": 3, "attention_wH": 3, "attention_wW": 3}
 
@@ -33,7 +37,7 @@ def nabla(open_tiny: OpenTiny, tmp_path: Path) -> Kandinsky5Video:
     """A checkpoint with NABLA attention."""
     folder = tmp_path / "nabla"
     folder.mkdir()
-    for part in Path(open_tiny("kandinsky5_video", "t2v").checkpoint).iterdir():
+    for part in Path(open_tiny("kandinsky5_video", "t2v").base.name).iterdir():
         if part.name != "transformer":
             (folder / part.name).symlink_to(part)
     torch.manual_seed(0)
@@ -68,7 +72,7 @@ def test_squares_of_nabla_come_back_in_rows_and_columns(nabla: Kandinsky5Video) 
 
 @pytest.mark.parametrize("train", [False, True])
 def test_padding_behind_a_short_caption_is_not_seen(train: bool, open_tiny: OpenTiny) -> None:
-    """A batch gives what its clips give one by one, as the pipeline samples them."""
+    """A batch gives the same results as its clips one by one, which is how the pipeline samples them."""
     torch.manual_seed(0)
     family = open_tiny("kandinsky5_video", "t2v")
     transformer = family.load_transformer(torch.float32).requires_grad_(True)
@@ -94,9 +98,38 @@ def test_padding_behind_a_short_caption_is_not_seen(train: bool, open_tiny: Open
     torch.testing.assert_close(gradient_together, gradient(torch.cat(one_by_one)), rtol=1e-2, atol=1e-2)
 
 
+def test_nabla_on_a_gpu_needs_compilation(nabla: Kandinsky5Video, open_tiny: OpenTiny) -> None:
+    """Uncompiled, flex attention holds every score."""
+    flags = {"model.family": "kandinsky5_video"}
+    profile = resolve("t2v", flags).profile
+    compiled = resolve("t2v", flags, ["train.compile=true"]).profile
+    (mistake,) = attention_mistakes(profile, nabla, torch.device("cuda"))
+    assert "set train.compile = true" in mistake
+    assert not attention_mistakes(compiled, nabla, torch.device("cuda"))
+    assert not attention_mistakes(profile, nabla, torch.device("cpu"))
+    assert not attention_mistakes(profile, open_tiny("kandinsky5_video", "t2v"), torch.device("cuda"))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_lengths_of_captions_compile_no_block_anew(open_tiny: OpenTiny) -> None:
+    family = open_tiny("kandinsky5_video", "t2v")
+    transformer = family.load_transformer(torch.float32)
+    graphs = CompileCounter()
+    block = transformer.visual_transformer_blocks[0]
+    block.forward = torch.compile(block.forward, backend=graphs)
+    compiled = []
+    for lengths in ([3, 11], [4, 9], [5, 11], [6, 11], [7, 8], [11, 2]):
+        batch = random_batch(lengths, rows=2, columns=3)
+        noise, sigmas = torch.randn_like(batch["latents"]), torch.tensor([0.2, 0.5])
+        with torch.no_grad():
+            transformer(**family.step(batch, noise, sigmas).inputs)
+        compiled.append(graphs.frame_count)
+    assert compiled[2:] == [compiled[1]] * 4
+
+
 def test_prompts_are_those_of_the_published_pipeline(open_tiny: OpenTiny) -> None:
     family = open_tiny("kandinsky5_video", "t2v")
-    published = Kandinsky5T2VPipeline.from_pretrained(family.checkpoint)
+    published = Kandinsky5T2VPipeline.from_pretrained(family.base.name)
     embeds, pooled, ends = published.encode_prompt(["a red disc"])
     tensors = family.encode_prompt(family.load_text_pipeline(torch.float32), "a red disc")
     length = int(tensors["prompt_length"])

@@ -1,4 +1,4 @@
-"""LTX-Video's two ways of placing tokens in time: up to version 0.9.1, and from 0.9.5 on."""
+"""LTX-Video's two time coordinates of tokens: up to version 0.9.1, and since 0.9.5."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import torch
 from conftest import OpenTiny
 from test_families import FPS, batch_of, encoded_clip, overfitted, sampled_latents, sampled_similarity
 
+from crepa_cli.demo.tiny import write_once
 from crepa_cli.models.ltxvideo import LtxVideo
-from crepa_cli.models.tiny import write_once
 
 VERSIONS = ["0.9", "0.9.5"]
 
 
 def open_version(version: str, task: str, open_tiny: OpenTiny, checkpoints: Path) -> LtxVideo:
-    """The tiny checkpoint of a version: later ones have a scheduler that shifts by no sequence length."""
-    source = open_tiny("ltxvideo", "t2v").checkpoint
+    """The tiny checkpoint of a version; the scheduler of later ones does not shift by the sequence length."""
+    source = open_tiny("ltxvideo", "t2v").base.name
     if version == "0.9":
         return LtxVideo(source, task)
 
@@ -43,7 +43,7 @@ def test_training_gives_the_transformer_what_the_pipeline_gives_it(
     torch.manual_seed(0)
     family = open_version(version, task, open_tiny, checkpoints)
     video, tensors = encoded_clip(family, frames=25, height=64, width=96)
-    pipeline = getattr(diffusers, family.pipeline_class).from_pretrained(family.checkpoint)
+    pipeline = getattr(diffusers, family.pipeline_class).from_pretrained(family.base.name)
     seen: list[dict[str, Any]] = []
     pipeline.transformer.register_forward_pre_hook(lambda _, __, inputs: seen.append(inputs), with_kwargs=True)
     sampled_latents(family, pipeline, video, tensors["latents"], steps=2)
@@ -62,6 +62,7 @@ def test_training_gives_the_transformer_what_the_pipeline_gives_it(
     torch.testing.assert_close(rotation(trained), rotation(given), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_an_overfitted_transformer_of_later_versions_gives_its_clip_back(
     open_tiny: OpenTiny, checkpoints: Path
 ) -> None:
@@ -89,7 +90,7 @@ def test_the_frame_rate_scales_positions_in_time(open_tiny: OpenTiny) -> None:
 
 
 def test_latents_of_a_vae_that_denoises_are_decoded(open_tiny: OpenTiny) -> None:
-    """From version 0.9.1 on the decoder is given a timestep."""
+    """Since version 0.9.1, the decoder takes a timestep."""
     family = open_tiny("ltxvideo", "t2v")
     pipeline = family.load_vae_pipeline()
     pipeline.vae = diffusers.AutoencoderKLLTXVideo(

@@ -1,4 +1,4 @@
-"""Memory that is predicted, against memory that is measured: by torch's profiler, which knows no fake tensors."""
+"""Predicted memory compared with memory measured by torch's profiler, which is independent of fake tensors."""
 
 from __future__ import annotations
 
@@ -21,19 +21,14 @@ from crepa_cli.data.buckets import Bucket, Size
 from crepa_cli.doctor import overview
 from crepa_cli.doctor.findings import BucketCount, Check, FamilyMemory, Plan
 from crepa_cli.doctor.fit import check_memory, largest_bucket
-from crepa_cli.doctor.kept import folder, kept
-from crepa_cli.doctor.live_bytes import LiveBytes
-from crepa_cli.doctor.memory import (
-    clips_of,
-    last_that_holds,
-    lighter_settings,
-    memory_advice,
-    predict,
-    smaller_sizes,
-    with_setting,
-)
-from crepa_cli.doctor.step_memory import PARTS, Clips, predict_training
+from crepa_cli.memory.kept import folder, kept
+from crepa_cli.memory.live_bytes import LiveBytes
+from crepa_cli.memory.prediction import predict
+from crepa_cli.memory.savings import last_that_holds, lighter_settings, memory_advice, smaller_sizes, with_setting
+from crepa_cli.memory.shapes import Clips, clips_of
+from crepa_cli.memory.step import PARTS, predict_training
 from crepa_cli.models import FAMILIES, load_family
+from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
 from crepa_cli.processes import PRECISION
 from crepa_cli.profile import Profile
@@ -55,7 +50,7 @@ def _no_network_and_nothing_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def shallow(family: Family) -> Family:
-    """The family with a transformer of three blocks: a step of twelve is no other, and takes four times as long."""
+    """The family with three blocks: a step with twelve tests nothing more and takes four times as long."""
     family = copy(family)
     depth = "num_visual_blocks" if "num_visual_blocks" in family.config else "num_layers"
     family.config = family.config | {depth: 3}
@@ -63,30 +58,32 @@ def shallow(family: Family) -> Family:
 
 
 def settings(family: Family, **tables: dict[str, object]) -> Profile:
-    """A LoRA on two clips at once in float32, but for `tables`."""
+    """A LoRA on two clips at once in float32, except for the settings in `tables`."""
     base: dict[str, dict[str, object]] = {
-        "model": {"family": family.name, "checkpoint": family.checkpoint, "dtype": "float32"},
-        "adapter": {"rank": 8, "target_modules": family.settings["adapter"]["target_modules"]},
+        "model": {"family": family.name, "checkpoint": family.base.name, "dtype": "float32"},
+        "adapter": {"rank": 8, "alpha": 8.0, "target_modules": family.settings["adapter"]["target_modules"]},
         "data": {"width": 96, "height": 96, "frames": 33, "fps": 16.0},
         "train": {"batch_size": 2, "learning_rate": 1e-4},
         "crepa": {"block_index": 1},
+        "validation": {"guidance_scale": 5.0},
     }
     return Profile.model_validate({table: values | tables.get(table, {}) for table, values in base.items()})
 
 
 def small_clips(family: Family, profile: Profile) -> Clips:
-    """Clips of 144 tokens for each of five frames."""
+    """Clips of five frames with 144 tokens each."""
     with torch.device("meta"):
         latents = torch.empty(LATENTS.get(family.name, (4, 5, 24, 24)))
-        prompt = family.longest_prompt(getattr(torch, profile.model.dtype))
+        prompt = family.longest_prompt(torch_dtype(profile.model.dtype))
         return Clips({"latents": latents, "fps": torch.empty(())} | prompt, TEACHER, FEATURES)
 
 
 def measured_step(family: Family, profile: Profile, clips: Clips) -> int:
-    """Most bytes that a real step holds on the CPU: what was there before, and what the profiler saw allocated."""
+    """The peak bytes of a real step on the CPU: those held before it plus those that the profiler saw allocated."""
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True, mixed_precision=PRECISION[profile.model.dtype])
     model = build_model(profile, family, family.empty_transformer(frozen_dtype(profile)), clips.feature_size)
+    assert model.crepa is not None
     groups = [trainable(model.transformer), trainable(model.crepa)]
     optimizer = make_optimizer("adamw", groups, 1e-4, 0.01)
     batch = {name: torch.stack([filled(tensor)] * 2) for name, tensor in clips.tensors.items()}
@@ -114,7 +111,7 @@ def filled(tensor: Tensor) -> Tensor:
 
 
 def highest_level(profiled: Any) -> int:
-    """The most bytes that allocations, less what was freed, came to."""
+    """The peak of allocated minus freed bytes."""
     events = [one for one in profiled.profiler.kineto_results.events() if one.name() == "[memory]"]
     level = highest = 0
     for event in sorted(events, key=lambda one: one.start_ns()):
@@ -177,6 +174,7 @@ def test_a_transformer_without_weights_has_the_dtypes_of_a_loaded_one(
 
 def test_a_model_of_14_billion_parameters_takes_no_memory() -> None:
     family = load_family("wan")(WAN_14B, "t2v")
+    tables: dict[str, dict[str, object]]
     tables = {"model": {"dtype": "bfloat16"}, "adapter": {"target_modules": ["to_q"]}}
     profile = settings(family, **tables, train={"batch_size": 1, "activation_checkpointing": False})
     clips = clips_of(profile, family, Bucket(81, 720, 1280))
@@ -213,8 +211,10 @@ def test_the_largest_clips_that_fit(open_tiny: OpenTiny, tiny_dinov2: Path) -> N
     )
     peaks = {frames: predict(profile, family, Bucket(frames, 96, 96)).peak for frames in (17, 25, 33)}
     assert peaks[17] < peaks[25] < peaks[33]
-    plan, told = Plan(buckets=[BucketCount(33, 96, 96, clips=2)]), []
-    check_memory(plan, family, profile, peaks[17], told.append)
+    plan = Plan(buckets=[BucketCount(33, 96, 96, clips=2)])
+    lines: list[str] = []
+    check_memory(plan, family, profile, peaks[17], lines.append)
+    assert lines[0] == "predicting memory"
     assert plan.memory is not None
     assert plan.memory.fitting is not None
     assert plan.memory.fitting.frames == 17
@@ -227,10 +227,10 @@ def test_the_largest_clips_that_fit(open_tiny: OpenTiny, tiny_dinov2: Path) -> N
     assert saved == sorted(saved, reverse=True)
 
     fine = Plan(buckets=plan.buckets)
-    check_memory(fine, family, profile, peaks[33], told.append)
+    check_memory(fine, family, profile, peaks[33], lines.append)
     assert fine.checks[0].status == "fine"
     shared = Plan(buckets=plan.buckets)
-    check_memory(shared, family, with_setting(profile, "train", "sharding", True), peaks[17], told.append)
+    check_memory(shared, family, with_setting(profile, "train", "sharding", True), peaks[17], lines.append)
     assert shared.checks[0].status == "fine", "nothing is known of several processes"
     assert "not predicted" in shared.checks[0].message
     assert memory_advice(profile, family, Bucket(33, 96, 96)) == (plan.memory.training, plan.memory.savings)
@@ -240,7 +240,7 @@ def test_bisection() -> None:
     for count in range(8):
         items = list(range(count))
         for limit in range(-1, count):
-            assert last_that_holds(items, lambda item, limit=limit: item <= limit) == (None if limit < 0 else limit)
+            assert last_that_holds(items, limit.__ge__) == (None if limit < 0 else limit)
 
 
 def test_smaller_sizes_keep_the_aspect_ratio() -> None:

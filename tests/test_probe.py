@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,17 @@ from torch import Tensor, nn
 from crepa_cli.alignment import TokenGrid
 from crepa_cli.data.cache import Cache
 from crepa_cli.data.dataset import Batch
-from crepa_cli.data.demo import write_demo_clips
 from crepa_cli.data.prepare import ClipForm, prepare
-from crepa_cli.doctor.live_bytes import LiveBytes
+from crepa_cli.demo.clips import write_demo_clips
+from crepa_cli.demo.wan import tiny_transformer
 from crepa_cli.events import drained
+from crepa_cli.memory.live_bytes import LiveBytes
 from crepa_cli.models import FAMILIES, load_family
 from crepa_cli.models.capture import HiddenStateCapture
-from crepa_cli.models.wan import Wan, tiny_transformer
+from crepa_cli.models.wan import Wan
 from crepa_cli.probe.clip import ClipProbe
 from crepa_cli.probe.measure import measure
-from crepa_cli.profile import Crepa
+from crepa_cli.profile import CrepaSettings
 from crepa_cli.settings import resolve
 
 CLIPS = 4
@@ -61,7 +62,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A few clips, whose latents and features all tests share."""
+    """A few clips; all tests share their latents and features."""
     folder = tmp_path_factory.mktemp("clips")
     write_demo_clips(folder, count=CLIPS)
     return folder
@@ -79,7 +80,7 @@ def measured(clips: Path, open_tiny: OpenTiny, tiny_dinov2: Path) -> list[str]:
         "crepa.encoder_image_size": "grid",
     }
     sets = [text for name, value in settings.items() for text in ("--set", f"{name}={value}")]
-    return ["wan", "--checkpoint", open_tiny("wan", "t2v").checkpoint, "--data", str(clips), *sets]
+    return ["wan", "--checkpoint", open_tiny("wan", "t2v").base.name, "--data", str(clips), *sets]
 
 
 @pytest.fixture
@@ -95,7 +96,7 @@ def probe(run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str]) -> Callable[.
 
 @pytest.fixture
 def refused(run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs `crepa probe-blocks`, which must end with exit code 2 and one message, and returns the message."""
+    """Runs `crepa probe-blocks`, which must exit with code 2 and one message, and returns the message."""
 
     def run(*arguments: object) -> str:
         assert run_crepa("probe-blocks", *arguments) == 2
@@ -125,7 +126,7 @@ def test_the_parameters_of_a_block(probe: Callable[..., Any], open_tiny: OpenTin
     family = open_tiny("wan", "t2v")
     block = family.blocks(family.load_transformer(torch.float32))[3]
     expected = sum(parameter.numel() for parameter in block.parameters())
-    assert probe("wan", "--checkpoint", family.checkpoint)["parameters_per_block"] == expected
+    assert probe("wan", "--checkpoint", family.base.name)["parameters_per_block"] == expected
 
 
 def test_a_larger_checkpoint_on_a_narrow_screen(run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,7 +145,7 @@ def test_a_wrong_block_in_the_settings_is_no_obstacle(probe: Callable[..., Any])
 
 
 def test_a_checkpoint_without_the_familys_block(probe: Callable[..., Any], open_tiny: OpenTiny) -> None:
-    source = Path(open_tiny("wan", "t2v").checkpoint)
+    source = Path(open_tiny("wan", "t2v").base.name)
     for name in ("transformer/config.json", "vae/config.json", "model_index.json"):
         path = Path("short", name)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -178,12 +179,12 @@ def test_help_imports_nothing_heavy() -> None:
 def features_by_prompt(clips: Path, checkpoint: str, dinov2: Path) -> list[tuple[Tensor, Tensor]]:
     """The tensors of each clip's caption `[L, D]`, and its features as tokens `[T * N, D]`."""
     family, cache = Wan(checkpoint, "t2v"), Cache(clips / ".crepa-cache")
-    crepa = Crepa(encoder=str(dinov2), encoder_image_size="grid")
+    crepa = CrepaSettings(block_index=8, encoder=str(dinov2), encoder_image_size="grid")
     events = prepare(family, clips, FORM, crepa, [], cache, torch.device("cpu"), torch.float32)
     return [
         (
             cache.read("prompts", clip.prompt_key)["prompt_embeds"],
-            cache.read("features", clip.features_key)["features"].flatten(0, 2).float(),
+            cache.read("features", str(clip.features_key))["features"].flatten(0, 2).float(),
         )
         for clip in drained(events, lambda _: None)
     ]
@@ -203,7 +204,7 @@ def plant(transformer: nn.Module, block: int, known: list[tuple[Tensor, Tensor]]
         return 0.3 * output + features @ carried
 
     transformer.register_forward_pre_hook(recognize, with_kwargs=True)
-    transformer.blocks[block].register_forward_hook(carry)
+    transformer.get_submodule(f"blocks.{block}").register_forward_hook(carry)
     return transformer
 
 
@@ -263,6 +264,15 @@ def test_a_bar_for_each_block_and_curves_over_depth(
     assert all(label in drawn for label in ("CKNNA", "linear CKA", "drift", "sigma 0.8", "recommended, block 8"))
 
 
+@pytest.fixture
+def ctrl_c_interrupts() -> Iterator[None]:
+    """Ctrl-C as in a terminal. A shell script starts its background jobs, and so their tests, with SIGINT ignored."""
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, inherited)
+
+
+@pytest.mark.usefixtures("ctrl_c_interrupts")
 def test_a_stopped_measurement_goes_on_and_ends_with_the_same_numbers(
     run_crepa: RunCrepa,
     probe: Callable[..., Any],
@@ -288,10 +298,10 @@ def test_a_stopped_measurement_goes_on_and_ends_with_the_same_numbers(
     assert run_crepa("probe-blocks", *arguments) == 130
     captured = capsys.readouterr()
     assert not captured.out
-    assert "goes on from here" in captured.err
+    assert "resumes from here" in captured.err
     assert len(list(Path("stopped/probe").rglob("*.safetensors"))) == 1
     found = probe(*arguments)
-    # The clip that was stopped half-way is done again; the one before it is not.
+    # The clip that was interrupted is measured again; the one before it is not.
     assert passes == [0, 1, 2, 3, 0, 1, 2, *[0, 1, 2, 3] * 3]
     assert found == expected
     assert probe(*arguments) == expected
@@ -322,7 +332,7 @@ def test_memory_does_not_grow_with_the_clips(measured: list[str], clips: Path, m
             list(measure(profile.model_copy(update={"train": train}), Wan(measured[2], "t2v")))
         return memory.peak
 
-    peak(1, 1)  # what is prepared for all is in the cache from here on
+    peak(1, 1)  # from here on, the prepared clips are in the cache
     assert peak(2, 4) < 1.1 * peak(3, 2)
 
 
@@ -343,7 +353,7 @@ def test_states_that_are_not_finite_end_the_measurement(
 
 def test_clips_of_too_few_tokens(refused: Callable[..., str], measured: list[str]) -> None:
     size = ["--set", "data.width=16", "--set", "data.height=16", "--set", "data.frames=5"]
-    assert "has 2 tokens" in refused(*measured, *size)
+    assert "has only 2 tokens" in refused(*measured, *size)
 
 
 def test_at_most_so_many_clips_are_measured(
@@ -352,7 +362,7 @@ def test_at_most_so_many_clips_are_measured(
     monkeypatch.setattr("crepa_cli.probe.measure.CLIPS", 2)
     assert run_crepa("probe-blocks", *measured) == 0
     captured = capsys.readouterr()
-    assert "2 of 4 clips are measured" in captured.err
+    assert "measuring 2 of 4 clips" in captured.err
     assert "2 clips; means" in captured.out
 
 
@@ -362,7 +372,7 @@ def test_memory_does_not_grow_with_the_blocks(open_tiny: OpenTiny) -> None:
     batch = Batch(("clip",), tensors, torch.randn(1, 5, 16, 48), TokenGrid(5, 4, 4))
 
     def peak(blocks: int) -> int:
-        family = Wan(open_tiny("wan", "t2v").checkpoint, "t2v")
+        family = Wan(open_tiny("wan", "t2v").base.name, "t2v")
         family.config["num_layers"] = blocks
         transformer = tiny_transformer(num_layers=blocks)
         capture = HiddenStateCapture(transformer.blocks, range(blocks))

@@ -1,4 +1,4 @@
-"""The figures of `crepa probe-blocks` against plain float64 references, the laws that they obey, and the choice."""
+"""The figures of `crepa probe-blocks` compared with plain float64 references, their laws, and the recommendation."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_cka_needs_four_tokens() -> None:
 
 
 def reference_ridge(x: Tensor, y: Tensor) -> Tensor:
-    """Least squares with the penalty as rows of their own, on inputs and outputs without their mean."""
+    """Least squares with the penalty as extra rows, on centered inputs and outputs."""
     penalty = math.sqrt(RIDGE * len(x)) * torch.eye(x.shape[1], dtype=x.dtype)
     centered = torch.cat([x - x.mean(0), penalty])
     targets = torch.cat([y - y.mean(0), torch.zeros(x.shape[1], y.shape[1], dtype=y.dtype)])
@@ -197,7 +197,7 @@ def test_the_sample_is_bounded_and_spread_over_the_frames() -> None:
 
 
 def measurement(means: list[float], spread: float, constant: float = 0.4) -> Measurement:
-    """Of six clips, with scores around `means` whose differences between blocks vary by `spread` over the clips."""
+    """A measurement of six clips with scores around `means`; differences between blocks vary by `spread` over clips."""
     wobble = spread * torch.linspace(-1, 1, 6, dtype=torch.float64)
     scores = torch.tensor(means, dtype=torch.float64) + wobble[:, None] * torch.arange(len(means)).remainder(2)
     cosines = scores[:, :, None].repeat(1, 1, 2)

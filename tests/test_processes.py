@@ -1,4 +1,4 @@
-"""Several processes: they learn what one does, switch at the same step, and share out weights and work."""
+"""Several processes: they learn the same as one, switch at the same step, and split weights and work."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FULL = "weights/transformer/diffusion_pytorch_model.safetensors"
 
 
 def crepa(folder: Path, *arguments: str | Path, launcher: list[str] = CREPA, **environment: str) -> str:
-    """What a command prints that has to end well."""
+    """The output of a command, which must succeed."""
     done = subprocess.run(
         [*launcher, *map(str, arguments)],
         cwd=folder,
@@ -50,10 +50,11 @@ def largest_difference(ours: Path, theirs: Path) -> float:
     return max(float((first[name] - second[name]).abs().max()) for name in first)
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does_and_go_on_after_the_cutoff(
     demo: Path, tmp_path: Path, run_crepa: RunCrepa, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One process that accumulates two micro-batches has the same global batch; the cache is filled by two."""
+    """One process that accumulates two micro-batches has the same global batch; two processes fill the cache."""
     cutoff = ["crepa.similarity_threshold=0.12", "crepa.similarity_ema_decay=0.5", "crepa.warmup_steps=2"]
     flags = [*DEMO, "--steps", "28", *(word for setting in cutoff for word in ("--set", setting))]
     monkeypatch.chdir(demo)
@@ -76,8 +77,9 @@ def test_two_processes_learn_what_one_does_and_go_on_after_the_cutoff(
     assert all(largest_difference(cache / path, by_one / path) == 0 for path in filled)
 
 
+@pytest.mark.slow
 def test_sharded_processes_save_what_one_process_does(demo: Path, tmp_path: Path) -> None:
-    """With accumulation; and one process goes on with what they saved, to the same end."""
+    """With accumulation; a single process also resumes from their checkpoint, with the same result."""
     settings = ["adapter.kind=full", "train.learning_rate=1e-3", "checkpoints.every=2", "train.ema=0.9"]
     sets = [word for setting in settings for word in ("--set", setting)]
     one, two = tmp_path / "one", tmp_path / "two"
@@ -128,6 +130,7 @@ def test_a_mistake_is_told_once(demo: Path) -> None:
     assert done.stderr.count("99") == 1
 
 
+@pytest.mark.slow
 def test_sigterm_saves_a_checkpoint_of_all_processes(demo: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = [*CREPA, *DEMO, "--processes", "2", "--output", str(run)]

@@ -1,4 +1,4 @@
-"""What a run is: settings and their ranges, layers and their order, presets, files."""
+"""Profiles: settings and their ranges, layers and their order, presets, files."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from crepa_cli.errors import UserError
+from crepa_cli.models import FAMILIES, load_family
+from crepa_cli.models import family_defaults as real_defaults
+from crepa_cli.models.flavours import FLAVOURS
 from crepa_cli.profile import (
     Profile,
     ResolvedProfile,
@@ -26,11 +30,15 @@ from crepa_cli.profile import (
     presets,
     resolve_profile,
 )
+from crepa_cli.profile.describe import family_keys
+from crepa_cli.profile.layers import Setting
+from crepa_cli.profile.project import project_settings, write_project
+from crepa_cli.profile.settings import TABLES
+from crepa_cli.profile.simpletuner import COUNTERPARTS, import_config
 
 # The keys that flags, scripts and other trainers' files rely on, and the defaults that are promised.
 CREPA_DEFAULTS = {
     "enabled": True,
-    "block_index": None,
     "lambda": 0.5,
     "adjacent_distance": 1,
     "adjacent_tau": 1.0,
@@ -63,7 +71,7 @@ KEYS = {
     "validation": "every prompts images steps guidance_scale frames",
     "checkpoints": "every keep",
     "report": "every trackers",
-    "crepa": " ".join(CREPA_DEFAULTS),
+    "crepa": "block_index " + " ".join(CREPA_DEFAULTS),
     "layersync": "enabled student_block teacher_block lambda",
 }
 OUT_OF_RANGE = [
@@ -124,7 +132,14 @@ OUT_OF_RANGE = [
 def family_defaults(family: str, task: str) -> dict[str, dict[str, object]]:
     if family != "wan":
         raise UserError("the families with CREPA support are wan and ltxvideo")
-    return {"crepa": {"block_index": 8}, "data": {"width": 832, "height": 480, "frames": 81 if task == "t2v" else 49}}
+    return {
+        "model": {"checkpoint": "org/wan"},
+        "adapter": {"rank": 32, "target_modules": ["to_q"]},
+        "data": {"width": 832, "height": 480, "frames": 81 if task == "t2v" else 49, "fps": 16.0},
+        "train": {"learning_rate": 1e-4, "timestep_shift": 3.0},
+        "validation": {"guidance_scale": 5.0},
+        "crepa": {"block_index": 8},
+    }
 
 
 @pytest.fixture
@@ -151,9 +166,9 @@ def test_the_tables_have_the_promised_keys_and_no_others():
     }
 
 
-def test_the_alignment_defaults_are_the_promised_ones():
-    profile = Profile.model_validate({"model": {"family": "wan"}})
-    assert profile.model_dump()["crepa"] == CREPA_DEFAULTS
+def test_the_alignment_defaults_are_the_promised_ones(folder: Path):
+    profile = resolve(folder).profile
+    assert profile.model_dump()["crepa"] == {"block_index": 8, **CREPA_DEFAULTS}
     assert profile.crepa.lambda_ == 0.5
     assert profile.model.task == "t2v"
 
@@ -165,6 +180,7 @@ def test_every_key_has_a_description_and_allowed_values():
             assert allowed_values(table, key)
     assert allowed_values("crepa", "similarity_threshold") == "a number > 0 and <= 1, or none"
     assert allowed_values("crepa", "encoder_image_size") == 'a whole number >= 1, or "grid"'
+    assert allowed_values("crepa", "block_index") == "a whole number >= 0, or none"
     assert allowed_values("model", "task") == "one of t2v, i2v"
 
 
@@ -222,6 +238,14 @@ def test_later_layers_win_and_every_value_knows_its_source(folder: Path):
         ("data", "width"): ("832", "family wan"),
         ("data", "height"): ("480", "family wan"),
         ("data", "frames"): ("81", "family wan"),
+        ("data", "fps"): ("16.0", "family wan"),
+        ("model", "checkpoint"): ('"org/wan"', "family wan"),
+        ("adapter", "rank"): ("32", "family wan"),
+        ("adapter", "alpha"): ("32.0", "family wan"),
+        ("adapter", "target_modules"): ('["to_q"]', "family wan"),
+        ("train", "learning_rate"): ("0.0001", "family wan"),
+        ("train", "timestep_shift"): ("3.0", "family wan"),
+        ("validation", "guidance_scale"): ("5.0", "family wan"),
         ("crepa", "block_index"): ("3", "given.toml"),
         ("crepa", "adjacent_tau"): ("4.0", "crepa.toml"),
         ("crepa", "power"): ("3.0", "crepa.toml"),
@@ -315,7 +339,7 @@ def test_all_mistakes_are_listed_at_once_each_with_its_place(folder: Path):
         "given.toml: unknown table [crepp]; did you mean [crepa]?",
         "given.toml: unknown key crepa.adjacent_distnace; did you mean crepa.adjacent_distance?",
         "given.toml: crepa.lambda = -1: must be a number >= 0",
-        "given.toml: crepa.use_backbone_features = true: needs crepa.teacher_block_index, the block that teaches",
+        "given.toml: crepa.use_backbone_features = true: needs crepa.teacher_block_index, the teacher block",
         "crepa.toml: 'steps' is not a table; it is a key of [train] and of [validation]",
         "crepa.toml: train = 4: must be a table, [train]",
         "crepa.toml: unknown key data.family; did you mean model.family?",
@@ -333,7 +357,10 @@ def test_all_mistakes_are_listed_at_once_each_with_its_place(folder: Path):
     ("sets", "message"),
     [
         (["use_backbone_features=true"], "needs crepa.teacher_block_index"),
-        (["use_backbone_features=true", "teacher_block_index=8"], "must differ from crepa.block_index, which is 8 too"),
+        (
+            ["use_backbone_features=true", "teacher_block_index=8"],
+            "must differ from crepa.block_index, which is also 8",
+        ),
         (["encoder_image_size=100"], "must be a multiple of 14, the patch size of dinov2_vitg14, such as 98"),
     ],
 )
@@ -357,7 +384,7 @@ def test_another_encoder_may_have_another_patch_size(folder: Path):
 
 
 def test_a_missing_family_points_to_its_flag(folder: Path):
-    assert mistakes(folder, flags={}) == ["no model family is chosen: give --model, for example --model wan"]
+    assert mistakes(folder, flags={}) == ["no model family is set: choose one with --model; `crepa init` lists them"]
 
 
 def test_an_unknown_profile_names_the_presets_and_the_nearest(folder: Path):
@@ -376,6 +403,12 @@ def test_a_profile_that_is_no_file_is_refused(folder: Path, name: str):
     [
         (b"[crepa]\nlambda = \n", "crepa.toml: not valid TOML: Invalid value (at line 2, column 10)"),
         (b"[crepa]\nlambda = 1\nlambda = 2\n", "at line 3"),
+        (
+            b'[data]\npath = "C:\\Users\\me\\clips"',
+            "at line 2, column 13); in double quotes a backslash starts an escape",
+        ),
+        (b'[data]\npath = "D:\\new\\train"', 'crepa.toml: data.path = "D:\\new\\train" is not a path; in double'),
+        (b'[validation]\nimages = ["a.png", "b\\two.png"]', "single quotes ('D:\\clips')"),
         (b"\xff\xfe\x00", "crepa.toml: is not UTF-8 text"),
         (b"#" * (2**20 + 1), "crepa.toml: is larger than 1 MiB"),
         (b"x = " + b"[" * 10_000, "too deeply nested"),
@@ -389,6 +422,12 @@ def test_an_unreadable_crepa_toml_is_explained_without_blaming_the_missing_famil
     (folder / "crepa.toml").write_bytes(content)
     assert message in mistakes(folder)[0]
     assert len(mistakes(folder)) == 1
+
+
+@pytest.mark.parametrize("path", ["'D:\\new\\train'", '"D:/new/train"', '"D:\\\\new\\\\train"'])
+def test_a_path_of_windows_is_taken_in_single_quotes_with_slashes_or_escaped(folder: Path, path: str):
+    (folder / "crepa.toml").write_text(f"[data]\npath = {path}\n[validation]\nprompts = ['a\\b']")
+    assert str(resolve(folder).profile.data.path).replace("\\", "/").endswith("D:/new/train")
 
 
 def test_a_folder_named_crepa_toml_is_explained(folder: Path):
@@ -406,11 +445,98 @@ def test_a_dumped_profile_loads_back_equal_and_needs_nothing_else(folder: Path):
     assert resolve(folder, "train.steps=7", profile="profile.toml", flags={}).profile.train.steps == 7
 
 
+def test_a_resolved_profile_of_an_older_version_takes_what_it_lacks_from_the_family(folder: Path):
+    text = dump_toml(resolve(folder, "train.timestep_shift=none").profile)
+    for line in ("guidance_scale = 5.0\n", "alpha = 32.0\n", 'checkpoint = "org/wan"\n'):
+        assert line in text
+        text = text.replace(line, "")
+    (folder / "profile.toml").write_text(text, encoding="utf-8")
+    resolved = resolve(folder, profile="profile.toml", flags={})
+    assert (resolved.profile.validation.guidance_scale, resolved.profile.model.checkpoint) == (5.0, "org/wan")
+    assert resolved.sources["validation.guidance_scale"] == "family wan"
+    assert resolved.profile.adapter.alpha == 32
+    assert resolved.profile.train.timestep_shift is None  # an optional setting: the file alone decides
+
+
+def test_alpha_follows_the_rank_unless_it_is_set(folder: Path):
+    follows = resolve(folder, "adapter.rank=8", "adapter.alpha=none")
+    assert (follows.profile.adapter.alpha, follows.sources["adapter.alpha"]) == (8, "--set")
+    assert resolve(folder, "adapter.rank=8", "adapter.alpha=4").profile.adapter.alpha == 4
+
+
+def family_settings(family: str, task: str) -> dict[str, object]:
+    """The family's value of each setting that depends on the family, by "table.key"."""
+    defaults = load_family(family).defaults(task)
+    return {f"{table}.{key}": defaults[table][key] for table, key in family_keys()}
+
+
+def values_and_sources(resolved: ResolvedProfile) -> dict[str, tuple[object, str]]:
+    """Value and source of each setting that depends on the family, by "table.key"."""
+    tables = json.loads(resolved.profile.model_dump_json())
+    return {f"{t}.{k}": (tables[t][k], resolved.sources[f"{t}.{k}"]) for t, k in family_keys()}
+
+
+def test_every_setting_that_needs_the_family_is_marked():
+    required = {
+        (name, field.alias or key)
+        for name, table in TABLES.items()
+        for key, field in table.model_fields.items()
+        if field.is_required()
+    }
+    assert family_keys() == required - {("model", "family"), ("adapter", "alpha")}
+    assert len(family_keys()) > 9
+
+
+@pytest.mark.parametrize("task", ["t2v", "i2v"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_none_gives_the_default_of_every_family(folder: Path, family: str, task: str):
+    expected = {name: (value, f"family {family}") for name, value in family_settings(family, task).items()}
+    flags = {"model.family": family, "model.task": task}
+    nones: dict[str, dict[str, str]] = {}
+    for table, key in family_keys():
+        nones.setdefault(table, {})[key] = "none"
+
+    def resolved(*sets: str, **arguments: Any) -> dict[str, tuple[object, str]]:
+        arguments = {"flags": flags, "family_defaults": real_defaults, **arguments}
+        return values_and_sources(resolve(folder, *sets, **arguments))
+
+    assert resolved() == expected
+    demo = {"data": {"frames": 17, "width": 96}, "adapter": {"rank": 8}}
+    assert resolved(*(f"{name}=none" for name in expected), demo=lambda *_: demo) == expected
+    lower = {"data": {"frames": 17}, "crepa": {"block_index": 3}, "model": {"checkpoint": "org/other"}}
+    (folder / "lower.toml").write_text(tomli_w.dumps(lower))
+    (folder / "crepa.toml").write_text(tomli_w.dumps(nones))
+    assert resolved(profile="lower.toml") == expected
+
+    imported = [Setting(table, key, None, "config.json") for table, key in family_keys()]
+    written = project_settings(
+        profile="lower.toml", vram=8, imported=imported, flags=flags, folder=folder, families=FAMILIES
+    )
+    write_project(written, folder)
+    assert resolved(flags={}) == expected
+
+
+@pytest.mark.parametrize("none", ["none", None])
+def test_none_in_a_json_configuration_gives_the_default_of_the_family(folder: Path, none: str | None):
+    by_setting = {setting: option for option, setting in COUNTERPARTS.items()}
+    names = {f"{table}.{key}" for table, key in family_keys()} & by_setting.keys()
+    assert "crepa.block_index" in names
+    config = {"model_family": "wan", **{by_setting[name]: none for name in names}}
+    imported = import_config(config, "config.json", FLAVOURS).settings
+    write_project(
+        project_settings(profile=None, vram=None, imported=imported, flags={}, folder=folder, families=FAMILIES), folder
+    )
+    found = values_and_sources(resolve(folder, flags={}, family_defaults=real_defaults))
+    assert found == {name: (value, "family wan") for name, value in family_settings("wan", "t2v").items()}
+
+
 def test_the_schema_follows_the_settings():
     schema = json_schema()
-    crepa = schema["$defs"]["Crepa"]["properties"]
+    crepa = schema["$defs"]["CrepaSettings"]["properties"]
     assert crepa["lambda"]["minimum"] == 0
     assert crepa["similarity_threshold"]["anyOf"][1] == {"const": "none"}
+    assert crepa["block_index"]["anyOf"] == [{"type": "integer", "minimum": 0}, {"const": "none"}]
+    assert crepa["block_index"]["description"].endswith("none: the family's default.")
     assert set(schema["properties"]) == set(KEYS)
     assert "null" not in json.dumps(schema)
     assert all(definition["additionalProperties"] is False for definition in schema["$defs"].values())
@@ -432,7 +558,7 @@ FUZZ = settings(deadline=None, max_examples=500, suppress_health_check=[HealthCh
 
 
 def survives(folder: Path, *sets: str, **arguments: Any) -> None:
-    """Only a resolved profile that can be written and read again, or a UserError, may come out."""
+    """The only outcomes are a resolved profile that can be written and read again, and a UserError."""
     try:
         resolved = resolve(folder, *sets, **arguments)
     except UserError:

@@ -10,7 +10,7 @@ from conftest import RunCrepa
 from PIL import Image
 
 from crepa_cli.data.images import first_frame
-from crepa_cli.profile import Validation
+from crepa_cli.profile import ValidationSettings
 from crepa_cli.runs.checks import image_mistakes
 
 
@@ -43,7 +43,7 @@ def test_an_image_that_was_turned_by_the_camera_is_upright(tmp_path: Path) -> No
     ],
 )
 def test_images_are_checked_before_training(task: str, settings: dict[str, object], mistake: str | None) -> None:
-    mistakes = image_mistakes(Validation.model_validate(settings), task)
+    mistakes = image_mistakes(ValidationSettings.model_validate({"guidance_scale": 5.0, **settings}), task)
     assert [mistake in found for found in mistakes] == ([True] if mistake else [])  # type: ignore[operator]
 
 

@@ -1,4 +1,4 @@
-"""SANA-Video with either of its VAEs: that of Wan (480p) and that of LTX-2 (720p)."""
+"""SANA-Video with both of its VAEs: that of Wan (480p) and that of LTX-2 (720p)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from conftest import OpenTiny
 from diffusers import AutoencoderKLLTX2Video, SanaVideoPipeline, SanaVideoTransformer3DModel
 from test_families import CAPTION, FPS, batch_of, encoded_clip, first_frame
 
+from crepa_cli.demo.tiny import normalize_latents, smooth_video, write_once
 from crepa_cli.models.sanavideo import SanaVideo
-from crepa_cli.models.tiny import normalize_latents, smooth_video, write_once
 
 
 def open_size(size: str, task: str, open_tiny: OpenTiny, checkpoints: Path) -> SanaVideo:
     """The tiny checkpoint of a published size."""
-    source = open_tiny("sanavideo", "t2v").checkpoint
+    source = open_tiny("sanavideo", "t2v").base.name
     if size == "480p":
         return SanaVideo(source, task)
 
@@ -51,7 +51,7 @@ def test_training_gives_the_transformer_what_the_pipeline_gives_it(
     family = open_size(size, task, open_tiny, checkpoints)
     video, tensors = encoded_clip(family, frames, height=64, width=96)
     empty = family.encode_prompt(family.load_text_pipeline(torch.float32), "")
-    pipeline = getattr(diffusers, family.pipeline_class).from_pretrained(family.checkpoint)
+    pipeline = getattr(diffusers, family.pipeline_class).from_pretrained(family.base.name)
     seen: list[tuple[Any, dict[str, Any]]] = []
     pipeline.transformer.register_forward_pre_hook(
         lambda _, latents, inputs: seen.append((latents[0], inputs)), with_kwargs=True

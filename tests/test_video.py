@@ -1,4 +1,4 @@
-"""Decoding picks the right frames and pixels, and no file makes it fail in any other way than by saying why."""
+"""Decoding returns the right frames and pixels, and for bad files it fails only with a clear reason."""
 
 import math
 import resource
@@ -38,11 +38,18 @@ def write(
     codec: str = "",
     rotation: int = 0,
     pixel_aspect: int = 1,
+    title: str = "",
 ) -> Path:
-    """Write pictures (uint8 [3, H, W]) in the usual codec of the suffix; `times` are in 1/90000 s."""
+    """Write pictures (uint8 [3, H, W]) in the usual codec of the suffix; `times` are in 1/90000 s.
+
+    `title` names both the file and its stream.
+    """
     name, pixels = CODECS[path.suffix]
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec or name, rate=rate)
+        assert isinstance(stream, av.VideoStream)
+        if title:
+            container.metadata["title"] = stream.metadata["handler_name"] = title
         stream.height, stream.width = pictures[0].shape[1:]
         stream.pix_fmt = pixels
         stream.thread_count = 1
@@ -62,18 +69,18 @@ def write(
 
 
 def numbered(count: int, width: int = 32, height: int = 32) -> list[Tensor]:
-    """Pictures of which each is as bright as its number times 8."""
+    """Pictures in which picture i has the brightness 8 * i."""
     return [torch.full((3, height, width), 8 * index, dtype=torch.uint8) for index in range(count)]
 
 
 def coordinates(width: int, height: int) -> Tensor:
-    """A picture whose red is the column and whose green is the row."""
+    """A picture whose red value is the column and whose green value is the row."""
     columns, rows = torch.arange(width).expand(height, -1), torch.arange(height)[:, None].expand(-1, width)
     return torch.stack([columns, rows, torch.zeros_like(rows)]).to(torch.uint8)
 
 
 def shown(path: Path, frames: int, fps: float) -> list[int]:
-    """The numbers of the pictures that decoding gives."""
+    """The numbers of the pictures that decoding returns."""
     clip = decode(path, frames=frames, fps=fps, width=32, height=32)
     return (clip.float().mean((1, 2, 3)) / 8).round().int().tolist()
 
@@ -194,10 +201,18 @@ def test_written_clips_keep_their_frames_and_colors(tmp_path: Path) -> None:
     assert info.fps == pytest.approx(23.976)
     read = decode(path, frames=4, fps=23.976, width=64, height=48)
     assert (read.int() - frames.int()).abs().max() <= 3
-    first = path.read_bytes()
-    write_video(path, frames, 23.976)
-    assert path.read_bytes() == first
     assert [file.name for file in path.parent.iterdir()] == ["clip.mp4"]
+
+
+def test_the_same_frames_give_the_same_bytes_ten_times_in_a_row(tmp_path: Path) -> None:
+    path = tmp_path / "clip.mp4"
+    frames = torch.randint(0, 256, (24, 3, 144, 192), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    files = set()
+    for _ in range(10):
+        write_video(path, frames, 16)
+        files.add(path.read_bytes())
+    assert len(files) == 1
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_clip_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -271,6 +286,18 @@ def test_odd_names_are_names(tmp_path: Path) -> None:
     for name in ["concat:a|b.mp4", "http:x.mp4", "%03d.mp4", "\udcff.mp4", "-i.mp4", "a?b#c.mp4"]:
         real = write(tmp_path / "real.mp4", numbered(3))
         assert probe(real.rename(tmp_path / name)).frames == 3
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_titles_that_are_not_utf8_do_not_matter(tmp_path: Path, suffix: str) -> None:
+    title = "café in été"
+    path = write(tmp_path / f"clip{suffix}", numbered(4), title=title)
+    content = path.read_bytes()
+    assert content.count(title.encode()) == 2
+    latin = title.encode("latin-1").ljust(len(title.encode()))
+    path.write_bytes(content.replace(title.encode(), latin))
+    assert probe(path).frames == 4
+    assert shown(path, 4, 16) == list(range(4))
 
 
 @pytest.fixture(scope="module")

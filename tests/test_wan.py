@@ -12,9 +12,10 @@ from conftest import OpenTiny
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline
 from test_families import encoded_clip, overfitted, sampled_similarity
 
+from crepa_cli.demo.tiny import normalize_latents, smooth_video, write_once
+from crepa_cli.demo.wan import tiny_transformer
 from crepa_cli.errors import UserError
-from crepa_cli.models.tiny import normalize_latents, smooth_video, write_once
-from crepa_cli.models.wan import Wan, tiny_transformer
+from crepa_cli.models.wan import Wan
 from crepa_cli.training.flow import sample_sigmas
 
 BOUNDARY = 0.875
@@ -38,7 +39,7 @@ def ti2v(open_tiny: OpenTiny, checkpoints: Path) -> str:
             scale_factor_spatial=16,
         )
         normalize_latents(vae, smooth_video(frames=33, size=128))
-        published = WanPipeline.from_pretrained(open_tiny("wan", "t2v").checkpoint)
+        published = WanPipeline.from_pretrained(open_tiny("wan", "t2v").base.name)
         parts = published.components | {"vae": vae, "transformer": tiny_transformer()}
         WanPipeline(**parts, expand_timesteps=True).save_pretrained(folder)
 
@@ -46,10 +47,10 @@ def ti2v(open_tiny: OpenTiny, checkpoints: Path) -> str:
 
 
 def two_experts(open_tiny: OpenTiny, folder: Path, task: str) -> str:
-    """A tiny checkpoint of Wan 2.2 A14B, whose image to video has no image encoder."""
+    """A tiny checkpoint of Wan 2.2 A14B, whose image-to-video model has no image encoder."""
 
     def write(folder: Path) -> None:
-        parts = WanPipeline.from_pretrained(open_tiny("wan", "t2v").checkpoint).components
+        parts = WanPipeline.from_pretrained(open_tiny("wan", "t2v").base.name).components
         channels = {"in_channels": 4 if task == "t2v" else 12}
         for name in ("transformer", "transformer_2"):
             parts[name] = tiny_transformer(**channels)
@@ -59,6 +60,7 @@ def two_experts(open_tiny: OpenTiny, folder: Path, task: str) -> str:
     return str(write_once(folder / f"wan-experts-{task}", write))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["t2v", "i2v"])
 def test_one_checkpoint_with_timesteps_per_token_has_both_tasks(task: str, ti2v: str) -> None:
     torch.manual_seed(0)
@@ -76,6 +78,7 @@ def test_one_checkpoint_with_timesteps_per_token_has_both_tasks(task: str, ti2v:
     assert sampled_similarity(family, video, tensors, transformer=transformer) >= 0.8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["t2v", "i2v"])
 def test_each_expert_learns_its_own_noise_levels(task: str, open_tiny: OpenTiny, checkpoints: Path) -> None:
     torch.manual_seed(0)
@@ -98,7 +101,7 @@ def test_videos_are_sampled_with_the_trained_expert_and_the_other_as_published(
     pipeline = family.load_sampling_pipeline(trained)
     assert getattr(pipeline, component) is trained
     other = {"transformer": "transformer_2", "transformer_2": "transformer"}[component]
-    published = WanPipeline.from_pretrained(family.checkpoint)
+    published = WanPipeline.from_pretrained(family.base.name)
     torch.testing.assert_close(getattr(pipeline, other).state_dict(), getattr(published, other).state_dict())
 
 
@@ -120,7 +123,7 @@ def test_a_checkpoint_that_lacks_what_is_asked_of_it(
 
 
 def test_the_condition_is_the_pipelines_own(open_tiny: OpenTiny) -> None:
-    """The mask marks the first frame; behind it are the latents of that frame followed by gray."""
+    """The mask marks the first frame; after it come the latents of that frame followed by gray."""
     family = open_tiny("wan", "i2v")
     _, tensors = encoded_clip(family, frames=9, height=32, width=48)
     mask, latents = tensors["condition"][:4], tensors["condition"][4:]
@@ -132,7 +135,7 @@ def test_the_condition_is_the_pipelines_own(open_tiny: OpenTiny) -> None:
 
 
 def test_tokenizers_by_the_name_in_published_checkpoints(open_tiny: OpenTiny, tmp_path: Path) -> None:
-    checkpoint = Path(open_tiny("wan", "t2v").checkpoint)
+    checkpoint = Path(open_tiny("wan", "t2v").base.name)
     for part in checkpoint.iterdir():
         (tmp_path / part.name).symlink_to(part)
     index: dict[str, Any] = json.loads((checkpoint / "model_index.json").read_text())

@@ -1,7 +1,7 @@
 """Cross-frame Representation Alignment as a library: plain torch, usable in any training loop.
 
-`Crepa` is the loss with its projector, `CoefficientSchedule` what it is multiplied with, `TokenGrid` where tokens are.
-`layersync_loss` aligns a block with a deeper one of the same transformer.
+`Crepa` is the loss with its projector, `CoefficientSchedule` gives the factor (lambda) it is multiplied by, and
+`TokenGrid` describes the layout of tokens. `layersync_loss` aligns a block with a deeper block of the same transformer.
 """
 
 from crepa_cli.alignment.grid import TokenGrid

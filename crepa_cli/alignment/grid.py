@@ -1,7 +1,7 @@
-"""Where tokens are: grids, the frames that meet, and the interpolation between grids.
+"""The layout of tokens: grids, corresponding frames, and interpolation between grids.
 
-Tokens and features carry their grid. Nothing here, or anywhere else, guesses a grid from a token count: the same
-number of tokens fits many grids, and the wrong one pairs every patch with a stranger.
+Tokens and features come with their grid. No code guesses a grid from a token count: the same number of tokens fits many
+grids, and the wrong one pairs every patch with an unrelated one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 @dataclass(frozen=True)
 class TokenGrid:
-    """The places of a clip's tokens: `frames` of `rows` by `columns`, stored row-major.
+    """The layout of a clip's tokens: `frames` frames of `rows` by `columns` tokens, stored row-major.
 
     Raises:
         ValueError: if a side is smaller than 1.
@@ -25,9 +25,9 @@ class TokenGrid:
     columns: int
 
     def __post_init__(self) -> None:
-        """Refuse a grid without tokens."""
+        """Reject a grid without tokens."""
         if min(self.frames, self.rows, self.columns) < 1:
-            raise ValueError(f"every side of a token grid is at least 1, got {self}")
+            raise ValueError(f"every side of a token grid must be at least 1, got {self}")
 
     @property
     def tokens(self) -> int:
@@ -36,10 +36,10 @@ class TokenGrid:
 
 
 def matching_frames(teacher_frames: int, student_frames: int) -> list[int]:
-    """The teacher's frame for each of the student's: floor(i * (T_teacher - 1) / (T_student - 1)), in integers.
+    """The teacher's frame for each student frame i: floor(i * (T_teacher - 1) / (T_student - 1)), in integers.
 
     A video VAE that compresses time k-fold keeps the first frame and one of every k after it, so with k*n + 1 video
-    frames and n + 1 latent frames, latent frame i meets video frame k*i.
+    frames and n + 1 latent frames, latent frame i corresponds to video frame k*i.
     """
     if student_frames == 1:
         return [0]
@@ -47,32 +47,33 @@ def matching_frames(teacher_frames: int, student_frames: int) -> list[int]:
 
 
 def coarser_grid(student: TokenGrid, teacher: TokenGrid) -> TokenGrid:
-    """The grid, of the two, that has fewer tokens in a frame: there the two are compared (the student's if even)."""
+    """The grid with fewer tokens per frame, on which the two are compared; the student's if they have equally many."""
     return student if student.tokens <= teacher.tokens else teacher
 
 
 class Taps(NamedTuple):
-    """Linear interpolation along one axis: target position i is `lower[i]` moved by `fraction[i]` to `upper[i]`."""
+    """Linear interpolation along one axis: target i lies `fraction[i]` of the way from `lower[i]` to `upper[i]`."""
 
     lower: list[int]
     upper: list[int]
     fraction: list[float]
 
     def renumbered(self, kept: Sequence[int]) -> Taps:
-        """The same taps where only these source positions are left."""
+        """The same taps for a source reduced to the positions in `kept`."""
         place = {position: index for index, position in enumerate(kept)}
         return Taps([place[one] for one in self.lower], [place[one] for one in self.upper], self.fraction)
 
 
 def interpolation_taps(targets: slice, source: int, target: int) -> Taps:
-    """How some target positions are made of source positions, with half-pixel centers.
+    """The source positions and fractions that some target positions are interpolated from, with half-pixel centers.
 
-    Along rows and then along columns it is `torch.nn.functional.interpolate(mode="bilinear", align_corners=False)`.
+    Applied along rows, then along columns, this equals
+    `torch.nn.functional.interpolate(mode="bilinear", align_corners=False)`.
 
     Args:
-        targets: the consecutive target positions that are asked for.
-        source: source positions in all.
-        target: target positions in all.
+        targets: the consecutive target positions to interpolate.
+        source: total number of source positions.
+        target: total number of target positions.
     """
     centers = [
         min(max((index + 0.5) * (source / target) - 0.5, 0.0), source - 1.0)

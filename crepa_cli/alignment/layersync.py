@@ -7,24 +7,27 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from crepa_cli.alignment.loss import CHUNK_TOKENS, full_precision
+from crepa_cli.alignment.loss import CHUNK_TOKENS, check_tensor, full_precision
 
 
 def layersync_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Minus the mean cosine similarity of each token's two hidden states: a 0-d tensor in float32 (or float64).
+    """The negative mean cosine similarity of each token's two hidden states: a 0-d tensor in float32 (or float64).
 
     Args:
-        student: `[B, S, H]`, of the shallower block.
-        teacher: `[B, S, H]`, of the deeper block; it gets no gradient.
+        student: `[B, S, H]`, hidden states of the shallower block.
+        teacher: `[B, S, H]`, hidden states of the deeper block; they get no gradient.
 
     Raises:
+        TypeError: if `student` or `teacher` is not a tensor.
         ValueError: if the shapes differ.
     """
+    check_tensor("student", student)
+    check_tensor("teacher", teacher)
     if student.shape != teacher.shape:
-        raise ValueError(f"both blocks have one shape, got {list(student.shape)} and {list(teacher.shape)}")
+        raise ValueError(f"both blocks must have the same shape, got {list(student.shape)} and {list(teacher.shape)}")
     size = max(1, CHUNK_TOKENS // len(student))
     chunks = zip(student.split(size, dim=1), teacher.detach().split(size, dim=1), strict=True)
-    # Float32 copies of all tokens would be larger than the states themselves: each chunk is computed anew.
+    # Float32 copies of all tokens would be larger than the states themselves, so the backward recomputes each chunk.
     sums = [checkpoint(_summed_cosines, *chunk, use_reentrant=False) for chunk in chunks]
     return -torch.stack(sums).sum() / (student.shape[0] * student.shape[1])
 

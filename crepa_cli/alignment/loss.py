@@ -1,6 +1,6 @@
 """The alignment loss of CREPA (arXiv 2506.09229, Eq. 6), with memory that does not grow with the clip.
 
-For the hidden states h of one block, teacher features y, and the projector g (LayerNorm, then Linear):
+With the hidden states h of one block, teacher features y, and the projector g (LayerNorm, then Linear):
 
     s(f, k) = mean over patches p of cos(g(h[f, p]), y[k, p])
     S(f)    = s(f, f) + sum over the neighbors k of f of exp(-|k - f| / tau) * s(f, k)
@@ -29,14 +29,14 @@ from crepa_cli.alignment.grid import (
 )
 
 CHUNK_TOKENS = 4096
-"""Tokens worked on at a time: large enough to keep a GPU busy, 25 MB for each float32 copy at width 1536."""
+"""Tokens processed at a time: large enough to keep a GPU busy, 25 MB for each float32 copy at width 1536."""
 
 
 class Alignment(NamedTuple):
-    """What one batch says of its alignment: 0-d tensors.
+    """The alignment of one batch, as 0-d tensors.
 
-    `loss` is unscaled and carries the gradient. The similarities carry none and lie within [-1, 1]: `similarity` weighs
-    each frame's neighbors as the loss does, `self_similarity` is of each frame with its own features.
+    `loss` is unscaled and carries the gradient. The similarities carry none and lie within [-1, 1]: `similarity`
+    weights each frame's neighbors as the loss does; `self_similarity` compares each frame with its own features only.
     """
 
     loss: Tensor
@@ -45,14 +45,14 @@ class Alignment(NamedTuple):
 
 
 class Crepa(nn.Module):
-    """Cross-frame Representation Alignment of one block's hidden states with a frozen teacher's features.
+    """Cross-frame Representation Alignment: aligns one block's hidden states with a frozen teacher's features.
 
     Args:
         hidden_size: width H of the block's hidden states.
         feature_size: width D of the teacher's features.
         adjacent_distance: frames f - d and f + d are the neighbors of frame f; 0 aligns each frame alone (REPA*).
-        adjacent_tau: a neighbor at distance k weighs exp(-k / tau).
-        cumulative_neighbors: all frames within the distance are neighbors, not only those at it.
+        adjacent_tau: a neighbor at distance k has the weight exp(-k / tau).
+        cumulative_neighbors: all frames within the distance are neighbors, not only those exactly at it.
         spatial_align: compare patch by patch; otherwise the mean over each frame's patches.
         normalize_by_frames: divide the loss by the number of frames.
 
@@ -75,9 +75,10 @@ class Crepa(nn.Module):
         normalize_by_frames: bool = True,
     ) -> None:
         super().__init__()
-        if adjacent_distance < 0 or adjacent_tau <= 0:
+        if adjacent_distance < 0 or not adjacent_tau > 0:
             raise ValueError(
-                f"adjacent_distance is at least 0 and adjacent_tau above 0, got {adjacent_distance} and {adjacent_tau}"
+                "adjacent_distance must be at least 0 and adjacent_tau above 0, "
+                f"got {adjacent_distance} and {adjacent_tau}"
             )
         self.adjacent_distance = adjacent_distance
         self.adjacent_tau = adjacent_tau
@@ -89,20 +90,24 @@ class Crepa(nn.Module):
         self.projector = nn.Sequential(norm, linear)
 
     def forward(self, hidden: Tensor, features: Tensor, student_grid: TokenGrid, teacher_grid: TokenGrid) -> Alignment:
-        """Compare hidden states with features where their grids place them.
+        """Compare hidden states with features at the positions given by their grids.
 
         Args:
             hidden: `[B, T, N, H]`, any floating dtype, tokens row-major on `student_grid`.
             features: `[B, T', N', D]`, any floating dtype, row-major on `teacher_grid`. They get no gradient.
-            student_grid: T frames of N tokens.
-            teacher_grid: T' frames of N' tokens.
+            student_grid: grid of the hidden states, T frames of N tokens.
+            teacher_grid: grid of the features, T' frames of N' tokens.
 
         Raises:
-            ValueError: if a tensor does not have the shape that its grid says, or not the width of the projector.
+            TypeError: if `hidden` or `features` is not a tensor.
+            ValueError: if a tensor's shape does not match its grid or the widths of the projector, or if the two have
+                different numbers of clips.
         """
         norm, linear = cast(tuple[nn.LayerNorm, nn.Linear], tuple(self.projector))
         _check_shape("hidden", hidden, student_grid, norm.normalized_shape[0])
         _check_shape("features", features, teacher_grid, linear.out_features)
+        if len(hidden) != len(features):
+            raise ValueError(f"hidden has {len(hidden)} clips and features has {len(features)}")
         weights = neighbor_weights(
             student_grid.frames, self.adjacent_distance, self.adjacent_tau, self.cumulative_neighbors
         ).to(hidden.device, linear.weight.dtype)
@@ -120,14 +125,14 @@ class Crepa(nn.Module):
         if self.normalize_by_frames:
             loss = loss / student_grid.frames
         similarity = (similarities.detach() / weights.sum(1)).mean()
-        # Rounding may carry a mean of cosines past 1 by a few last digits; thresholds must not see that.
+        # Rounding can push a mean of cosines slightly above 1; thresholds must not see that.
         return Alignment(loss, similarity.clamp(-1, 1), self_similarities.mean().clamp(-1, 1))
 
 
 def neighbor_weights(frames: int, distance: int, tau: float, cumulative: bool) -> Tensor:
-    """W: what frame k weighs in S(f), as a banded float64 matrix `[T, T]` with ones on its diagonal.
+    """W, the weight of frame k in S(f): a banded float64 matrix `[T, T]` with ones on its diagonal.
 
-    A neighbor outside the clip does not exist: its weight is left out, not moved to the nearest frame.
+    A neighbor outside the clip does not exist: its weight is dropped, not moved to the nearest frame.
     """
     offsets = (torch.arange(frames)[:, None] - torch.arange(frames)).abs()
     neighbors = (offsets > 0) & ((offsets <= distance) if cumulative else (offsets == distance))
@@ -135,25 +140,32 @@ def neighbor_weights(frames: int, distance: int, tau: float, cumulative: bool) -
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """Where autocast is off: cosines of vectors of length 1,000 need float32."""
+    """A context without autocast: cosines of vectors with a thousand elements need float32."""
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 
 
 def pooled(features: Tensor, frames: list[int], dtype: torch.dtype) -> Tensor:
-    """The mean over the patches of some frames: `[B, T', N', D]` to `[B, T, 1, D]`, one frame in `dtype` at a time."""
+    """The mean over the patches of the given frames, `[B, T', N', D]` to `[B, T, 1, D]`, one frame at a time."""
     return torch.stack([features[:, frame].to(dtype).mean(1, keepdim=True) for frame in frames], dim=1)
 
 
+def check_tensor(name: str, value: object) -> None:
+    """Raise a TypeError if an argument is not a tensor, such as features that were never computed."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
 def _check_shape(name: str, tensor: Tensor, grid: TokenGrid, width: int) -> None:
+    check_tensor(name, tensor)
     expected = (grid.frames, grid.tokens, width)
     if tensor.ndim != 4 or tuple(tensor.shape[1:]) != expected:
         raise ValueError(f"{name} has shape {list(tensor.shape)}; {grid} and width {width} need [B, {expected}]")
 
 
 class _Chunk(NamedTuple):
-    """A part of one clip that fits in memory: some frames and some rows of the grid of comparison."""
+    """A part of one clip that fits in memory: some frames and some rows of the comparison grid."""
 
     clip: int
     frames: slice
@@ -161,7 +173,7 @@ class _Chunk(NamedTuple):
 
 
 class _Resampling(NamedTuple):
-    """From a grid to that of the comparison, by bilinear interpolation; without one, to the mean over all patches."""
+    """Bilinear interpolation from a grid to the comparison grid; without a target, the mean over all patches."""
 
     source: TokenGrid
     target: TokenGrid | None
@@ -177,7 +189,7 @@ class _Resampling(NamedTuple):
         return self.target.columns if self.target else 1
 
     def window(self, rows: slice) -> slice:
-        """The source rows that these rows of the result are made of."""
+        """The source rows from which these rows of the result are computed."""
         if self.target is None:
             return slice(0, self.source.rows)
         taps = interpolation_taps(rows, self.source.rows, self.rows)
@@ -193,7 +205,7 @@ class _Resampling(NamedTuple):
         if self.source.rows < self.rows:
             values = _interpolate(values, taps.renumbered(range(start, start + values.shape[1])), 1, dtype)
             return self._along_columns(values, dtype).flatten(1, 2)
-        # A coarser grid reads two rows for each of its own: the others are not even converted.
+        # A coarser grid reads only two source rows for each of its own: the others are not even converted.
         needed = sorted({*taps.lower, *taps.upper})
         values = self._along_columns(_select(values, 1, [row - start for row in needed]), dtype)
         return _interpolate(values, taps.renumbered(needed), 1, dtype).flatten(1, 2)
@@ -242,7 +254,7 @@ class _Plan(NamedTuple):
         )
 
     def chunks(self, clips: int) -> list[_Chunk]:
-        """Rows of all frames, so that neighbors meet within a chunk; frames, where a frame is one pooled patch."""
+        """Some rows of all frames, so that neighbors share a chunk; or some frames, if a frame is one pooled patch."""
         grid, frames = self.student.source, self.student.source.frames
         if self.spatial_align:
             rows = self.student.rows
@@ -260,7 +272,7 @@ class _Plan(NamedTuple):
         return clip[chunk.frames, self.student.window(chunk.rows)]
 
     def targets(self, features: Tensor, chunk: _Chunk) -> tuple[Tensor, Tensor]:
-        """W Y and Y of a chunk's frames, `[T, N, D]` each, in the projector's dtype."""
+        """W Y and Y for a chunk's frames, `[T, N, D]` each, in the projector's dtype."""
         grid = self.teacher.source
         window = features[chunk.clip].unflatten(1, (grid.rows, grid.columns))[:, self.teacher.window(chunk.rows)]
         if self.teacher_frames != list(range(grid.frames)):
@@ -271,8 +283,8 @@ class _Plan(NamedTuple):
     def project(self, hidden: Tensor, chunk: _Chunk, parameters: tuple[Tensor, ...]) -> Tensor:
         """Unit-length projections `[T, N, D]` of the hidden states of a chunk.
 
-        Interpolation weights sum to 1, so interpolating before the Linear gives what interpolating after it gives, and
-        the Linear runs on the smaller of the two grids.
+        Interpolation weights sum to 1, so interpolating before the Linear gives the same result as interpolating after
+        it, and the Linear runs on the smaller of the two grids.
         """
         norm_weight, norm_bias, weight, bias = parameters
         normed = F.layer_norm(hidden.to(weight.dtype), norm_weight.shape, norm_weight, norm_bias, self.norm_eps)
@@ -280,9 +292,9 @@ class _Plan(NamedTuple):
 
 
 class _FrameSimilarities(torch.autograd.Function):
-    """S(f) and s(f, f) of every frame, chunk by chunk; the backward computes each chunk anew.
+    """S(f) and s(f, f) of every frame, chunk by chunk; the backward recomputes each chunk.
 
-    Between the two passes it keeps its inputs alone.
+    Only the inputs are kept between the two passes.
     """
 
     @staticmethod

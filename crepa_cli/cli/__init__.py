@@ -1,4 +1,4 @@
-"""The command line. Nothing heavy is imported before a command runs."""
+"""The command line. No heavy library is imported before a command runs."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from crepa_cli.cli.doctor import doctor
 from crepa_cli.cli.encoding import print_any_text
 from crepa_cli.cli.init import init
 from crepa_cli.cli.probe import probe_blocks
+from crepa_cli.cli.terminal import in_notebook, write_plain_text
 from crepa_cli.cli.train import train
 from crepa_cli.errors import RunError, UserError
 
@@ -45,8 +46,10 @@ def _crepa(
 
 
 def main() -> None:
-    """Run the command line; a mistake of the user's ends with exit code 2, a failure of the run with 1."""
+    """Run the command line; a user's mistake exits with code 2, a failure of the run with 1."""
     print_any_text()
+    if in_notebook():
+        write_plain_text()
     try:
         app()
     except UserError as error:

@@ -1,4 +1,4 @@
-"""The names that a shell completes."""
+"""Names for shell completion."""
 
 from __future__ import annotations
 

@@ -28,16 +28,17 @@ def doctor(
     task: Annotated[str | None, Flag(help="t2v (text to video) or i2v (image to video).")] = None,
     data: Annotated[str | None, Flag(help="Folder of clips with captions.")] = None,
     vram: Annotated[
-        float | None, Flag(help="GB (10^9 bytes) of the GPU to plan for; else this machine's.", min=0)
+        float | None, Flag(help="Memory of the GPU to plan for, in GB (10^9 bytes); default: this machine's.", min=0)
     ] = None,
-    demo: Annotated[bool, Flag("--demo", help="Look at a tiny model and generated clips; downloads nothing.")] = False,
+    demo: Annotated[bool, Flag("--demo", help="Check a tiny model and generated clips; downloads nothing.")] = False,
     sets: Annotated[list[str] | None, Flag("--set", help="Any setting, as table.key=value; repeatable.")] = None,
     as_json: Annotated[bool, Flag("--json", help="Print one JSON object, for scripts.")] = False,
 ) -> None:
-    """Say whether training would start here, and what to do where it would not.
+    """Check whether training would start here, and say what to do if it would not.
 
-    It takes the settings that `crepa train` would take; without flags and crepa.toml it looks at the machine alone.
-    Ends with 0 only where training would start, with 2 for mistakes in the settings or clips, with 1 otherwise.
+    It checks the settings that `crepa train` would use.
+    Without flags and crepa.toml, it checks only the machine.
+    Exit code 0: training would start; 2: wrong settings or clips; 1: otherwise.
     """
     from rich.console import Console
 
@@ -47,7 +48,7 @@ def doctor(
     flags = {"model.family": model, "model.checkpoint": checkpoint, "model.task": task, "data.path": data}
     given = any([profile, *flags.values(), demo, sets]) or find_project_file(Path()) is not None
     settings = (lambda: resolve(profile, flags, sets or [], demo=demo)) if given else None
-    with Console(stderr=True).status("looking at this machine") as status:
+    with Console(stderr=True).status("checking this machine") as status:
         report = _examine(settings, demo, vram, status)
     if as_json:
         typer.echo(json.dumps(report.to_json(), indent=2))
@@ -57,7 +58,7 @@ def doctor(
 
 
 def _examine(resolve: Callable[[], ResolvedProfile] | None, demo: bool, vram: float | None, status: Status) -> Report:
-    """The plan is looked at where there are settings, and libraries that can be imported."""
+    """Check the machine, and the plan if there are settings and the libraries can be imported."""
     from crepa_cli.cli.view import silence_libraries
     from crepa_cli.doctor.environment import check_environment
     from crepa_cli.doctor.findings import Report
@@ -73,13 +74,13 @@ def _examine(resolve: Callable[[], ResolvedProfile] | None, demo: bool, vram: fl
     if resolve is None:
         return _overview(machine, limit, status)
     plan = check_plan(
-        resolve, demo=demo, limit=limit, listener=lambda event: _show_progress(status, event), tell=status.update
+        resolve, demo=demo, limit=limit, listener=lambda event: _show_progress(status, event), report=status.update
     )
     return Report(machine.environment, plan)
 
 
 def _overview(machine: Report, limit: int | None, status: Status) -> Report:
-    """The machine, and what each family would take on it."""
+    """The machine, and the memory that each family would need on it."""
     from crepa_cli.doctor.disk import check_folder
     from crepa_cli.doctor.findings import Check, Report
     from crepa_cli.doctor.overview import family_memories
@@ -98,4 +99,4 @@ def _show_progress(status: Status, event: Event) -> None:
     from crepa_cli.events import Progress
 
     if isinstance(event, Progress):
-        status.update(f"looking at clips: {event.done} of {event.total}")
+        status.update(f"checking clips: {event.done} of {event.total}")

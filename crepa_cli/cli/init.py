@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from crepa_cli.cli.completion import family_names, preset_names
+from crepa_cli.cli.terminal import interactive
 from crepa_cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Choices:
-    """What flags or answers have said."""
+    """Choices made by flags or answers so far."""
 
     model: str | None
     task: str | None
@@ -50,12 +51,12 @@ def init(
         Path | None,
         typer.Option("--to", help="Write the crepa_* keys of this folder's settings as JSON.", metavar="FILE"),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Write over files that are there.")] = False,
-    list_presets: Annotated[bool, typer.Option("--list", help="Show the presets and what each is for.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
+    list_presets: Annotated[bool, typer.Option("--list", help="List the presets and their purposes.")] = False,
 ) -> None:
-    """Write a crepa.toml for this folder, from a preset or from another trainer's JSON.
+    """Write a crepa.toml for this folder, from a preset or from SimpleTuner's JSON.
 
-    In a terminal it asks for what no flag has said.
+    In a terminal, it asks for everything that no flag gives; in notebooks and CI, it never asks.
     """
     if list_presets:
         _show_presets()
@@ -73,21 +74,23 @@ def _show_presets() -> None:
 
 
 def _create(choices: _Choices, from_json: Path | None, *, force: bool) -> None:
+    from rich.console import Console
+
     from crepa_cli.profile import presets
-    from crepa_cli.profile.project import SCHEMA_FILE, project_profile, refuse_to_overwrite, write_project
+    from crepa_cli.profile.project import SCHEMA_FILE, project_settings, refuse_to_overwrite, write_project
 
     folder = Path()
     if not force:
         refuse_to_overwrite(folder)
     imported = None if from_json is None else _imported(from_json)
-    if sys.stdin.isatty():
+    if sys.stdin.isatty() and interactive(Console()):
         try:
             _ask(choices, imported)
         except EOFError as error:
-            raise UserError("not all questions were answered; nothing is written") from error
+            raise UserError("not all questions were answered; nothing was written") from error
     if choices.profile is None and imported is None:
         choices.profile = choices.task if choices.task in presets() else "t2v"
-    profile = project_profile(
+    settings = project_settings(
         profile=choices.profile,
         vram=choices.vram,
         imported=imported.settings if imported else (),
@@ -95,34 +98,36 @@ def _create(choices: _Choices, from_json: Path | None, *, force: bool) -> None:
         folder=folder,
         families=family_names(),
     )
-    write_project(profile, folder)
+    write_project(settings, folder)
     typer.echo(f"Wrote crepa.toml and {SCHEMA_FILE}.")
     if imported and imported.without_counterpart:
         _show_without_counterpart(imported.without_counterpart, from_json)
-    if profile.data.path is None:
+    clips = settings.get("data", {}).get("path")
+    if clips is None:
         typer.echo("Where are the clips? Set path in [data], or give --data to crepa train.")
-    elif not Path(profile.data.path).is_dir():
-        typer.echo(f"{profile.data.path} is no folder yet: put clips there before training.")
+    elif not Path(clips).is_dir():
+        typer.echo(f"The folder {clips} does not exist yet: put clips there before training.")
     typer.echo("Next: crepa doctor, then crepa train.")
 
 
 def _imported(path: Path) -> Imported:
+    from crepa_cli.models.flavours import FLAVOURS
     from crepa_cli.profile.files import read_text
     from crepa_cli.profile.simpletuner import import_config, read_config
 
-    return import_config(read_config(read_text(path, str(path)), str(path)), str(path))
+    return import_config(read_config(read_text(path, str(path)), str(path)), str(path), FLAVOURS)
 
 
 def _show_without_counterpart(options: Mapping[str, object], path: Path | None) -> None:
     from crepa_cli.profile.describe import shown
 
-    typer.echo(f"These options of {path} have no counterpart here and are left out:")
+    typer.echo(f"These options of {path} have no counterpart in crepa and were ignored:")
     for name, value in options.items():
         typer.echo(f"  {name} = {shown(value)}")
 
 
 def _ask(choices: _Choices, imported: Imported | None) -> None:
-    """Asks for what is still open; an imported configuration leaves open at most the family and the clips."""
+    """Ask for what is still open; after an import, that is at most the family and the clips."""
     from rich.prompt import FloatPrompt, Prompt
 
     from crepa_cli.profile import presets
@@ -138,12 +143,12 @@ def _ask(choices: _Choices, imported: Imported | None) -> None:
     if choices.data is None and "data.path" not in said:
         choices.data = Prompt.ask("Folder of clips", default="clips")
     if imported is None and choices.vram is None:
-        name, memory = detected_gpu() or ("no NVIDIA GPU found here", 24.0)
+        name, memory = detected_gpu() or ("no NVIDIA GPU found", 24.0)
         choices.vram = FloatPrompt.ask(f"GPU memory in GiB ({name})", default=memory)
 
 
 def detected_gpu() -> tuple[str, float] | None:
-    """Name and memory in GiB of the first NVIDIA GPU, if its driver tells."""
+    """Name and memory in GiB of the first NVIDIA GPU; None if nvidia-smi cannot tell."""
     command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     try:
         output = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
@@ -155,7 +160,7 @@ def detected_gpu() -> tuple[str, float] | None:
 
 def _export(path: Path, profile: str | None, flags: Mapping[str, object], *, force: bool) -> None:
     from crepa_cli.files import write_whole
-    from crepa_cli.models import load_family
+    from crepa_cli.models import family_defaults
     from crepa_cli.profile import resolve_profile
     from crepa_cli.profile.files import exists, read_text
     from crepa_cli.profile.simpletuner import export_crepa, read_config
@@ -163,14 +168,14 @@ def _export(path: Path, profile: str | None, flags: Mapping[str, object], *, for
     config = {}
     if exists(path):
         if not force:
-            raise UserError(f"{path}: already there; --force changes its crepa_* options and leaves the others")
+            raise UserError(f"{path}: already exists; --force replaces its crepa_* options and keeps the others")
         config = read_config(read_text(path, str(path)), str(path))
     resolved = resolve_profile(
         profile=profile,
         flags=flags,
         sets=(),
         folder=Path(),
-        family_defaults=lambda family, task: load_family(family).defaults(task),
+        family_defaults=family_defaults,
     )
     text = json.dumps(export_crepa(resolved.profile, config), indent=4, ensure_ascii=False)
     write_whole(path, f"{text}\n".encode())

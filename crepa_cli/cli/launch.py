@@ -1,4 +1,4 @@
-"""Several processes of one command on this machine."""
+"""Runs one command in several processes on this machine."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def check_processes(processes: int) -> None:
 
 
 def launch(processes: int) -> int:
-    """Run this very command in several processes and return the first exit code that is not 0.
+    """Run the current command in several processes and return the first nonzero exit code.
 
-    They find each other as torchrun's would. Its own agent is not used: it hides the exit codes, and it kills processes
-    that take more than half a minute to save what they have learned.
+    The processes find each other as torchrun's do. Torchrun's agent is not used because it hides exit codes, and kills
+    processes that take more than half a minute to save a checkpoint.
     """
     shared = os.environ | {
         "MASTER_ADDR": "127.0.0.1",
@@ -53,7 +53,7 @@ def launch(processes: int) -> int:
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
     }
-    # Unless told otherwise, every process would take all cores.
+    # By default, every process would use all cores.
     shared.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     command = [sys.executable, "-m", "crepa_cli", *sys.argv[1:]]
     # On Windows only the leader of a process group can be sent Ctrl-Break; the console sends it no Ctrl-C then.
@@ -90,7 +90,7 @@ def _wait(started: list[subprocess.Popen[bytes]]) -> int:
             for process in started:
                 process.kill()
         time.sleep(0.1)
-    # A process that was killed because another failed says nothing of the reason.
+    # The exit code of a process killed because another failed does not show the reason.
     codes = [process.returncode for process in started]
     failed = [code for code in codes if code > 0] or [128 - code for code in codes if code < 0]
     return failed[0] if failed else 0

@@ -33,17 +33,18 @@ def probe_blocks(
     profile: Annotated[str | None, Flag(help="Name of a preset, or a TOML file.", autocompletion=preset_names)] = None,
     checkpoint: Annotated[str | None, Flag(help="Hub id or local folder of a checkpoint.")] = None,
     task: Annotated[str | None, Flag(help="t2v (text to video) or i2v (image to video).")] = None,
-    data: Annotated[str | None, Flag(help="Measure on this folder of clips with captions.")] = None,
+    data: Annotated[str | None, Flag(help="Folder of clips with captions to measure on.")] = None,
     demo: Annotated[bool, Flag("--demo", help="Measure a tiny model on generated clips; downloads nothing.")] = False,
     sets: Annotated[list[str] | None, Flag("--set", help="Any setting, as table.key=value; repeatable.")] = None,
-    write: Annotated[bool, Flag("--write", help="Put the recommended block into crepa.toml.")] = False,
-    plot: Annotated[Path | None, Flag(metavar="FILE.svg", help="Draw what was measured over depth.")] = None,
+    write: Annotated[bool, Flag("--write", help="Write the recommended block to crepa.toml.")] = False,
+    plot: Annotated[Path | None, Flag(metavar="FILE.svg", help="Plot the measurement over depth.")] = None,
     as_json: Annotated[bool, Flag("--json", help="Print one JSON object, for scripts.")] = False,
 ) -> None:
-    """Say which block to align, and why.
+    """Recommend a block to align, and explain why.
 
-    Without clips it answers from the checkpoint's configuration. With --data or --demo it measures every block.
-    Stopped with Ctrl-C, the same command goes on where it was.
+    Without clips, it answers from the checkpoint's configuration.
+    With --data or --demo, it measures every block.
+    After Ctrl-C, the same command resumes the measurement.
     """
     from rich.console import Console
 
@@ -53,14 +54,14 @@ def probe_blocks(
 
     measured = demo or data is not None
     if (write or plot) and not measured:
-        raise UserError(f"{'--write' if write else '--plot'} needs a measurement: add --data DIR, or --demo")
+        raise UserError(f"{'--write' if write else '--plot'} needs a measurement: add --data DIR or --demo")
     project = _project_file(family) if write else None
     silence_libraries()
     flags = {"model.family": family, "model.checkpoint": checkpoint, "model.task": task, "data.path": data}
     try:
         answer = _answer(resolve(profile, flags, sets or [], demo=demo).profile, measured=measured, demo=demo)
     except KeyboardInterrupt:
-        typer.echo("Stopped; the same command goes on from here.", err=True)
+        typer.echo("Stopped; the same command resumes from here.", err=True)
         raise typer.Exit(130) from None
     if plot:
         from crepa_cli.probe.plot import draw_measurement
@@ -77,16 +78,16 @@ def probe_blocks(
 
 
 def _answer(profile: Profile, *, measured: bool, demo: bool) -> Answer:
-    from crepa_cli.models.checkpoint import hub_answers
+    from crepa_cli.models.hub import go_offline_without_hub
     from crepa_cli.probe.answer import describe
     from crepa_cli.probe.recommend import recommend
 
     if demo:
-        from crepa_cli.training.demo import write_demo
+        from crepa_cli.demo import write_demo
 
         write_demo(profile)
     elif not all(Path(str(one)).is_dir() for one in _repositories(profile, measured=measured)):
-        hub_answers()
+        go_offline_without_hub()
     opened = _open_family(profile)
     answer = describe(opened, profile.crepa.block_index)
     if not measured:
@@ -105,17 +106,21 @@ def _repositories(profile: Profile, *, measured: bool) -> list[str | None]:
 
 
 def _open_family(profile: Profile) -> Family:
-    """The checkpoint, whatever blocks and validation the settings name: these are not in question here."""
-    from crepa_cli.profile import Crepa, LayerSync, Validation
+    """Open the checkpoint, ignoring the blocks and the validation that the settings name."""
+    from crepa_cli.profile import LayerSyncSettings
     from crepa_cli.runs.checks import open_family
 
-    unasked = {"crepa": Crepa(enabled=False), "layersync": LayerSync(), "validation": Validation()}
+    unasked = {
+        "crepa": profile.crepa.model_copy(update={"enabled": False}),
+        "layersync": LayerSyncSettings(),
+        "validation": profile.validation.model_copy(update={"prompts": (), "images": ()}),
+    }
     return open_family(profile.model_copy(update=unasked))
 
 
 @contextmanager
 def _progress() -> Iterator[Callable[[Event], None]]:
-    """A bar for each stage, and a line for each clip that is left out, on stderr: scripts read stdout."""
+    """A listener that shows a bar for each stage and a line for each skipped clip, on stderr: scripts read stdout."""
     from rich.console import Console
     from rich.progress import Progress as ProgressBars
 
@@ -139,7 +144,7 @@ def _progress() -> Iterator[Callable[[Event], None]]:
 
 
 def _project_file(family: str) -> Path:
-    """The crepa.toml that the runs of this folder read.
+    """The crepa.toml that runs in this folder read.
 
     Raises:
         UserError: if there is none, or it is for another family.
@@ -148,12 +153,12 @@ def _project_file(family: str) -> Path:
 
     path = find_project_file(Path())
     if path is None:
-        raise UserError("--write: there is no crepa.toml here; crepa init writes one")
+        raise UserError("--write: there is no crepa.toml here; create one with crepa init")
     path = Path(os.path.relpath(path))
     model = parse_toml(read_text(path, str(path)), str(path)).get("model")
     named = model.get("family", family) if isinstance(model, dict) else family
     if named != family:
-        raise UserError(f"--write: {path} is for the family {named!r}, and {family} is probed")
+        raise UserError(f"--write: {path} is for the family {named!r}, but you are probing {family}")
     return path
 
 
@@ -161,11 +166,11 @@ def _write_block(path: Path, family: str, block: int) -> None:
     from crepa_cli.files import write_whole
     from crepa_cli.profile.edit import with_number
     from crepa_cli.profile.files import parse_toml, read_text
-    from crepa_cli.profile.layers import Setting, checked_profile, known_settings
+    from crepa_cli.profile.layers import Setting, check_settings, known_settings
 
     text = with_number(read_text(path, str(path)), str(path), "crepa", "block_index", block)
     mistakes: list[str] = []
     settings = [*known_settings(parse_toml(text, str(path)), str(path), mistakes)]
-    checked_profile([*settings, Setting("model", "family", family, "FAMILY")], mistakes)
+    check_settings([*settings, Setting("model", "family", family, "FAMILY")], mistakes)
     write_whole(path, text.encode())
     typer.echo(f"Wrote crepa.block_index = {block} to {path}.", err=True)

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from crepa_cli.cli.flags import CheckpointFlag, DataFlag, ModelFlag, ProfileFlag, SetFlag, TaskFlag
-from crepa_cli.cli.launch import launch, launched
+from crepa_cli.cli.launch import check_processes, launch, launched
 from crepa_cli.cli.view import LogLevel, View, open_view, silence_libraries
-from crepa_cli.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -80,25 +79,21 @@ def _print_profile(resolved: ResolvedProfile, console: Console) -> None:
 
 def _check_launch(profile: Profile, processes: int, *, resume: bool, demo: bool) -> None:
     """Validate once, before the processes start and each repeats the error."""
-    import torch
-
     from crepa_cli import api
-    from crepa_cli.training.demo import write_demo
+    from crepa_cli.demo import write_demo
 
     if demo:
         write_demo(profile)
     api.check(profile, resume=resume)
-    devices = torch.cuda.device_count()
-    if 0 < devices < processes:
-        raise UserError(f"--processes {processes}: this machine has {devices} GPUs, and each process needs its own")
+    check_processes(processes)
 
 
 def _train(profile: Profile, view: View, *, resume: bool, cache_only: bool, demo: bool) -> int:
     """Run the training and return the exit code."""
     from crepa_cli import api
+    from crepa_cli.demo import write_demo
     from crepa_cli.processes import start_processes
     from crepa_cli.signals import Stopped
-    from crepa_cli.training.demo import write_demo
 
     state = start_processes()
     if demo:

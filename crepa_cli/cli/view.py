@@ -1,4 +1,4 @@
-"""What `crepa train` shows while it works."""
+"""The display of `crepa train`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Literal
+
+from crepa_cli.cli.terminal import interactive
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,10 +25,10 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 def open_view(
     profile: Profile, console: Console, *, plain: bool, quiet: bool, log_level: LogLevel
 ) -> Iterator[list[Listener]]:
-    """The dashboard in a terminal, plain lines elsewhere; with `quiet`, nothing but errors.
+    """Open the dashboard in a terminal, plain lines elsewhere, and only errors if `quiet`; yields the listeners.
 
-    Of several processes the first one shows it, and the others are quiet. Log messages of libraries from `log_level` on
-    are shown in the same place.
+    With several processes, only the first one has a display; the others are quiet. Log messages of libraries at
+    `log_level` or above are shown in the same place.
     """
     from rich.console import Console
 
@@ -41,7 +43,7 @@ def open_view(
             errors = PlainLines(Console(stderr=True), profile.report.every)
             stack.enter_context(records_as_notices(errors, logging.ERROR))
             yield []
-        elif plain or not console.is_interactive or os.environ.get("CI"):
+        elif plain or console.is_dumb_terminal or not interactive(console):
             lines = PlainLines(console, profile.report.every)
             stack.enter_context(records_as_notices(lines, level))
             yield [lines]
@@ -54,11 +56,13 @@ def open_view(
 
 
 def silence_libraries() -> None:
-    """Keep bars and notes of libraries off the screen; their warnings arrive as events."""
+    """Keep progress bars and notes of libraries off the screen; their warnings arrive as events."""
     import diffusers.utils.logging
     import transformers.utils.logging
 
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.disable_progress_bar()
         library.set_verbosity_error()
+    # On some processors its import warns of a kernel for 4-bit weights, which nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.captureWarnings(True)

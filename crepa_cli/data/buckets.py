@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets and valid frame counts: the shapes that clips are brought to."""
+"""Aspect-ratio buckets and valid frame counts: the shapes to which clips are resized."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ SAME_ASPECT = math.log(1.1)
 
 
 class Size(NamedTuple):
-    """A picture's size in pixels."""
+    """The size of a picture in pixels."""
 
     width: int
     height: int
@@ -18,7 +18,7 @@ class Size(NamedTuple):
 
 @dataclass(frozen=True, order=True)
 class Bucket:
-    """The shape of the clips that may share a batch: frames, height and width in pixels."""
+    """The shape of clips that can share a batch: number of frames, and height and width in pixels."""
 
     frames: int
     height: int
@@ -26,10 +26,10 @@ class Bucket:
 
 
 def bucket_sizes(width: int, height: int, size_multiple: int) -> list[Size]:
-    """The picture sizes that clips are sorted into: `width` x `height` first, then others of about its area.
+    """The picture sizes into which clips are sorted: `width` x `height` first, then others of about the same area.
 
-    The others have aspect ratios from 1:2 to 2:1 and sides that are multiples of `size_multiple`. A ratio
-    within a tenth of one that is there already gets no size of its own: each size more makes batches rarer.
+    The others have aspect ratios from 1:2 to 2:1 and sides that are multiples of `size_multiple`. A ratio within 10 %
+    of an existing one gets no size of its own: with every further size, fewer clips can share a batch.
     """
     sizes = [Size(width, height)]
     area = width * height
@@ -44,14 +44,14 @@ def bucket_sizes(width: int, height: int, size_multiple: int) -> list[Size]:
 
 
 def nearest_bucket(width: int, height: int, sizes: Sequence[Size]) -> Size:
-    """The one of `sizes` whose aspect ratio is nearest to that of a clip of `width` x `height`."""
+    """The size in `sizes` whose aspect ratio is closest to that of a clip of `width` x `height`."""
     return min(sizes, key=lambda size: _aspect_distance(size, Size(width, height)))
 
 
 def valid_frames(available: int, wanted: int, multiple: int) -> int | None:
-    """The largest frame count `multiple * k + 1` that `available` allows and `wanted` asks for.
+    """The largest frame count of the form `multiple * k + 1` up to `available` and `wanted`; None if too short.
 
-    A count of 1 is a picture, not a clip: it is given only where it is wanted. None: the clip is too short.
+    A count of 1 is a picture, not a clip: it is returned only if it is wanted.
     """
     frames = (min(available, wanted) - 1) // multiple * multiple + 1
     return frames if frames >= min(wanted, multiple + 1) else None

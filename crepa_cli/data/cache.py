@@ -1,8 +1,8 @@
 """A content-addressed store of tensors: computed once per clip, read by every step and every later run.
 
-An entry is one safetensors file, named by a hash of everything that it depends on. It appears whole under its
-name or not at all, so any number of processes may share a store without locks: two that compute the same
-entry write the same tensors, and the later rename wins.
+An entry is one safetensors file, named by a hash of everything it depends on. It appears under its name completely or
+not at all, so any number of processes can share a store without locks: two processes that compute the same entry write
+the same tensors, and the later rename wins.
 """
 
 import hashlib
@@ -20,29 +20,29 @@ from torch import Tensor
 from crepa_cli.data.clips import clips_folder
 from crepa_cli.errors import UserError
 from crepa_cli.files import write_whole
-from crepa_cli.profile import Data
+from crepa_cli.profile import DataSettings
 
 CACHE_FOLDER = ".crepa-cache"
 LAYOUT_VERSION = 1
 LEFTOVER_SECONDS = 24 * 3600
 
 
-def cache_folder(data: Data) -> Path:
-    """The cache's folder: `data.cache`, or by default one among the clips.
+def cache_folder(data: DataSettings) -> Path:
+    """The folder of the cache: `data.cache`, or by default a folder next to the clips.
 
     Raises:
-        UserError: if the settings name neither.
+        UserError: if the settings name neither a cache nor a folder of clips.
     """
     return Path(data.cache) if data.cache else clips_folder(data) / CACHE_FOLDER
 
 
 def cache_key(**parts: object) -> str:
-    """The sha256, in hexadecimal, of everything that an entry depends on.
+    """The hexadecimal sha256 of everything that an entry depends on.
 
-    `parts` are plain JSON values, nested as needed; their order does not matter.
+    `parts` are plain JSON values and may be nested; their order does not matter.
 
     Raises:
-        TypeError, ValueError: a part is no JSON value (NaN included), so it has no single spelling.
+        TypeError, ValueError: if a part is not a JSON value. NaN is not one either.
     """
     text = json.dumps([LAYOUT_VERSION, parts], sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -51,7 +51,7 @@ def cache_key(**parts: object) -> str:
 class Cache:
     """Named tensors on disk under a kind ("latents", "prompts", "features") and a key from `cache_key`.
 
-    `on_damage(path, reason)` is called for each entry that is found damaged, so that it can be reported.
+    `on_damage(path, reason)` is called for each damaged entry found, so that it can be reported.
     """
 
     def __init__(self, root: Path, on_damage: Callable[[Path, str], None] | None = None) -> None:
@@ -59,13 +59,14 @@ class Cache:
         self._on_damage = on_damage
 
     def path(self, kind: str, key: str) -> Path:
-        """Where an entry lies; a folder per two digits of the key keeps folders small."""
+        """The path of an entry; one folder for each first two digits of the key keeps folders small."""
         return self.root / kind / key[:2] / f"{key}.safetensors"
 
     def has(self, kind: str, key: str) -> bool:
-        """Whether a whole, undamaged entry exists: every byte is read and compared with the entry's checksum.
+        """Whether a complete, undamaged entry exists: every byte is read and verified against the checksum.
 
-        A damaged entry counts as absent; writing it again heals it.
+        A damaged entry counts as missing, and so does one with values that are not finite, which earlier versions
+        stored; writing it again repairs it.
         """
         path = self.path(kind, key)
         try:
@@ -80,26 +81,28 @@ class Cache:
         """The tensors of an entry, copied, so that its file can be replaced or deleted. Nothing is verified again.
 
         Raises:
-            UserError: the entry is gone or cannot be read.
+            UserError: if the entry is missing or cannot be read.
         """
         path = self.path(kind, key)
         try:
             # Tensors of safetensors map their file as long as they live, and Windows deletes no file that is mapped.
             return {name: tensor.clone() for name, tensor in _tensors(path)[0].items()}
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{path} cannot be read ({error}). Start again: what is missing is made again.") from error
+            raise UserError(
+                f"{path} cannot be read ({error}). Run the command again: missing entries are computed again."
+            ) from error
 
     def write(self, kind: str, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Store `tensors`, of any dtype and device, replacing an entry that is there already.
+        """Store `tensors`, of any dtype and device, replacing any existing entry.
 
         Raises:
-            UserError: the disk is full or the folder cannot be written.
+            UserError: if the disk is full or the folder is not writable.
         """
         stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         write_whole(self.path(kind, key), save(stored, {"key": key, "crc32": _checksum(stored)}))
 
     def remove_leftovers(self) -> None:
-        """Remove temporary files that killed runs left behind: those that nobody has written to for a day."""
+        """Remove temporary files left behind by killed runs: those not written to for a day."""
         for path in self.root.rglob(".*.tmp"):
             try:
                 if time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
@@ -116,10 +119,17 @@ def _damage(path: Path, key: str) -> str | None:
     except (OSError, SafetensorError) as error:
         return f"cannot be read: {error}"
     if metadata.get("key") != key:
-        return "holds another entry"
+        return "contains another entry"
     if metadata.get("crc32") != _checksum(tensors):
         return "its content does not match its checksum"
+    if names := not_finite(tensors):
+        return f"{', '.join(names)}: not finite"
     return None
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of the tensors that contain NaN or infinity."""
+    return [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
 
 
 def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -128,8 +138,8 @@ def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    # A CRC finds damage, which is what happens to caches; it is not there to stop forgers, who could write
-    # any entry. It runs at the speed of memory, while a cryptographic hash would hold up 100 GB for minutes.
+    # A CRC detects damage, which is the risk here; it need not stop attackers, who could write any entry. It runs at
+    # memory speed, while a cryptographic hash of 100 GB would take minutes.
     crc = 0
     for name, tensor in sorted(tensors.items()):
         crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)

@@ -1,6 +1,6 @@
-"""Finding the clips of a training set and their captions.
+"""Finds the clips of a training set and their captions.
 
-File names and captions come from anywhere: they are read as data, never followed out of the clips' folder.
+File names and captions are untrusted: they are read as data and never followed out of the clips' folder.
 """
 
 import csv
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from crepa_cli.errors import UserError
-from crepa_cli.profile import Data
+from crepa_cli.profile import DataSettings
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
@@ -22,12 +22,12 @@ MAX_METADATA_BYTES = 200_000_000
 
 
 class ClipError(Exception):
-    """A clip that cannot be used. The message is the reason alone, without the clip's name."""
+    """A clip that cannot be used. The message is only the reason, without the clip's name."""
 
 
 @dataclass(frozen=True, order=True)
 class Clip:
-    """A video file (absolute path) and what it shows."""
+    """A video file (absolute path) and its caption."""
 
     path: Path
     caption: str
@@ -35,9 +35,9 @@ class Clip:
 
 @dataclass(frozen=True, order=True)
 class SkippedClip:
-    """A clip, caption or metadata line that is left out: its name relative to the clips' folder, and why.
+    """A skipped clip, caption or metadata line: its name relative to the clips' folder, and the reason.
 
-    Both are safe to print: control characters of hostile names are escaped.
+    Both are safe to print: control characters in hostile names are escaped.
     """
 
     name: str
@@ -46,40 +46,40 @@ class SkippedClip:
 
 @dataclass(frozen=True)
 class ClipScan:
-    """What a folder holds: usable clips and what was skipped, each in sorted order."""
+    """The contents of a folder: usable clips and skipped ones, each sorted."""
 
     clips: list[Clip]
     skipped: list[SkippedClip]
 
 
-def clips_folder(data: Data) -> Path:
-    """The folder of clips that the settings name.
+def clips_folder(data: DataSettings) -> Path:
+    """The folder of clips named in the settings.
 
     Raises:
-        UserError: if they name none.
+        UserError: if the settings name none.
     """
     if data.path is None:
-        raise UserError("no clips: name their folder with --data DIR, or as path in [data] of crepa.toml")
+        raise UserError("no clips: give their folder with --data DIR, or as path in [data] of crepa.toml")
     return Path(data.path)
 
 
 def find_clips(folder: Path) -> ClipScan:
-    """Find the video files of `folder` and its sub-folders, each with its caption.
+    """Find the video files in `folder` and its subfolders, each with its caption.
 
-    A caption is the text of `clip.txt` beside `clip.mp4`, or else the `text` that a `metadata.jsonl` or
-    `metadata.csv` gives for the clip's `file_name`, relative to that metadata file. Hidden files and folders
-    are not looked at. A clip or a metadata line that cannot be used is in the scan's `skipped`.
+    The caption of `clip.mp4` is the text of `clip.txt` next to it, or else the `text` that a `metadata.jsonl` or
+    `metadata.csv` gives for its `file_name`, relative to that metadata file. Hidden files and folders are ignored.
+    Clips and metadata lines that cannot be used are listed in the result's `skipped`.
 
     Raises:
-        UserError: there is no such folder, or it holds no video file at all.
+        UserError: if the folder does not exist or contains no video file.
     """
     root = _existing(folder)
     videos, metadata, skipped = _walk(root)
     if not videos:
         suffixes = ", ".join(suffix[1:] for suffix in VIDEO_SUFFIXES)
         raise UserError(
-            f"No clip in {_printable(str(folder))}: it and its sub-folders hold no file that ends in {suffixes}. "
-            "Each clip needs a caption: clip.txt beside clip.mp4, or metadata.jsonl with file_name and text."
+            f"No clips in {_printable(str(folder))}: it and its subfolders contain no file that ends in {suffixes}. "
+            "Each clip needs a caption: clip.txt next to clip.mp4, or metadata.jsonl with file_name and text."
         )
     captions = _metadata_captions(root, metadata, videos, skipped)
     clips = []
@@ -92,10 +92,10 @@ def find_clips(folder: Path) -> ClipScan:
 
 
 def file_digest(path: Path) -> str:
-    """The sha256 of a file's content, in hexadecimal.
+    """The hexadecimal sha256 of a file's content.
 
     Raises:
-        ClipError: the file cannot be read.
+        ClipError: if the file cannot be read.
     """
     try:
         with path.open("rb") as file:
@@ -108,15 +108,15 @@ def _existing(folder: Path) -> Path:
     try:
         root = folder.resolve()
         problem = None if root.is_dir() else "is not a folder" if root.exists() else "does not exist"
-    except (OSError, RuntimeError, ValueError) as error:  # no permission, a loop of links, a null character
+    except (OSError, RuntimeError, ValueError) as error:  # no permission, a symlink loop, a null character
         problem = f"cannot be opened: {error}"
     if problem:
-        raise UserError(f"The clips' folder {_printable(str(folder))} {problem}. Name a folder of video files.")
+        raise UserError(f"The clips' folder {_printable(str(folder))} {problem}. Give a folder of video files.")
     return root
 
 
 def _walk(root: Path) -> tuple[list[Path], list[Path], list[SkippedClip]]:
-    """Video files, metadata files and folders that cannot be listed; links to folders are not followed."""
+    """Video files, metadata files, and folders that cannot be listed; symlinks to folders are not followed."""
     videos: list[Path] = []
     metadata: list[Path] = []
     skipped: list[SkippedClip] = []
@@ -139,7 +139,7 @@ def _walk(root: Path) -> tuple[list[Path], list[Path], list[SkippedClip]]:
 
 def _caption(video: Path, captions: dict[Path, str]) -> str:
     if not video.is_file():
-        raise ClipError("is not a regular file, or is a link to nothing")
+        raise ClipError("is not a regular file, or is a broken symlink")
     beside = video.with_suffix(".txt")
     if beside.is_file():
         caption = _read_text(beside, MAX_CAPTION_BYTES).strip()
@@ -147,17 +147,17 @@ def _caption(video: Path, captions: dict[Path, str]) -> str:
         caption = captions[video]
     else:
         raise ClipError(
-            f"has no caption: write it in {_printable(beside.name)} beside the clip, or add the clip to metadata.jsonl"
+            f"has no caption: write one in {_printable(beside.name)} next to the clip, or add it to metadata.jsonl"
         )
     if not caption:
-        raise ClipError("has an empty caption: say in a sentence what the clip shows")
+        raise ClipError("has an empty caption: describe the clip in a sentence")
     return caption
 
 
 def _metadata_captions(
     root: Path, metadata: list[Path], videos: list[Path], skipped: list[SkippedClip]
 ) -> dict[Path, str]:
-    """The caption of each clip that the metadata files name; faults go to `skipped` by file and line."""
+    """The caption of each clip named in the metadata files; mistakes go to `skipped` with file and line."""
     captions: dict[Path, str] = {}
     known = set(videos)
     for file in metadata:
@@ -166,7 +166,7 @@ def _metadata_captions(
                 try:
                     video, caption = _entry(entry, file.parent, root, known)
                     if captions.setdefault(video, caption) != caption:
-                        raise ClipError(f"{_name(video, root)} has another caption already, which is kept")
+                        raise ClipError(f"{_name(video, root)} already has another caption, which is kept")
                 except ClipError as error:
                     skipped.append(SkippedClip(f"{_name(file, root)}, line {line}", str(error)))
         except ClipError as error:
@@ -175,20 +175,20 @@ def _metadata_captions(
 
 
 def _entry(entry: object, folder: Path, root: Path, videos: set[Path]) -> tuple[Path, str]:
-    """The clip that a metadata entry names, and its caption."""
+    """The clip named by a metadata entry, and its caption."""
     if isinstance(entry, ClipError):
         raise entry
     if not isinstance(entry, dict):
-        raise ClipError("is not an object with file_name and text")
+        raise ClipError("is not a JSON object with file_name and text")
     name, caption = entry.get("file_name"), entry.get("text")
     if not isinstance(name, str) or not isinstance(caption, str):
         raise ClipError("needs file_name and text, both strings")
     if len(caption.encode(errors="replace")) > MAX_CAPTION_BYTES:
         raise ClipError(f"the caption is longer than {MAX_CAPTION_BYTES:,} bytes")
-    # The name is compared with the clips that were found, so no path out of a metadata file is ever opened.
+    # The name is only compared with the clips found, so no path from a metadata file is ever opened.
     video = Path(os.path.normpath(folder / name))
     if not video.is_relative_to(root) or (video in videos and not _stays_within(video, root)):
-        raise ClipError(f"{_printable(name)} leaves the clips' folder")
+        raise ClipError(f"{_printable(name)} is outside the clips' folder")
     if video not in videos:
         raise ClipError(f"{_printable(name)} is not among the clips of this folder")
     return video, caption.strip()
@@ -197,12 +197,12 @@ def _entry(entry: object, folder: Path, root: Path, videos: set[Path]) -> tuple[
 def _stays_within(path: Path, root: Path) -> bool:
     try:
         return path.resolve().is_relative_to(root)
-    except (OSError, RuntimeError):  # a loop of links
+    except (OSError, RuntimeError):  # a symlink loop
         return False
 
 
 def _entries(file: Path) -> Iterator[tuple[int, object]]:
-    """Line numbers and entries of a metadata file; a line that cannot be read is a ClipError in an entry's place."""
+    """Line numbers and entries of a metadata file; for a line that cannot be read, the entry is a ClipError."""
     text = _read_text(file, MAX_METADATA_BYTES)
     if file.suffix == ".csv":
         yield from _csv_entries(text)
@@ -224,7 +224,7 @@ def _csv_entries(text: str) -> Iterator[tuple[int, object]]:
         for row in rows:
             yield rows.line_num, row
     except csv.Error as error:
-        raise ClipError(f"cannot be read from line {rows.line_num} on: {error}") from error
+        raise ClipError(f"cannot be read beyond line {rows.line_num}: {error}") from error
 
 
 def _read_text(path: Path, limit: int) -> str:
@@ -246,5 +246,5 @@ def _name(path: Path, root: Path) -> str:
 
 
 def _printable(name: str) -> str:
-    """`name` on one line, with what a terminal would act on or cannot show in escaped form."""
+    """`name` on one line, with control characters and other unprintable characters escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)

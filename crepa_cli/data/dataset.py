@@ -1,4 +1,4 @@
-"""Batches of prepared clips, read from the cache while the step before them runs."""
+"""Batches of prepared clips, read from the cache while the previous step runs."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ Item = TypeVar("Item")
 class Batch:
     """Clips of one bucket.
 
-    `tensors` are the latents and the captions' tensors with a batch dimension; `features` `[B, T', N', D]` lie on
-    `teacher_grid`; both are None where they are not read.
+    `tensors` holds the latents and the captions' tensors, with a batch dimension. `features` `[B, T', N', D]` lie on
+    `teacher_grid`; both are None if features were not read.
     """
 
     clips: tuple[str, ...]
@@ -38,8 +38,8 @@ class ClipDataset:
 
     Args:
         clips: from `prepare`.
-        cache: where their entries are.
-        empty_prompt_key: the entry of the empty caption, which stands in for a dropped one.
+        cache: the cache with their entries.
+        empty_prompt_key: the entry of the empty caption, which replaces a dropped one.
     """
 
     def __init__(self, clips: Sequence[PreparedClip], cache: Cache, empty_prompt_key: str) -> None:
@@ -48,19 +48,19 @@ class ClipDataset:
         self.empty_prompt_key = empty_prompt_key
 
     def buckets(self) -> list[list[int]]:
-        """Indices of the clips of each bucket."""
+        """The indices of the clips in each bucket."""
         buckets: dict[Bucket, list[int]] = {}
         for index, clip in enumerate(self.clips):
             buckets.setdefault(clip.bucket, []).append(index)
         return [buckets[key] for key in sorted(buckets)]
 
     def batch(self, indices: Sequence[int], drop_caption: Sequence[bool], with_features: bool) -> Batch:
-        """Read the entries of clips of one bucket and stack them.
+        """Read the entries of some clips of one bucket and stack them.
 
         Args:
-            indices: of the clips.
-            drop_caption: for each of them, whether the empty caption replaces its own.
-            with_features: whether features are read, where the clips have any.
+            indices: indices of the clips.
+            drop_caption: for each clip, whether the empty caption replaces its own.
+            with_features: whether to read features, if the clips have any.
         """
         clips = [self.clips[index] for index in indices]
         samples = [
@@ -78,7 +78,7 @@ class ClipDataset:
 
 
 def prefetched(read: Callable[[int], Item], start: int) -> Iterator[Item]:
-    """`read(start)`, `read(start + 1)` and so on, each read in a thread while the one before it is worked on."""
+    """`read(start)`, `read(start + 1)` and so on, each read in a thread while the caller processes the previous one."""
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch") as executor:
         upcoming = executor.submit(read, start)
         while True:

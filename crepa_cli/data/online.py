@@ -1,4 +1,4 @@
-"""Teacher features computed in every step, from the video that the VAE decodes: what `teacher_cache = false` means."""
+"""Teacher features computed in every step from the VAE's decoded video, for `teacher_cache = false`."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from crepa_cli.alignment import TokenGrid
 from crepa_cli.alignment.grid import matching_frames
 from crepa_cli.data.prepare import load_teacher
 from crepa_cli.models.family import Family
-from crepa_cli.profile import Crepa
+from crepa_cli.profile import CrepaSettings
 from crepa_cli.teachers.dinov2 import input_size
 
 
 class OnlineTeacher:
-    """A VAE's decoder and an encoder, which stay in memory for the whole training.
+    """A VAE's decoder and a vision encoder that stay in memory during the whole training.
 
     Args:
-        family: whose VAE decodes.
-        crepa: the encoder, its input size, and whether the VAE's own encoder is dropped.
-        device: where both run.
+        family: provides the VAE.
+        crepa: the vision encoder, its input size, and whether to drop the VAE's own encoder.
+        device: the device of both.
     """
 
-    def __init__(self, family: Family, crepa: Crepa, device: torch.device) -> None:
+    def __init__(self, family: Family, crepa: CrepaSettings, device: torch.device) -> None:
         self.family = family
         self.image_size = crepa.encoder_image_size
         self.pipeline = family.load_vae_pipeline()

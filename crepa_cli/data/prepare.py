@@ -1,7 +1,7 @@
-"""The preparation: everything that depends on the clips alone is computed once, stored, and found again.
+"""Preparation: everything that depends only on the clips is computed once and cached.
 
-Three stages in turn, so that text encoder, VAE and teacher are never in memory together: prompts, latents, features.
-A stage whose entries are all in the cache loads no model. The processes of a run share out what is missing.
+The three stages, prompts, latents and features, run one after another, so that text encoder, VAE and teacher are never
+in memory together. A stage whose entries are all cached loads no model. The processes of a run share the missing work.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from torch import Tensor
 
 from crepa_cli.alignment.grid import matching_frames
 from crepa_cli.data.buckets import Bucket, bucket_sizes, nearest_bucket, valid_frames
-from crepa_cli.data.cache import Cache, cache_key
+from crepa_cli.data.cache import Cache, cache_key, not_finite
 from crepa_cli.data.clips import Clip, ClipError, file_digest, find_clips
 from crepa_cli.data.video import decode, frames_available, probe
-from crepa_cli.errors import UserError
+from crepa_cli.errors import UserError, counted
 from crepa_cli.events import ClipSkipped, Event, Progress
-from crepa_cli.models.checkpoint import fetch, fingerprint, read_config
 from crepa_cli.models.family import Family, Tensors
+from crepa_cli.models.hub import fetch, fingerprint, read_config
 from crepa_cli.processes import from_all, from_main
-from crepa_cli.profile import Crepa, Data
+from crepa_cli.profile import CrepaSettings, DataSettings
 from crepa_cli.teachers.dinov2 import ENCODERS, Dinov2Teacher, input_size
 
 Item = TypeVar("Item")
@@ -35,7 +35,7 @@ Result = TypeVar("Result")
 
 
 class ClipForm(NamedTuple):
-    """What clips are trained on: the size whose area every bucket has, most frames, and frames per second."""
+    """The target form of clips: the size, whose area all buckets share, the most frames, and the frame rate."""
 
     width: int
     height: int
@@ -43,18 +43,14 @@ class ClipForm(NamedTuple):
     fps: float
 
     @classmethod
-    def of(cls, data: Data) -> ClipForm:
-        """The form that the settings ask for."""
-        assert data.width is not None, "the family's defaults give a width"
-        assert data.height is not None, "and a height"
-        assert data.frames is not None, "and a number of frames"
-        assert data.fps is not None, "and a frame rate"
+    def of(cls, data: DataSettings) -> ClipForm:
+        """The form given by the settings."""
         return cls(data.width, data.height, data.frames, data.fps)
 
 
 @dataclass(frozen=True)
 class PreparedClip:
-    """A clip and the keys of its cache entries; no features where no encoder is the teacher."""
+    """A clip and the keys of its cache entries; `features_key` is None if no encoder is the teacher."""
 
     clip: Clip
     bucket: Bucket
@@ -68,26 +64,26 @@ def prepare(
     family: Family,
     folder: Path,
     form: ClipForm,
-    crepa: Crepa | None,
+    crepa: CrepaSettings | None,
     prompts: Iterable[str],
     cache: Cache,
     device: torch.device,
     dtype: torch.dtype,
 ) -> Generator[Event, None, list[PreparedClip]]:
-    """Fill the cache for a folder of clips; yields what happens and returns the usable clips.
+    """Fill the cache for a folder of clips; yields events and returns the usable clips.
 
     Args:
         family: encodes captions and clips.
-        folder: where the clips are.
-        form: how they are trained on.
-        crepa: its encoder; None where features are not stored.
-        prompts: further prompts to encode: the empty one, and those of the validation.
-        cache: where entries are stored.
-        device: where the models run.
-        dtype: of the text encoder.
+        folder: the folder of clips.
+        form: size, frames and frame rate for training.
+        crepa: settings of the encoder; None if features are not stored.
+        prompts: further prompts to encode: the empty one and those for validation.
+        cache: stores the entries.
+        device: the device of the models.
+        dtype: dtype of the text encoder.
 
     Raises:
-        UserError: if no clip is usable.
+        UserError: if no clip is usable, or a prompt of `prompts` cannot be encoded.
     """
     cache.remove_leftovers()
     clips = yield from scan(family, folder, form)
@@ -96,7 +92,7 @@ def prepare(
     if crepa is not None:
         clips = yield from _prepare_features(family, crepa, clips, form.fps, cache, device)
     if not clips:
-        raise UserError(f"no clip in {folder} is usable; the messages above say why each was skipped")
+        raise UserError(f"no usable clips in {folder}; the messages above give the reasons")
     return clips
 
 
@@ -113,10 +109,10 @@ def prompt_key(family: Family, caption: str, dtype: torch.dtype) -> str:
 
 
 def scan(family: Family, folder: Path, form: ClipForm) -> Generator[Event, None, list[PreparedClip]]:
-    """Find the clips of a folder and the bucket of each; yields progress and the clips that are skipped.
+    """Find the clips of a folder and the bucket of each; yields progress and skipped clips.
 
     Raises:
-        UserError: if there is no folder, or no usable clip in it.
+        UserError: if the folder does not exist or has no usable clips.
     """
     found = find_clips(folder)
     for skipped in found.skipped:
@@ -128,14 +124,14 @@ def scan(family: Family, folder: Path, form: ClipForm) -> Generator[Event, None,
     clips = yield from _each("scanning", found.clips, place, name=lambda clip: clip.path.name)
     if not clips:
         raise UserError(
-            f"no usable clip in {folder}: {len(found.clips) + len(found.skipped)} were found and all were skipped "
-            "for the reasons given above"
+            f"no usable clips in {folder}: {len(found.clips) + len(found.skipped)} found, all skipped for the reasons "
+            "given above"
         )
     return clips
 
 
 def bucket_of(clip: Clip, family: Family, form: ClipForm) -> Bucket:
-    """The size and frame count that a clip is trained at.
+    """The size and frame count at which a clip is trained.
 
     Raises:
         ClipError: if it cannot be read or is too short.
@@ -145,8 +141,8 @@ def bucket_of(clip: Clip, family: Family, form: ClipForm) -> Bucket:
     frames = valid_frames(available, form.frames, family.frame_multiple)
     if frames is None:
         raise ClipError(
-            f"too short: {available} frames at {form.fps:g} frames per second, "
-            f"at least {min(form.frames, family.frame_multiple + 1)} are needed"
+            f"too short: {counted(available, 'frame')} at {form.fps:g} frames per second, "
+            f"needs at least {min(form.frames, family.frame_multiple + 1)}"
         )
     sizes = bucket_sizes(form.width, form.height, family.size_multiple)
     size = nearest_bucket(info.width, info.height, sizes)
@@ -154,23 +150,23 @@ def bucket_of(clip: Clip, family: Family, form: ClipForm) -> Bucket:
 
 
 def clip_pixels(clip: PreparedClip, fps: float) -> Tensor:
-    """The frames of a clip as they are trained on: uint8 `[F, 3, H, W]`."""
+    """The frames of a clip, resized for training: uint8 `[F, 3, H, W]`."""
     bucket = clip.bucket
     return decode(clip.clip.path, frames=bucket.frames, fps=fps, width=bucket.width, height=bucket.height)
 
 
-def load_teacher(crepa: Crepa, device: torch.device) -> Dinov2Teacher:
-    """The encoder of the settings."""
+def load_teacher(crepa: CrepaSettings, device: torch.device) -> Dinov2Teacher:
+    """Load the encoder named in the settings."""
     return Dinov2Teacher.load(encoder_folder(crepa), device)
 
 
-def encoder_folder(crepa: Crepa) -> Path:
-    """The local folder of the encoder, downloaded where it is not local yet."""
+def encoder_folder(crepa: CrepaSettings) -> Path:
+    """The local folder of the encoder, downloaded if necessary."""
     return fetch(ENCODERS.get(crepa.encoder, crepa.encoder))
 
 
-def encoder_config(crepa: Crepa) -> dict[str, Any]:
-    """The encoder's configuration: its patch size, and the width of its features."""
+def encoder_config(crepa: CrepaSettings) -> dict[str, Any]:
+    """The encoder's configuration, with its patch size and the width of its features."""
     return read_config(ENCODERS.get(crepa.encoder, crepa.encoder), "config.json")
 
 
@@ -182,30 +178,45 @@ def _prepare_prompts(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Generator[Event, None, list[PreparedClip]]:
-    texts = sorted({clip.clip.caption for clip in clips} | set(prompts))
+    prompts = set(prompts)
+    texts = sorted({clip.clip.caption for clip in clips} | prompts)
     keys = {text: prompt_key(family, text, dtype) for text in texts}
     missing = from_main(lambda: [text for text in texts if not cache.has("prompts", keys[text])])
+    reasons: dict[str, str] = {}
     if missing:
-        yield from _encode_prompts(family, {text: keys[text] for text in missing}, cache, device, dtype)
+        reasons = yield from _encode_prompts(family, {text: keys[text] for text in missing}, cache, device, dtype)
         free_memory()
-    return [replace(clip, prompt_key=keys[clip.clip.caption]) for clip in clips]
+    for text in sorted(reasons.keys() & prompts):
+        where = f"the validation prompt {text!r}" if text else "the empty prompt"
+        raise UserError(f"{where} cannot be used: {reasons[text]}. Try another model.dtype")
+    for clip in clips:
+        if clip.clip.caption in reasons:
+            yield ClipSkipped(_clip_name(clip), f"its caption: {reasons[clip.clip.caption]}")
+    usable = [clip for clip in clips if clip.clip.caption not in reasons]
+    return [replace(clip, prompt_key=keys[clip.clip.caption]) for clip in usable]
 
 
 def _encode_prompts(
     family: Family, keys: dict[str, str], cache: Cache, device: torch.device, dtype: torch.dtype
-) -> Generator[Event, None, None]:
+) -> Generator[Event, None, dict[str, str]]:
+    """Encode the texts, and return why some of them cannot be used."""
     pipeline = family.load_text_pipeline(dtype).to(device)
 
-    def encode(text: str) -> None:
-        cache.write("prompts", keys[text], _to_cpu(family.encode_prompt(pipeline, text)))
+    def encode(text: str) -> tuple[str, str] | None:
+        try:
+            _store(cache, "prompts", keys[text], family.encode_prompt(pipeline, text))
+        except ClipError as error:
+            return text, str(error)
+        return None
 
-    yield from _each("prompts", list(keys), encode, name=repr)
+    failed = yield from _each("prompts", list(keys), encode, name=repr)
+    return dict(one for one in failed if one is not None)
 
 
 def _prepare_latents(
     family: Family, clips: list[PreparedClip], fps: float, cache: Cache, device: torch.device
 ) -> Generator[Event, None, list[PreparedClip]]:
-    vae = _digests(("vae", *family.image_components), family)
+    vae = _digests(family.vae_components, family)
 
     def key(clip: PreparedClip) -> str:
         return cache_key(kind="latents", family=family.name, task=family.task, vae=vae, **_content(clip, fps))
@@ -227,14 +238,14 @@ def _encode_latents(
     def encode(clip: PreparedClip) -> PreparedClip:
         video = clip_pixels(clip, fps).transpose(0, 1).float() / 127.5 - 1
         tensors = family.encode_clip(pipeline, video) | {"fps": torch.tensor(fps)}
-        cache.write("latents", clip.latents_key, _to_cpu(tensors))
+        _store(cache, "latents", clip.latents_key, tensors)
         return clip
 
     return (yield from _each("latents", clips, encode, name=_clip_name))
 
 
 def _prepare_features(
-    family: Family, crepa: Crepa, clips: list[PreparedClip], fps: float, cache: Cache, device: torch.device
+    family: Family, crepa: CrepaSettings, clips: list[PreparedClip], fps: float, cache: Cache, device: torch.device
 ) -> Generator[Event, None, list[PreparedClip]]:
     folder = encoder_folder(crepa)
     encoder = fingerprint(folder)
@@ -257,7 +268,7 @@ def _prepare_features(
 
 
 def _encode_features(
-    crepa: Crepa,
+    crepa: CrepaSettings,
     clips: list[PreparedClip],
     inputs: dict[str, tuple[list[int], tuple[int, int]]],
     fps: float,
@@ -269,7 +280,7 @@ def _encode_features(
     def encode(clip: PreparedClip) -> PreparedClip:
         frames, size = inputs[str(clip.features_key)]
         features = teacher.features(clip_pixels(clip, fps)[frames], size)
-        cache.write("features", str(clip.features_key), {"features": features})
+        _store(cache, "features", str(clip.features_key), {"features": features})
         return clip
 
     return (yield from _each("features", clips, encode, name=_clip_name))
@@ -278,9 +289,9 @@ def _encode_features(
 def _each(
     stage: str, items: Sequence[Item], work: Callable[[Item], Result], *, name: Callable[[Item], str]
 ) -> Generator[Event, None, list[Result]]:
-    """Work on each item, yield the progress, and return the results; items whose clip is unreadable are skipped.
+    """Process each item, yield progress and return the results; items with unreadable clips are skipped.
 
-    The processes of a run share out the items, and each returns all results. A mistake that ends one ends all.
+    The processes of a run split the items, and each process returns all results. A UserError in one is raised in all.
     """
     state = PartialState()
     mine = range(len(items))[state.process_index :: state.num_processes]
@@ -318,7 +329,7 @@ def _without_failed(
 
 
 def _content(clip: PreparedClip, fps: float) -> dict[str, object]:
-    """What a clip's pixels depend on."""
+    """The part of a cache key that determines a clip's pixels."""
     bucket = clip.bucket
     return {
         "digest": clip.digest,
@@ -330,9 +341,16 @@ def _content(clip: PreparedClip, fps: float) -> dict[str, object]:
 
 
 def _digests(components: Iterable[str], family: Family) -> list[str]:
-    folder = family.fetch()
+    folder = family.base.fetch()
     return [fingerprint(folder / name) for name in components]
 
 
-def _to_cpu(tensors: Tensors) -> Tensors:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+def _store(cache: Cache, kind: str, key: str, tensors: Tensors) -> None:
+    """Cache tensors that can be trained on.
+
+    Raises:
+        ClipError: if they are not finite; every step with them would be skipped.
+    """
+    if names := not_finite(tensors):
+        raise ClipError(f"{', '.join(names)}: computed, and not finite (NaN or infinity)")
+    cache.write(kind, key, tensors)

@@ -1,4 +1,4 @@
-"""Sheets of frames: what flickers or drifts in a video shows at a look."""
+"""Contact sheets of frames, which show flicker and drift of a video at a glance."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LARGEST = (320, 320)
 
 
 def frame_row(frames: Tensor) -> Image.Image:
-    """A picture with up to `COLUMNS` frames of a video side by side, evenly spaced from the first to the last.
+    """A picture of up to `COLUMNS` frames of a video side by side, evenly spaced from first to last.
 
     Args:
         frames: uint8 [F, 3, H, W] on any device.
@@ -34,10 +34,10 @@ def frame_row(frames: Tensor) -> Image.Image:
 
 
 def write_sheet(path: Path, rows: Sequence[Image.Image]) -> None:
-    """Write rows of frames below each other as a PNG, whole or not at all.
+    """Write rows of frames, one below another, as a PNG; the file appears completely or not at all.
 
     Raises:
-        UserError: the disk is full or the folder cannot be written.
+        UserError: if the disk is full or the folder is not writable.
     """
     sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)))
     top = 0

@@ -1,4 +1,4 @@
-"""Video files to tensors and back, on PyAV."""
+"""Reads video files as tensors and writes them, with PyAV."""
 
 import io
 import math
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import torch
@@ -16,6 +17,7 @@ from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
 from av.video.reformatter import Colorspace
 from av.video.stream import VideoStream
+from packaging.version import Version
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -24,26 +26,28 @@ from crepa_cli.files import write_whole
 
 MAX_PIXELS = 8192 * 8192
 MAX_ASPECT = 10
-# A file's content, not its name, chooses its reader: one that is a playlist would open other files and addresses.
+# A file's content, not its name, selects its reader, and a playlist would open other files and addresses.
 OPEN_OPTIONS = {
     "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif",
     "protocol_whitelist": "file",
     "max_pixels": str(MAX_PIXELS),
 }
+# Titles that are not UTF-8 are common in old files. PyAV 19 reads them by itself; earlier ones raise by default.
+METADATA_OPTIONS: dict[str, Any] = {"metadata_errors": "surrogateescape"} if Version(av.__version__).major < 19 else {}
 BT709 = 1
 LIMITED_RANGE = 1
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a clip holds, as a player shows it.
+    """Size, length and frame rate of a clip, as a player shows it.
 
     Attributes:
         frames: number of stored frames, at least 1.
-        width: in pixels, after rotation and for square pixels.
-        height: likewise.
-        fps: stored frames per second, on average.
-        duration: seconds from the first frame's start to the last one's end.
+        width: width in square pixels, after rotation.
+        height: height in square pixels, after rotation.
+        fps: average number of stored frames per second.
+        duration: seconds from the start of the first frame to the end of the last.
         rounding: seconds by which the file's timestamps may be off.
     """
 
@@ -56,10 +60,10 @@ class VideoInfo:
 
 
 def probe(path: Path) -> VideoInfo:
-    """Measure a clip: all packets are looked at, one picture is decoded. The header's claims are not trusted.
+    """Measure a clip by reading all packets and decoding one picture. The header is not trusted.
 
     Raises:
-        ClipError: the file is unreadable, or has no video stream or no frame.
+        ClipError: if the file is unreadable or has no video stream or no frames.
     """
     picture: VideoFrame | None = None
     count = 0
@@ -79,22 +83,22 @@ def probe(path: Path) -> VideoInfo:
 
 
 def frames_available(info: VideoInfo, fps: float) -> int:
-    """How many frames `decode` can give of a clip at `fps` frames per second; at least 1."""
+    """The number of frames that `decode` can return for a clip at `fps` frames per second; at least 1."""
     return _frames_before(info.duration, fps, info.rounding)
 
 
 def decode(path: Path, *, frames: int, fps: float, width: int, height: int) -> Tensor:
-    """The first `frames` frames of a clip at `fps` frames per second, cut to `width` x `height` pixels.
+    """The first `frames` frames of a clip at `fps` frames per second, fitted to `width` x `height` pixels.
 
-    Frame j is what a player shows j / fps seconds after the clip's first frame. Pictures are resized with
-    antialiasing until they just cover the wanted size, then cropped around their centre. Decoding stops with
-    the last wanted frame, and only wanted frames are held in memory.
+    Frame j is the one that a player shows j / fps seconds after the clip's first frame. Pictures are resized with
+    antialiasing until they just cover the target size, then center-cropped. Decoding stops after the last frame needed,
+    and only the frames needed are held in memory.
 
     Returns:
-        uint8 [F, 3, height, width], red, green and blue from 0 to 255.
+        uint8 [F, 3, height, width], RGB from 0 to 255.
 
     Raises:
-        ClipError: the file is unreadable, damaged, or too short.
+        ClipError: if the file is unreadable, damaged or too short.
     """
     clip = torch.empty((frames, 3, height, width), dtype=torch.uint8)
     filled = 0
@@ -110,21 +114,23 @@ def decode(path: Path, *, frames: int, fps: float, width: int, height: int) -> T
 
 
 def write_video(path: Path, frames: Tensor, fps: float) -> None:
-    """Write an mp4 (H.264, playable everywhere), whole or not at all; missing folders are made.
+    """Write an mp4 file (H.264, which plays everywhere), completely or not at all; missing folders are created.
 
     Args:
-        path: the file, replaced if it exists.
-        frames: uint8 [F, 3, H, W] on any device, H and W even.
+        path: the file; it is replaced if it exists.
+        frames: uint8 [F, 3, H, W] on any device; H and W must be even.
         fps: frames per second.
 
     Raises:
-        UserError: the disk is full or the folder cannot be written.
+        UserError: if the disk is full or the folder is not writable.
     """
     pictures = frames.permute(0, 2, 3, 1).contiguous().cpu().numpy()
     content = io.BytesIO()
     with av.open(content, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "17"})
-        stream.thread_count = 1  # x264's output depends on the number of threads; the same frames, the same file
+        # x264's output depends on the number of threads, and on some processors its assembly code is not deterministic.
+        options = {"crf": "17", "x264-params": "cpu-independent=1"}
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
+        stream.thread_count = 1
         stream.height, stream.width = pictures.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.colorspace = stream.color_primaries = stream.color_trc = BT709
@@ -138,7 +144,7 @@ def write_video(path: Path, frames: Tensor, fps: float) -> None:
 
 @dataclass(frozen=True)
 class _Video:
-    """An open video stream and the meaning of its timestamps."""
+    """An open video stream, with its timestamps converted to seconds."""
 
     container: InputContainer
     stream: VideoStream
@@ -150,7 +156,7 @@ class _Video:
 
     @property
     def interval(self) -> float:
-        """Seconds from frame to frame as the header has it; 0 when it does not say."""
+        """Seconds from frame to frame according to the header; 0 if it does not say."""
         rate = self.stream.average_rate or self.stream.guessed_rate
         return float(1 / rate) if rate else 0.0
 
@@ -177,7 +183,7 @@ class _Video:
         return (height, width) if _quarter_turns(frame) % 2 else (width, height)
 
     def shown_frames(self) -> Iterator[tuple[VideoFrame, float]]:
-        """Each frame in the order of showing, and the seconds from the first frame's start until it is replaced."""
+        """Each frame in display order, with the seconds from the first frame's start until the frame is replaced."""
         self.stream.thread_type = "AUTO"
         first = 0.0
         shown: VideoFrame | None = None
@@ -197,12 +203,12 @@ class _Video:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[_Video]:
-    """The best video stream of a file; whatever FFmpeg finds wrong inside the block becomes a ClipError."""
+    """The best video stream of a file; FFmpeg's errors inside the block become ClipErrors."""
     try:
-        # With a scheme in front, no part of a file's name is taken for one.
-        with av.open(f"file:{path}", options=OPEN_OPTIONS, metadata_errors="replace") as container:
+        # With a scheme in front, no part of a file name can be mistaken for one.
+        with av.open(f"file:{path}", options=OPEN_OPTIONS, **METADATA_OPTIONS) as container:
             stream = container.streams.best("video")
-            # PyAV leaves the codec context out where FFmpeg has no decoder.
+            # PyAV leaves the codec context out if FFmpeg has no decoder.
             if not isinstance(stream, VideoStream) or not isinstance(stream.codec_context, VideoCodecContext):
                 raise ClipError("has no video stream that can be decoded")
             stream.codec_context.options = {"max_pixels": OPEN_OPTIONS["max_pixels"]}
@@ -212,12 +218,12 @@ def _opened(path: Path) -> Iterator[_Video]:
 
 
 def _frames_before(seconds: float, fps: float, rounding: float) -> int:
-    """How many of the moments 0, 1/fps, 2/fps ... lie before `seconds`; the first always does."""
+    """How many of the times 0, 1/fps, 2/fps ... lie before `seconds`; at least 1."""
     return max(1, math.ceil((seconds - rounding) * fps))
 
 
 def _quarter_turns(frame: VideoFrame) -> int:
-    """Counter-clockwise turns by 90 degrees that bring a stored picture upright."""
+    """The number of counter-clockwise quarter turns that bring a stored picture upright."""
     return round(frame.rotation / 90) % 4
 
 

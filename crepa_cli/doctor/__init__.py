@@ -1,1 +1,1 @@
-"""`crepa doctor`: whether training would start here, and what to do where it would not."""
+"""`crepa doctor`: whether training would start here, and what to do if it would not."""

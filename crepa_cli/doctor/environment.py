@@ -16,14 +16,16 @@ from crepa_cli.doctor.findings import Check
 
 
 def check_environment() -> list[Check]:
-    """Everything about this machine that does not depend on the settings of a run.
+    """Check everything about this machine that does not depend on a run's settings.
 
-    Where a library is missing or too old, nothing that imports one is looked at.
+    If a library is missing or too old, checks that import libraries are skipped.
     """
     try:
         package = metadata.distribution("crepa")
     except metadata.PackageNotFoundError:
-        unknown = Check("crepa", "warning", "is not installed, so no version can be checked", "pip install crepa")
+        unknown = Check(
+            "crepa", "warning", "not installed as a package, so no version can be checked", "pip install crepa"
+        )
         return [unknown, *_check_machine()]
     checks = [check_python(package.metadata["Requires-Python"]), *check_libraries(package.requires or [])]
     broken = any(check.status == "failure" for check in checks)
@@ -37,17 +39,20 @@ def _check_machine() -> list[Check]:
 
 
 def check_python(required: str) -> Check:
-    """Python against what the package asks for."""
+    """Check Python against the version that the package requires."""
     version = platform.python_version()
     if version not in SpecifierSet(required):
         return Check(
-            "python", "failure", f"{version}; crepa needs {required}", "make an environment with another Python"
+            "python",
+            "failure",
+            f"{version}; crepa needs {required}",
+            "create an environment with another Python version",
         )
     return Check("python", "fine", f"{version}, {sys.executable}")
 
 
 def check_libraries(requirements: Sequence[str]) -> list[Check]:
-    """Each library that the package needs: its version, the oldest that will do, and the one it was tested with."""
+    """Check each required library against its oldest supported version and its tested version."""
     tested = pinned_versions()
     needed = [Requirement(text) for text in requirements]
     return [
@@ -58,13 +63,13 @@ def check_libraries(requirements: Sequence[str]) -> list[Check]:
 
 
 def check_library(requirement: Requirement, tested: Version | None) -> Check:
-    """One library against its requirement and the version it was tested with."""
+    """Check one library against its requirement and the tested version."""
     name = requirement.name
     install = f"pip install '{requirement}'"
     try:
         version = Version(metadata.version(name))
     except metadata.PackageNotFoundError:
-        return Check(name, "failure", "is not installed", install)
+        return Check(name, "failure", "not installed", install)
     if not requirement.specifier.contains(version, prereleases=True):
         return Check(name, "failure", f"{version}; crepa needs {requirement.specifier}", install)
     if tested is None:
@@ -76,7 +81,7 @@ def check_library(requirement: Requirement, tested: Version | None) -> Check:
 
 
 def pinned_versions() -> dict[str, Version]:
-    """The versions that the tests pass with: from the installed package, or the source checkout it lies in."""
+    """The versions with which the tests pass, from the installed package or from its source checkout."""
     package = Path(__file__).parents[1]
     file = next((path for path in (package, package.parent) if (path / "constraints.txt").is_file()), None)
     if file is None:
@@ -93,13 +98,13 @@ def check_encoding() -> Check:
     try:
         av.codec.Codec("libx264", "w")
     except ValueError:
-        advice = "install PyAV from PyPI, whose FFmpeg has it: pip install --force-reinstall av"
+        advice = "install PyAV from PyPI, which includes it: pip install --force-reinstall av"
         return Check("video", "failure", "this FFmpeg cannot encode H.264 (libx264)", advice)
     return Check("video", "fine", "H.264 can be encoded (libx264)")
 
 
 def check_login() -> Check:
-    """Whether there is a token for the Hub; it is not tried."""
+    """Whether there is a token for the Hub; the token is not verified."""
     from huggingface_hub import get_token
 
     if get_token():

@@ -1,10 +1,10 @@
-"""What doctor finds: checks, the plan, and how both are shown."""
+"""The findings of doctor: checks and the plan, and their display."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from rich.console import Console
 from rich.filesize import decimal
@@ -13,17 +13,20 @@ from rich.text import Text
 
 from crepa_cli.errors import UserError
 
+if TYPE_CHECKING:
+    from crepa_cli.memory.savings import Fitting, Saving
+
 Status = Literal["fine", "warning", "failure"]
 Item = TypeVar("Item")
 
 FIGURES = {"bytes", "preparation", "training"}
-"""Columns of numbers."""
+"""Columns that hold numbers."""
 COLORS: dict[Status, str] = {"fine": "green", "warning": "yellow", "failure": "bold red"}
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the report: what was looked at, how it is, and what to do about it."""
+    """One line of the report: what was checked, the result, and what to do about it."""
 
     name: str
     status: Status
@@ -33,7 +36,7 @@ class Check:
 
 @dataclass(frozen=True)
 class BucketCount:
-    """How many clips are trained on at one shape."""
+    """The number of clips that are trained at one shape."""
 
     frames: int
     height: int
@@ -42,33 +45,16 @@ class BucketCount:
 
 
 @dataclass(frozen=True)
-class Saving:
-    """A setting as `--set` takes it, and the bytes that it saves in training."""
-
-    setting: str
-    saved: int
-
-
-@dataclass(frozen=True)
-class Fitting:
-    """The most frames, and the largest size, that fit a device as the settings are; None where none do."""
-
-    frames: int | None
-    width: int | None
-    height: int | None
-
-
-@dataclass(frozen=True)
 class Memory:
     """Predicted bytes.
 
     Attributes:
-        training: by part at the moment of a step at which most is held.
-        preparation: the most that each of its models holds; they are never in memory together.
-        peak: what a device must have free.
-        limit: what it has; None where there is no GPU.
-        savings: settings that lower what training takes, largest saving first.
-        fitting: where the limit is too low, what fits it.
+        training: bytes by part at the peak of a training step.
+        preparation: peak of each model used in preparation; they are never in memory together.
+        peak: bytes that a device must have free.
+        limit: bytes that it has; None if there is no GPU.
+        savings: settings that reduce the memory of training, largest saving first.
+        fitting: what fits, if the limit is too low.
     """
 
     training: dict[str, int]
@@ -81,7 +67,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class FamilyMemory:
-    """Predicted bytes of a family's default training, and what the device has free, if there is a GPU."""
+    """Predicted bytes of a family's default training; `limit` is what the device has free, None without a GPU."""
 
     family: str
     checkpoint: str
@@ -93,15 +79,15 @@ class FamilyMemory:
 
 @dataclass
 class Plan:
-    """What training would do with these settings, as far as it can be told.
+    """The plan of training with these settings, as far as it can be determined.
 
     Attributes:
-        checks: of the settings, the checkpoint, the clips and the disk.
+        checks: checks of the settings, the checkpoint, the clips and the disk.
         profile: the resolved settings by table and key.
-        buckets: the shapes that clips are brought to.
-        skipped: reasons by the name of each clip that is left out.
-        cache_bytes: what the cache will take, by part: latents, prompts and features.
-        memory: what training will take.
+        buckets: the shapes to which clips are resized.
+        skipped: the reason for each skipped clip, by its name.
+        cache_bytes: predicted size of the cache by part: latents, prompts and features.
+        memory: predicted memory of training.
     """
 
     checks: list[Check] = field(default_factory=list)
@@ -116,7 +102,7 @@ class Plan:
         self.checks.append(Check(name, status, message, advice))
 
     def attempt(self, name: str, work: Callable[[], Item]) -> Item | None:
-        """The result of `work`; a mistake of the user's becomes a failed check of this name, and None."""
+        """The result of `work`; if it raises a UserError, add a failed check of this name and return None."""
         try:
             return work()
         except UserError as error:
@@ -126,7 +112,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Report:
-    """All that was found; there is no plan where no settings were given, but then what each family takes."""
+    """All findings: the plan if settings were given, otherwise the memory of each family."""
 
     environment: list[Check]
     plan: Plan | None
@@ -134,7 +120,7 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        """0 where training would start, 2 for mistakes in the plan, 1 for an environment that cannot train."""
+        """0 if training would start, 2 for mistakes in the plan, 1 for an environment that cannot train."""
         if self.plan and _failed(self.plan.checks):
             return 2
         return 1 if _failed(self.environment) else 0
@@ -161,9 +147,9 @@ class Report:
 
     def _verdict(self) -> Text:
         if self.exit_code:
-            return Text("Training would not start: mend the failures above.", style=COLORS["failure"])
+            return Text("Training would not start. Fix the failures above.", style=COLORS["failure"])
         if self.plan is None:
-            return Text("This machine can train. No settings were looked at: crepa init writes a crepa.toml here.")
+            return Text("This machine can train. No settings were checked: crepa init writes a crepa.toml here.")
         return Text("Training would start.", style=COLORS["fine"])
 
 
@@ -191,8 +177,8 @@ def _lines(check: Check) -> Iterator[str]:
 
 
 def memory_table(memory: Memory) -> Table:
-    """What training takes by part, its preparation, and what would save most."""
-    table = _figures("Memory, predicted on fake tensors", "part", "bytes")
+    """The memory of training by part and of its preparation, and the settings that save most."""
+    table = _figures("Memory, predicted with fake tensors", "part", "bytes")
     for part, size in memory.training.items():
         table.add_row(part, decimal(size))
     table.add_row("training", decimal(sum(memory.training.values())), style="bold", end_section=True)
@@ -205,7 +191,7 @@ def memory_table(memory: Memory) -> Table:
 
 
 def families_table(families: list[FamilyMemory]) -> Table:
-    """What every family's default training takes."""
+    """The memory of every family's default training."""
     table = _figures("Memory of each family's t2v preset", "family", "checkpoint", "clips", "preparation", "training")
     for one in families:
         fits = one.limit is None or max(one.training, one.preparation) <= one.limit

@@ -1,4 +1,4 @@
-"""Whether training fits a device, and what to change where it does not."""
+"""Whether training fits a device, and what to change if it does not."""
 
 from __future__ import annotations
 
@@ -7,65 +7,59 @@ from collections.abc import Callable, Sequence
 import torch
 from rich.filesize import decimal
 
-from crepa_cli.data.buckets import Bucket, valid_frames
-from crepa_cli.data.prepare import ClipForm
-from crepa_cli.doctor.findings import BucketCount, Fitting, Memory, Plan, Saving
-from crepa_cli.doctor.memory import Prediction, largest_that_fits, predict, savings
+from crepa_cli.data.buckets import Bucket
+from crepa_cli.doctor.findings import BucketCount, Memory, Plan
+from crepa_cli.memory.prediction import Prediction, predict
+from crepa_cli.memory.savings import Fitting, Saving, largest_that_fits, savings
+from crepa_cli.memory.shapes import form_bucket
 from crepa_cli.models.family import Family
 from crepa_cli.profile import Profile
 
-Tell = Callable[[str], None]
 
-
-def check_memory(plan: Plan, family: Family, profile: Profile, limit: int | None, tell: Tell) -> None:
-    """Predict the memory of the plan, and compare it with what a device has.
+def check_memory(
+    plan: Plan, family: Family, profile: Profile, limit: int | None, report: Callable[[str], None]
+) -> None:
+    """Predict the memory of the plan's largest bucket, and compare it with the memory of the device.
 
     Args:
-        plan: gets the check and the figures; its largest bucket is looked at.
+        plan: receives the check and the figures.
         family: of the checkpoint.
         profile: the resolved settings.
-        limit: bytes that the device has free; None where there is no GPU to compare with.
-        tell: is told what is predicted.
+        limit: bytes that the device has free; None if there is no GPU.
+        report: receives a line of text on what is being predicted.
     """
     bucket = largest_bucket(plan.buckets) or form_bucket(profile, family)
-    tell("predicting memory")
+    report("predicting memory")
     prediction = plan.attempt("memory", lambda: predict(profile, family, bucket))
     if prediction is None:
         return
-    saved = savings(profile, family, bucket, lambda setting: tell(f"predicting memory with {setting}"))
+    saved = savings(profile, family, bucket, lambda setting: report(f"predicting memory with {setting}"))
     if profile.train.sharding:
-        # The step is predicted in one process: how much less each of several holds is not known here.
+        # The prediction is for one process; sharding reduces it by an amount that is not known here.
         limit = None
     fits = limit is None or prediction.peak <= limit
     fitting = None
     if limit is not None and not fits:
         fitting = largest_that_fits(
-            profile, family, bucket, limit, lambda shape: tell(f"looking for what fits: {shape}")
+            profile, family, bucket, limit, lambda shape: report(f"searching for the largest clips that fit: {shape}")
         )
     plan.memory = Memory(prediction.training, prediction.preparation, prediction.peak, limit, saved, fitting)
     message = _message(prediction, bucket, limit)
     if profile.train.sharding:
-        message += " in one process; with train.sharding each holds less, which is not predicted"
+        message += " in a single process; train.sharding lowers it by an amount that is not predicted"
     plan.add("memory", "fine" if fits else "failure", message, _advice(saved, fitting))
 
 
 def largest_bucket(buckets: Sequence[BucketCount]) -> Bucket | None:
-    """The shape of the most pixels."""
+    """The shape with the most pixels; None without buckets."""
     if not buckets:
         return None
     largest = max(buckets, key=lambda one: one.frames * one.height * one.width)
     return Bucket(largest.frames, largest.height, largest.width)
 
 
-def form_bucket(profile: Profile, family: Family) -> Bucket:
-    """The shape that the settings ask for."""
-    form = ClipForm.of(profile.data)
-    frames = valid_frames(form.frames, form.frames, family.frame_multiple)
-    return Bucket(frames or form.frames, form.height, form.width)
-
-
 def free_memory() -> int | None:
-    """Bytes that the first GPU has free; None without one."""
+    """Bytes that the first GPU has free; None without a GPU."""
     try:
         return torch.cuda.mem_get_info(0)[0] if torch.cuda.is_available() else None
     except RuntimeError:
@@ -74,8 +68,8 @@ def free_memory() -> int | None:
 
 def _message(prediction: Prediction, bucket: Bucket, limit: int | None) -> str:
     shape = f"{bucket.width}x{bucket.height}, {bucket.frames} frames"
-    taken = f"{decimal(prediction.peak)} at most, for {shape}"
-    return taken if limit is None else f"{taken}; {decimal(limit)} are there"
+    taken = f"peak of {decimal(prediction.peak)} for {shape}"
+    return taken if limit is None else f"{taken}; {decimal(limit)} available"
 
 
 def _advice(saved: Sequence[Saving], fitting: Fitting | None) -> str:
@@ -83,9 +77,10 @@ def _advice(saved: Sequence[Saving], fitting: Fitting | None) -> str:
         return ""
     lighter = [f"--set {one.setting} saves {decimal(one.saved)} in training" for one in saved[:3]]
     if fitting.frames:
-        lighter.append(f"as it is, up to --set data.frames={fitting.frames} fits")
+        lighter.append(f"with no other change, --set data.frames={fitting.frames} fits")
     if fitting.width:
-        lighter.append(f"as it is, up to --set data.width={fitting.width} --set data.height={fitting.height} fits")
+        size = f"--set data.width={fitting.width} --set data.height={fitting.height}"
+        lighter.append(f"with no other change, {size} fits")
     if not fitting.frames and not fitting.width:
-        lighter.append("no length and no size fits as it is: combine these settings, or take a smaller checkpoint")
+        lighter.append("no length and no size fits with no other change: combine settings, or use a smaller checkpoint")
     return "\n".join(lighter)

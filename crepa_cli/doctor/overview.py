@@ -5,30 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from crepa_cli.doctor.findings import Check, FamilyMemory
-from crepa_cli.doctor.fit import form_bucket
 from crepa_cli.doctor.hub import check_hub
-from crepa_cli.doctor.memory import predict
 from crepa_cli.errors import UserError
+from crepa_cli.memory.prediction import predict
+from crepa_cli.memory.shapes import form_bucket
 from crepa_cli.models import FAMILIES
 from crepa_cli.profile import Profile
 from crepa_cli.runs.checks import open_family
 
 
 def family_memories(
-    default_profile: Callable[[str], Profile], limit: int | None, tell: Callable[[str], None]
+    default_profile: Callable[[str], Profile], limit: int | None, report: Callable[[str], None]
 ) -> Iterator[FamilyMemory | Check]:
-    """What each family's default training takes; a check instead of one whose configuration cannot be read.
+    """The memory of each family's default training; a check instead if its configuration cannot be read.
 
     Args:
-        default_profile: the settings of a family's default training.
-        limit: bytes that the device has free; None where there is no GPU.
-        tell: is told what is predicted.
+        default_profile: returns the settings of a family's default training.
+        limit: bytes that the device has free; None if there is no GPU.
+        report: receives a line of text on what is being predicted.
     """
     profiles = [default_profile(name) for name in FAMILIES]
     yield from check_hub(str(profile.model.checkpoint) for profile in profiles)
     for profile in profiles:
         checkpoint = str(profile.model.checkpoint)
-        tell(f"predicting the memory of {checkpoint}")
+        report(f"predicting the memory of {checkpoint}")
         try:
             family = open_family(profile)
             bucket = form_bucket(profile, family)

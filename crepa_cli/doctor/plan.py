@@ -1,44 +1,49 @@
-"""What training would do with these settings: profile, checkpoint, teacher, clips, disk."""
+"""The plan of a training run: profile, checkpoint, teacher, clips, disk and memory."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 
-import torch
 from rich.filesize import decimal
 
 from crepa_cli.data.cache import cache_folder
 from crepa_cli.data.clips import clips_folder, find_clips
 from crepa_cli.data.prepare import ClipForm, PreparedClip, encoder_config, scan
+from crepa_cli.demo import write_demo
 from crepa_cli.doctor.cache_size import cache_bytes
 from crepa_cli.doctor.disk import check_folder
 from crepa_cli.doctor.findings import BucketCount, Plan
-from crepa_cli.doctor.fit import Tell, check_memory
+from crepa_cli.doctor.fit import check_memory
 from crepa_cli.doctor.hub import check_hub, check_repository
+from crepa_cli.errors import counted
 from crepa_cli.events import ClipSkipped, Event, drained
+from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
-from crepa_cli.profile import Crepa, Profile, ResolvedProfile
-from crepa_cli.runs.checks import open_family
+from crepa_cli.profile import CrepaSettings, Profile, ResolvedProfile
+from crepa_cli.runs.checks import missing_optimizer, missing_trackers, open_family
 from crepa_cli.runs.folder import RunFolder
 from crepa_cli.teachers.dinov2 import ENCODERS
-from crepa_cli.training.demo import write_demo
 
 Listener = Callable[[Event], None]
 
 
 def check_plan(
-    resolve: Callable[[], ResolvedProfile], *, demo: bool, limit: int | None, listener: Listener, tell: Tell
+    resolve: Callable[[], ResolvedProfile],
+    *,
+    demo: bool,
+    limit: int | None,
+    listener: Listener,
+    report: Callable[[str], None],
 ) -> Plan:
-    """Look at everything that training would, in its order, and go on after a mistake as far as it lets.
+    """Check everything that training needs, in the same order, continuing after a mistake as far as possible.
 
     Args:
-        resolve: gives the settings.
+        resolve: returns the settings.
         demo: write the demo's files first.
-        limit: bytes that the device has free; None where there is no GPU to compare with.
-        listener: is told what happens while the clips are looked at.
-        tell: is told what is predicted.
+        limit: bytes that the device has free; None if there is no GPU.
+        listener: receives the events of scanning the clips.
+        report: receives a line of text on what is being predicted.
     """
     plan = Plan()
     resolved = plan.attempt("profile", resolve)
@@ -46,7 +51,7 @@ def check_plan(
         return plan
     profile = resolved.profile
     plan.profile = profile.model_dump(mode="json", by_alias=True)
-    plan.add("profile", "fine", f"{profile.model.family} {profile.model.task}, {profile.train.steps} steps")
+    plan.add("profile", "fine", f"{profile.model.family} {profile.model.task}, {counted(profile.train.steps, 'step')}")
     if demo:
         plan.attempt("demo", lambda: write_demo(profile))
     teacher = _teacher(profile.crepa)
@@ -55,24 +60,24 @@ def check_plan(
     if family:
         _check_checkpoint(plan, family, profile)
     teacher_known = teacher is None or _check_teacher(plan, teacher)
-    optimizer_known = _check_optimizer(plan, profile)
+    optimizer_known = _check_packages(plan, profile)
     _check_run_folder(plan, profile)
     clips = _check_clips(plan, family, profile, listener)
     if family and teacher_known and clips:
         _check_cache(plan, family, profile, clips)
     if family and teacher_known and optimizer_known:
-        check_memory(plan, family, profile, limit, tell)
+        check_memory(plan, family, profile, limit, report)
     return plan
 
 
 def _check_checkpoint(plan: Plan, family: Family, profile: Profile) -> None:
     aligned = f"; block {profile.crepa.block_index} is aligned" if profile.crepa.enabled else ""
-    message = f"{family.checkpoint}: {family.block_count} blocks of width {family.hidden_size}{aligned}"
+    message = f"{family.base.name}: {counted(family.block_count, 'block')} of width {family.hidden_size}{aligned}"
     plan.add("checkpoint", "fine", message)
-    folders = [family.component, "vae", "text_encoder"]
+    folders = [family.component, *family.encoders]
     check = plan.attempt(
         "weights",
-        lambda: check_repository("weights", family.checkpoint, family.revision, folders, family.components),
+        lambda: check_repository("weights", family.base.name, family.base.revision, folders, family.base.components),
     )
     if check:
         plan.checks.append(check)
@@ -84,16 +89,16 @@ def _repositories(profile: Profile) -> list[str]:
     return [str(profile.model.checkpoint), *([_encoder(crepa)] if crepa else [])]
 
 
-def _encoder(crepa: Crepa) -> str:
+def _encoder(crepa: CrepaSettings) -> str:
     return ENCODERS.get(crepa.encoder, crepa.encoder)
 
 
-def _teacher(crepa: Crepa) -> Crepa | None:
-    """The settings of the encoder, where one teaches."""
-    return crepa if crepa.enabled and not crepa.use_backbone_features else None
+def _teacher(crepa: CrepaSettings) -> CrepaSettings | None:
+    """The settings of the encoder if it is the teacher."""
+    return crepa if crepa.encoder_teaches else None
 
 
-def _check_teacher(plan: Plan, crepa: Crepa) -> bool:
+def _check_teacher(plan: Plan, crepa: CrepaSettings) -> bool:
     """Whether the encoder's configuration can be read."""
     config = plan.attempt("teacher", lambda: encoder_config(crepa))
     if config is None:
@@ -104,22 +109,23 @@ def _check_teacher(plan: Plan, crepa: Crepa) -> bool:
     return True
 
 
-def _check_optimizer(plan: Plan, profile: Profile) -> bool:
-    """Whether the optimizer is installed."""
-    installed = profile.train.optimizer != "adamw8bit" or find_spec("bitsandbytes") is not None
-    if not installed:
-        plan.add("optimizer", "failure", "adamw8bit needs bitsandbytes", "pip install 'crepa[bnb]'")
-    return installed
+def _check_packages(plan: Plan, profile: Profile) -> bool:
+    """Whether the optimizer is installed; the trackers are checked as well."""
+    optimizer = missing_optimizer(profile)
+    for name, missing in {"optimizer": optimizer, "tracker": missing_trackers(profile)}.items():
+        for message, command in missing.items():
+            plan.add(name, "failure", message, command)
+    return not optimizer
 
 
 def _check_run_folder(plan: Plan, profile: Profile) -> None:
-    folder = plan.attempt("run folder", lambda: RunFolder.new(profile))
+    folder = plan.attempt("run folder", lambda: RunFolder.next(profile))
     if folder:
         plan.checks.append(check_folder("run folder", folder.path))
 
 
 def _check_clips(plan: Plan, family: Family | None, profile: Profile, listener: Listener) -> list[PreparedClip] | None:
-    """The usable clips; the others are named."""
+    """The usable clips; the plan names the skipped ones."""
     folder = plan.attempt("clips", lambda: clips_folder(profile.data))
     if folder is None:
         return None
@@ -131,7 +137,7 @@ def _check_clips(plan: Plan, family: Family | None, profile: Profile, listener: 
         listener(event)
         if isinstance(event, ClipSkipped):
             plan.skipped[event.name] = event.reason
-            plan.add("clip", "warning", f"{event.name} is left out: {event.reason}")
+            plan.add("clip", "warning", f"skipped {event.name}: {event.reason}")
 
     clips = plan.attempt("clips", lambda: drained(scan(family, folder, ClipForm.of(profile.data)), listen))
     if clips:
@@ -143,14 +149,14 @@ def _check_clips(plan: Plan, family: Family | None, profile: Profile, listener: 
 
 def _summary(clips: int, buckets: Sequence[BucketCount]) -> str:
     lines = [f"{one.width}x{one.height}, {one.frames} frames: {one.clips}" for one in buckets]
-    return "\n".join([f"{clips} usable, by size", *lines])
+    return "\n".join([f"{counted(clips, 'usable clip')}, by size:", *lines])
 
 
 def _check_cache(plan: Plan, family: Family, profile: Profile, clips: list[PreparedClip]) -> None:
     texts = {clip.clip.caption for clip in clips} | {*profile.validation.prompts, ""}
     stored = _teacher(profile.crepa) if profile.crepa.teacher_cache else None
     buckets = [clip.bucket for clip in clips]
-    dtype = getattr(torch, profile.model.dtype)
+    dtype = torch_dtype(profile.model.dtype)
     parts = plan.attempt("cache", lambda: cache_bytes(family, buckets, len(texts), dtype, stored))
     if parts is None:
         return

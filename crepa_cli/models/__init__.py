@@ -1,6 +1,6 @@
 """The families of video diffusion transformers that crepa trains, one file each.
 
-Importing this package loads no torch: a family's file is imported when it is asked for.
+Importing this package loads no torch: `load_family` imports a family's file when it is called.
 """
 
 from __future__ import annotations
@@ -26,9 +26,18 @@ def load_family(name: str) -> type[Family]:
     """The class of a family.
 
     Raises:
-        UserError: if there is no such family; the message names those there are.
+        UserError: if there is no such family; the message lists the known ones.
     """
     if name not in FAMILIES:
         raise UserError(f"there is no CREPA support for the family {name!r}; choose one of: {', '.join(FAMILIES)}")
     family: type[Family] = getattr(import_module(f"crepa_cli.models.{name}"), FAMILIES[name])
     return family
+
+
+def family_defaults(family: str, task: str) -> dict[str, dict[str, object]]:
+    """The default settings of a family for a task, by table and key.
+
+    Raises:
+        UserError: if there is no such family; the message lists the known ones.
+    """
+    return load_family(family).defaults(task)

@@ -26,11 +26,11 @@ class HiddenStateCapture:
         self._handles = {index: blocks[index].register_forward_hook(self._hook(index)) for index in set(indices)}
 
     def _hook(self, index: int) -> Any:
-        def tell(_block: nn.Module, _inputs: Any, output: Tensor | tuple[Tensor, ...]) -> None:
+        def hook(_block: nn.Module, _inputs: Any, output: Tensor | tuple[Tensor, ...]) -> None:
             if self._listener is not None:
                 self._listener(index, output if isinstance(output, Tensor) else output[0])
 
-        return tell
+        return hook
 
     @contextmanager
     def recording(self) -> Iterator[dict[int, Tensor]]:

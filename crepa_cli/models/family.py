@@ -1,18 +1,19 @@
-"""What training needs to know of a family of video diffusion transformers.
+"""Families of video diffusion transformers: how each turns clips and prompts into inputs and a target.
 
-A family is one subclass in one file. It states facts (classes, defaults, compression) and adapts four things: how a
-prompt and a clip become tensors, how these become the transformer's inputs and target, and where its tokens are.
-All of them are trained by flow matching: `noisy = (1 - sigma) * latents + sigma * noise`, and the transformer predicts
-the velocity `noise - latents` (arXiv 2209.03003, 2403.03206).
+A family is one subclass in one file. It states facts (classes, defaults, compression), encodes prompts and clips,
+builds the transformer's inputs and target, and locates its tokens. All are trained by flow matching:
+`noisy = (1 - sigma) * latents + sigma * noise`, and the transformer predicts the velocity `noise - latents`
+(arXiv 2209.03003, 2403.03206).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from inspect import Parameter, signature
 from typing import Any, ClassVar
 
 import diffusers
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 
 from crepa_cli.alignment import TokenGrid
 from crepa_cli.errors import UserError
-from crepa_cli.models import checkpoint as checkpoints
+from crepa_cli.models.base import BaseCheckpoint
+from crepa_cli.models.hub import require_class
 
 Tensors = dict[str, Tensor]
 COMFYUI_FILE = "comfyui_lora.safetensors"
@@ -31,10 +33,10 @@ COMFYUI_FILE = "comfyui_lora.safetensors"
 
 @dataclass(frozen=True)
 class TransformerStep:
-    """One forward pass to train on: the transformer's keyword arguments, and what it should return.
+    """One forward pass to train on: the transformer's keyword arguments and its target.
 
-    `target` has the shape of the prediction; `weight` broadcasts to it and leaves out of the loss what the transformer
-    is given, such as the first frame of image to video.
+    `target` has the shape of the prediction. `weight` broadcasts to it and is 0 for parts that are inputs rather
+    than predictions, such as the first frame of image to video.
     """
 
     inputs: Mapping[str, Any]
@@ -43,7 +45,7 @@ class TransformerStep:
 
 
 class Family(ABC):
-    """A checkpoint of one family, used for one task.
+    """The recipe of one family for one task, with the base model that it is used with.
 
     Args:
         checkpoint: a local folder in diffusers' layout, or a Hub id. Only its configuration is read here.
@@ -61,36 +63,29 @@ class Family(ABC):
     pipelines: ClassVar[Mapping[str, str]]
     """The diffusers pipeline that generates each task."""
     checkpoints: ClassVar[Mapping[str, str]]
-    """The default checkpoint of each task."""
+    """The default base model of each task."""
     settings: ClassVar[Mapping[str, Mapping[str, object]]]
     """Defaults of settings, by table and key, as they stand in a profile."""
     vae_dtype: ClassVar[torch.dtype] = torch.float32
     comfyui_names: ClassVar[Mapping[str, str] | None] = None
-    """Patterns in module names, and what the original checkpoint has there; None where ComfyUI runs no such model."""
+    """Patterns in module names and their replacements in the original names; None if ComfyUI does not run it."""
 
     def __init__(self, checkpoint: str, task: str, revision: str | None = None, variant: str | None = None) -> None:
         if task not in self.pipelines:
             raise UserError(f"{self.name} is trained for {' and '.join(self.pipelines)}, not for {task!r}")
-        self.checkpoint = checkpoint
+        self.base = BaseCheckpoint(checkpoint, revision)
         self.task = task
-        self.revision = revision
-        self._configs: dict[str, dict[str, Any]] = {}
         self.component = self._expert(variant)
-        self.config = self.read_config(f"{self.component}/config.json")
-        checkpoints.require_class(checkpoint, self.config, self.transformer_class, self.name)
+        self.config = self.base.read_config(f"{self.component}/config.json")
+        require_class(checkpoint, self.config, self.transformer_class, self.name)
 
     @classmethod
     def defaults(cls, task: str) -> dict[str, dict[str, object]]:
-        """The layer of settings that this family puts over the built-in defaults."""
+        """The family's defaults, which override the built-in ones."""
         layer = {table: dict(keys) for table, keys in cls.settings.items()}
         if task in cls.checkpoints:
             layer.setdefault("model", {})["checkpoint"] = cls.checkpoints[task]
         return layer
-
-    @classmethod
-    @abstractmethod
-    def write_tiny(cls, folder: Path, task: str) -> None:
-        """Write a tiny checkpoint for a task, with random weights, in the published layout."""
 
     # Facts of this checkpoint, from its configuration alone.
 
@@ -101,8 +96,13 @@ class Family(ABC):
 
     @property
     def sigma_range(self) -> tuple[float, float]:
-        """The noise levels that the transformer is used for."""
+        """Lowest and highest noise level that the transformer denoises."""
         return 0.0, 1.0
+
+    @property
+    def needs_compilation(self) -> bool:
+        """Whether the transformer takes far more memory on a GPU unless `train.compile` is on."""
+        return False
 
     @property
     def block_count(self) -> int:
@@ -117,7 +117,7 @@ class Family(ABC):
     @property
     @abstractmethod
     def size_multiple(self) -> int:
-        """Width and height of a clip in pixels are multiples of this: the VAE's compression times the patch."""
+        """Width and height of a clip in pixels must be multiples of this: the VAE's compression times the patch."""
 
     @property
     @abstractmethod
@@ -131,36 +131,17 @@ class Family(ABC):
 
     def timestep_shift(self, latents: Tensor) -> float:  # noqa: ARG002 (some families shift by the size)
         """The shift of sigmas that latents `[B, C, T, h, w]` are sampled with; 1 leaves them as they are."""
-        config = self.read_config("scheduler/scheduler_config.json")
+        config = self.base.read_config("scheduler/scheduler_config.json")
         return float(config.get("flow_shift") or config.get("shift") or 1.0)
-
-    def read_config(self, filename: str) -> dict[str, Any]:
-        """A JSON file of the checkpoint, such as `vae/config.json`, read once."""
-        if filename not in self._configs:
-            self._configs[filename] = checkpoints.read_config(self.checkpoint, filename, self.revision)
-        return self._configs[filename]
 
     # Loading.
 
-    def fetch(self) -> Path:
-        """The checkpoint's local folder; of a repository its components alone are downloaded."""
-        return checkpoints.fetch(self.checkpoint, self.revision, self.components)
-
-    @property
-    def components(self) -> list[str]:
-        """The folders that `model_index.json` names."""
-        index = self.read_config("model_index.json")
-        return [name for name, library in index.items() if isinstance(library, list) and library[0]]
-
     def load_transformer(self, dtype: torch.dtype) -> ModelMixin:
         """The transformer, on the CPU, with parameters that require no gradient."""
-        transformer = getattr(diffusers, self.transformer_class).from_pretrained(
-            self.fetch(), subfolder=self.component, dtype=dtype, use_safetensors=True
-        )
-        return transformer.requires_grad_(False)
+        return self.base.load_model(self.transformer_class, self.component, dtype).requires_grad_(False)
 
     def empty_transformer(self, dtype: torch.dtype) -> ModelMixin:
-        """The transformer as `load_transformer` has it, but for its weights: by the configuration alone.
+        """The transformer of `load_transformer` without its weights, from the configuration alone.
 
         In `torch.device("meta")` or in a FakeTensorMode it takes no memory.
         """
@@ -173,22 +154,41 @@ class Family(ABC):
         assert isinstance(blocks, nn.ModuleList)
         return blocks
 
-    def load_pipeline(self, *, dtype: torch.dtype, without: tuple[str, ...], **components: Any) -> DiffusionPipeline:
-        """The family's pipeline for the task.
-
-        Args:
-            dtype: of the components that are loaded.
-            without: the components that are left out, and cost nothing.
-            components: those that are at hand already.
-        """
-        pipeline_class = getattr(diffusers, self.pipeline_class)
-        given = dict.fromkeys(without) | components
-        pipeline = pipeline_class.from_pretrained(self.fetch(), dtype=dtype, use_safetensors=True, **given)
-        pipeline.set_progress_bar_config(disable=True)
-        return pipeline
-
     text_components: ClassVar[tuple[str, ...]] = ("text_encoder", "tokenizer")
+    """Components that `encode_prompt` needs."""
     image_components: tuple[str, ...] = ()
+    """Components that encode the first frame beside the VAE."""
+
+    @property
+    def vae_components(self) -> tuple[str, ...]:
+        """Components that `encode_clip` needs."""
+        return ("vae", *self.image_components)
+
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        """Those of `text_components` that have weights."""
+        return tuple(name for name in self.text_components if name.startswith("text_encoder"))
+
+    @property
+    def image_encoder(self) -> str | None:
+        """The one of `image_components` that has weights; None if the base model has none."""
+        return self.image_components[0] if self.image_components else None
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """Every component with weights that a preparation loads."""
+        image = (self.image_encoder,) if self.image_encoder else ()
+        return ("vae", *self.text_encoders, *image)
+
+    @property
+    def encoder_configs(self) -> tuple[str, ...]:
+        """Configurations that the memory of a run depends on, beside the transformer's."""
+        return ("model_index.json", *(f"{name}/config.json" for name in self.encoders))
+
+    @property
+    def lora_loading_arguments(self) -> dict[str, object]:
+        """Arguments of the pipeline's `load_lora_weights` that the trained component needs."""
+        return {}
 
     @property
     def transformer_components(self) -> tuple[str, ...]:
@@ -196,24 +196,52 @@ class Family(ABC):
         return tuple(self.experts.values()) or ("transformer",)
 
     def load_text_pipeline(self, dtype: torch.dtype) -> DiffusionPipeline:
-        """The pipeline with what `encode_prompt` needs."""
-        return self.load_pipeline(dtype=dtype, without=(*self.transformer_components, "vae", *self.image_components))
+        """The pipeline with the components that `encode_prompt` needs."""
+        without = (*self.transformer_components, *self.vae_components)
+        return self.base.load_pipeline(self.pipeline_class, dtype=dtype, without=without)
 
     def load_vae_pipeline(self) -> DiffusionPipeline:
-        """The pipeline with what `encode_clip` needs."""
-        return self.load_pipeline(dtype=self.vae_dtype, without=(*self.transformer_components, *self.text_components))
+        """The pipeline with the components that `encode_clip` needs."""
+        without = (*self.transformer_components, *self.text_components)
+        return self.base.load_pipeline(self.pipeline_class, dtype=self.vae_dtype, without=without)
+
+    def empty_vae_pipeline(self) -> Any:
+        """The pipeline with a VAE on the meta device and no other component."""
+        config = self.base.read_config("vae/config.json")
+        pipeline_class = getattr(diffusers, self.pipeline_class)
+        with torch.device("meta"):
+            vae = getattr(diffusers, config["_class_name"]).from_config(config)
+        required = [
+            name for name, one in signature(pipeline_class).parameters.items() if one.default is Parameter.empty
+        ]
+        return pipeline_class(**dict.fromkeys(required) | {"vae": vae})
+
+    def without_image_encoder(self) -> Family:
+        """The same recipe for a base model without an image encoder."""
+        family = copy(self)
+        family.image_components = ()
+        return family
+
+    @property
+    def image_embedding_bytes(self) -> int:
+        """Bytes of the first frame's embedding, class token included; 0 without an image encoder."""
+        if self.image_encoder is None:
+            return 0
+        config = self.base.read_config(f"{self.image_encoder}/config.json")
+        tokens = (config["image_size"] // config["patch_size"]) ** 2 + 1
+        return int(tokens * config["hidden_size"] * self.vae_dtype.itemsize)
 
     def load_sampling_pipeline(self, transformer: ModelMixin) -> DiffusionPipeline:
-        """The pipeline that samples videos from prompts encoded before; its VAE is in `vae_dtype`."""
+        """The pipeline for sampling videos from encoded prompts; its VAE is in `vae_dtype`."""
         frozen = {
-            name: getattr(diffusers, self.transformer_class).from_pretrained(
-                self.fetch(), subfolder=name, dtype=transformer.dtype, use_safetensors=True
-            )
+            name: self.base.load_model(self.transformer_class, name, transformer.dtype)
             for name in self.transformer_components
             if name != self.component
         }
         trained = {self.component: transformer}
-        return self.load_pipeline(dtype=self.vae_dtype, without=self.text_components, **trained, **frozen)
+        return self.base.load_pipeline(
+            self.pipeline_class, dtype=self.vae_dtype, without=self.text_components, **trained, **frozen
+        )
 
     def _expert(self, variant: str | None) -> str:
         """The component to train."""
@@ -221,14 +249,17 @@ class Family(ABC):
             return self.transformer_components[0]
         if variant not in self.experts:
             known = f"one of: {', '.join(self.experts)}" if self.experts else "none: it holds one transformer"
-            raise UserError(f"model.variant = {variant!r}: {self.checkpoint} has no such expert; choose {known}")
+            raise UserError(f"model.variant = {variant!r}: {self.base.name} has no such expert; choose {known}")
         return self.experts[variant]
 
     # Preparation: once per clip, before training.
 
     @abstractmethod
     def encode_prompt(self, pipeline: DiffusionPipeline, caption: str) -> Tensors:
-        """The tensors of a caption, each without a batch dimension, as the pipeline's own call has them."""
+        """The tensors of a caption, without batch dimensions, as the pipeline's call makes them.
+
+        `prompt_embeds` `[L, D]` is among them.
+        """
 
     @abstractmethod
     def longest_prompt(self, dtype: torch.dtype) -> Tensors:
@@ -254,7 +285,7 @@ class Family(ABC):
     # Training.
 
     def token_grid(self, latents: Tensor) -> TokenGrid:
-        """Where the tokens of latents `[B, C, T, h, w]` are: one for each patch."""
+        """The grid of tokens of latents `[B, C, T, h, w]`: one for each patch."""
         frames, rows, columns = (
             size // patch for size, patch in zip(latents.shape[2:], self.config["patch_size"], strict=True)
         )
@@ -278,15 +309,15 @@ class Family(ABC):
     # Sampling.
 
     def sampling_arguments(self, prompt: Tensors, negative_prompt: Tensors) -> dict[str, Any]:
-        """The arguments of the pipeline's call that stand for the prompts, from the tensors of `encode_prompt`.
+        """The prompt arguments of the pipeline's call, from the tensors of `encode_prompt`.
 
-        By default these bear the names of the arguments.
+        By default the tensors have the names of the arguments.
         """
         negative = {f"negative_{name}": tensor for name, tensor in negative_prompt.items()}
         return {name: tensor[None] for name, tensor in (prompt | negative).items()}
 
     def form_arguments(self, *, width: int, height: int, frames: int, fps: float) -> dict[str, Any]:  # noqa: ARG002
-        """The arguments of the pipeline's call that stand for the size, length and frame rate of the video."""
+        """The arguments of the pipeline's call for the size, length and frame rate of the video."""
         return {"width": width, "height": height, "num_frames": frames}
 
 

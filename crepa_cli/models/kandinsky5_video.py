@@ -2,37 +2,26 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import (
-    AutoencoderKLHunyuanVideo,
     DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    Kandinsky5I2VPipeline,
     Kandinsky5T2VPipeline,
-    Kandinsky5Transformer3DModel,
     ModelMixin,
 )
 from diffusers.models.transformers.transformer_kandinsky import (
     Kandinsky5AttnProcessor,
-    Kandinsky5Modulation,
     fractal_unflatten,
 )
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoTokenizer,
-    CLIPTextConfig,
-    CLIPTextModel,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
 )
 
 from crepa_cli.alignment import TokenGrid
 from crepa_cli.models.family import Family, Tensors, TransformerStep, add_noise
-from crepa_cli.models.tiny import smooth_video, tiny_clip_tokenizer, tiny_qwen_tokenizer
 
 PROMPT_TOKENS = 512
 """Most tokens of a caption in the pipeline's call."""
@@ -43,8 +32,8 @@ NABLA_PATCH = 8
 class CaptionAttention(Kandinsky5AttnProcessor):  # type: ignore[misc]  # diffusers has no types
     """Attention to captions of different lengths in one batch: none sees the padding behind its own caption.
 
-    The transformer takes no mask, because its pipelines sample one caption at a time. Its argument `text_lengths`, of
-    which it knows nothing, is taken here.
+    The transformer takes no mask, because its pipelines sample one caption at a time. The extra
+    argument `text_lengths` is removed here before the transformer sees it.
     """
 
     def __init__(self) -> None:
@@ -58,6 +47,8 @@ class CaptionAttention(Kandinsky5AttnProcessor):  # type: ignore[misc]  # diffus
         self.lengths = keywords.get("text_lengths")
         return arguments, {name: value for name, value in keywords.items() if name != "text_lengths"}
 
+    # Compiled, the attention would be compiled anew for every combination of lengths.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch has no type here
     def __call__(
         self,
         attn: nn.Module,
@@ -133,11 +124,16 @@ class Kandinsky5Video(Family):
     @property
     def frame_multiple(self) -> int:
         """The VAE's compression of time."""
-        return int(self.read_config("vae/config.json").get("temporal_compression_ratio", 4))
+        return int(self.base.read_config("vae/config.json").get("temporal_compression_ratio", 4))
 
     @property
     def _pixels(self) -> int:
-        return int(self.read_config("vae/config.json").get("spatial_compression_ratio", 8))
+        return int(self.base.read_config("vae/config.json").get("spatial_compression_ratio", 8))
+
+    @property
+    def needs_compilation(self) -> bool:
+        """NABLA attention computes the chosen squares of scores only if it is compiled."""
+        return self._nabla
 
     @property
     def _nabla(self) -> bool:
@@ -167,8 +163,10 @@ class Kandinsky5Video(Family):
 
         The pipeline gives it no image, and the whole of it needs torchvision.
         """
-        pipeline = self.load_pipeline(dtype=dtype, without=("transformer", "vae", "tokenizer"))
-        pipeline.tokenizer = AutoTokenizer.from_pretrained(self.fetch() / "tokenizer")
+        pipeline = self.base.load_pipeline(
+            self.pipeline_class, dtype=dtype, without=("transformer", "vae", "tokenizer")
+        )
+        pipeline.tokenizer = AutoTokenizer.from_pretrained(self.base.fetch() / "tokenizer")
         return pipeline
 
     def encode_prompt(self, pipeline: DiffusionPipeline, caption: str) -> Tensors:
@@ -227,7 +225,7 @@ class Kandinsky5Video(Family):
         return TransformerStep(inputs, (noise - latents).movedim(1, -1), (1 - given).movedim(1, -1))
 
     def _sparse_attention(self, grid: TokenGrid, device: torch.device) -> dict[str, Any]:
-        """Which squares of tokens always see which, and what NABLA adds to them."""
+        """The mask of squares that always attend to each other, and the parameters of NABLA."""
         windows = {name: self.config[f"attention_{name}"] for name in ("wT", "wH", "wW")}
         rows, columns = grid.rows // NABLA_PATCH, grid.columns // NABLA_PATCH
         mask = Kandinsky5T2VPipeline.fast_sta_nabla(grid.frames, rows, columns, **windows, device=device)
@@ -240,36 +238,8 @@ class Kandinsky5Video(Family):
         return video.flatten(2, 3)
 
     def sampling_arguments(self, prompt: Tensors, negative_prompt: Tensors) -> dict[str, Any]:
-        """Both prompts without their padding, and where each ends."""
+        """Both prompts without their padding, and their lengths."""
         return _prompt_arguments("", prompt) | _prompt_arguments("negative_", negative_prompt)
-
-    @classmethod
-    def write_tiny(cls, folder: Path, task: str) -> None:
-        """A checkpoint of twelve blocks of width 64, with latents of four channels."""
-        pipeline_class = Kandinsky5T2VPipeline if task == "t2v" else Kandinsky5I2VPipeline
-        pipeline = pipeline_class(
-            transformer=tiny_transformer(),
-            vae=_tiny_vae(),
-            text_encoder=None,
-            tokenizer=None,
-            text_encoder_2=None,
-            tokenizer_2=tiny_clip_tokenizer(),
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
-        )
-        tokenizer = tiny_qwen_tokenizer(pipeline.prompt_template)
-        clip = CLIPTextConfig(
-            vocab_size=len(pipeline.tokenizer_2),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            bos_token_id=pipeline.tokenizer_2.bos_token_id,
-            eos_token_id=pipeline.tokenizer_2.eos_token_id,
-        )
-        pipeline.register_modules(
-            tokenizer=tokenizer, text_encoder=_tiny_qwen(len(tokenizer)), text_encoder_2=CLIPTextModel(clip)
-        )
-        pipeline.save_pretrained(folder)
 
 
 def rotary_scale(height: int, width: int) -> tuple[float, float, float]:
@@ -292,46 +262,3 @@ def _prompt_arguments(prefix: str, prompt: Tensors) -> dict[str, Tensor]:
         f"{prefix}prompt_embeds_clip": prompt["pooled_embeds"][None],
         f"{prefix}prompt_cu_seqlens": torch.tensor([0, length], dtype=torch.int32),
     }
-
-
-def tiny_transformer(**settings: Any) -> Kandinsky5Transformer3DModel:
-    """Twelve blocks of width 64 for latents of four channels; `settings` replace those of the configuration."""
-    sizes = {"in_visual_dim": 4, "out_visual_dim": 4, "in_text_dim": 32, "in_text_dim2": 32, "time_dim": 64}
-    blocks = {"model_dim": 64, "ff_dim": 128, "num_text_blocks": 2, "num_visual_blocks": 12, "axes_dims": (4, 6, 6)}
-    transformer = Kandinsky5Transformer3DModel(**{**sizes, **blocks, "visual_cond": True, **settings})
-    for module in transformer.modules():
-        # They start at 0, where blocks do nothing and their LoRA learns nothing.
-        if isinstance(module, Kandinsky5Modulation):
-            nn.init.normal_(module.out_layer.weight, std=0.1)
-            nn.init.normal_(module.out_layer.bias, std=0.1)
-    return transformer
-
-
-@torch.no_grad()
-def _tiny_vae() -> AutoencoderKLHunyuanVideo:
-    """A VAE whose latents have mean 0 and std 1 after scaling, and next to no variance, as a trained one."""
-    vae = AutoencoderKLHunyuanVideo(
-        latent_channels=4, block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4
-    )
-    vae.quant_conv.weight[4:] = 0
-    vae.quant_conv.bias[4:] = -20
-    latents = vae.encode(smooth_video(frames=17, size=96)).latent_dist.mode()
-    vae.quant_conv.bias[:4] -= latents.mean((0, 2, 3, 4))
-    vae.register_to_config(scaling_factor=1 / latents.std((0, 2, 3, 4)).mean().item())
-    return vae
-
-
-def _tiny_qwen(vocabulary: int) -> Qwen2_5_VLForConditionalGeneration:
-    text = {
-        "vocab_size": vocabulary,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "bos_token_id": None,
-        "eos_token_id": vocabulary - 1,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
-    }
-    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32}
-    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))

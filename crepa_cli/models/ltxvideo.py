@@ -5,25 +5,19 @@ from __future__ import annotations
 import math
 from functools import cached_property
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import (
-    AutoencoderKLLTXVideo,
     DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
     LTXPipeline,
-    LTXVideoTransformer3DModel,
 )
 from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
 from torch import Tensor
-from transformers import T5Config, T5EncoderModel
 
 from crepa_cli.alignment import TokenGrid
 from crepa_cli.models.family import Family, Tensors, TransformerStep, add_noise, decoded_video, normalized_latents
-from crepa_cli.models.tiny import normalize_latents, smooth_video, tiny_t5_tokenizer
 
 SHIFT = {"base_image_seq_len": 1024, "max_image_seq_len": 4096, "base_shift": 0.95, "max_shift": 2.05}
 """Logarithm of the shift, linear in the number of latents, that all versions are trained with (LTX-Video-Trainer)."""
@@ -33,7 +27,7 @@ class LtxVideo(Family):
     """LTX transformers of any size; hidden states are row-major patches of latents.
 
     From version 0.9.5 on, the first latent frame stands for one frame in the positions too, and another pipeline
-    generates. Those checkpoints are told by their scheduler, which shifts by no sequence length.
+    generates. Their schedulers do not shift by sequence length, which identifies them.
     """
 
     name = "ltxvideo"
@@ -67,40 +61,21 @@ class LtxVideo(Family):
 
     def timestep_shift(self, latents: Tensor) -> float:
         """Grows with the number of latents, as the pipeline's does, whatever the scheduler of later versions says."""
-        figures = SHIFT if self._causal_positions else self.read_config("scheduler/scheduler_config.json")
+        figures = SHIFT if self._causal_positions else self.base.read_config("scheduler/scheduler_config.json")
         return math.exp(calculate_shift(latents[0, 0].numel(), *(figures[name] for name in SHIFT)))
 
     @cached_property
     def _causal_positions(self) -> bool:
-        return not self.read_config("scheduler/scheduler_config.json")["use_dynamic_shifting"]
+        return not self.base.read_config("scheduler/scheduler_config.json")["use_dynamic_shifting"]
 
     @cached_property
     def _compression(self) -> tuple[int, int]:
         """Frames and pixels of a clip for each latent."""
-        vae = self.read_config("vae/config.json")
+        vae = self.base.read_config("vae/config.json")
         steps = 2 ** sum(vae["spatio_temporal_scaling"])
         frames = vae.get("temporal_compression_ratio") or vae["patch_size_t"] * steps
         pixels = vae.get("spatial_compression_ratio") or vae["patch_size"] * steps
         return int(frames), int(pixels)
-
-    @classmethod
-    def write_tiny(cls, folder: Path, task: str) -> None:  # noqa: ARG003 (one checkpoint is used for both)
-        """A checkpoint of twelve blocks of width 48, with latents of eight channels."""
-        tokenizer = tiny_t5_tokenizer()
-        text_encoder = T5EncoderModel(
-            T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
-        )
-        transformer = LTXVideoTransformer3DModel(
-            in_channels=8,
-            out_channels=8,
-            num_attention_heads=4,
-            attention_head_dim=12,
-            cross_attention_dim=48,
-            caption_channels=32,
-            num_layers=12,
-        )
-        scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.1, **SHIFT)
-        LTXPipeline(scheduler, _tiny_vae(), text_encoder, tokenizer, transformer).save_pretrained(folder)
 
     def encode_prompt(self, pipeline: DiffusionPipeline, caption: str) -> Tensors:
         """`prompt_embeds` `[L, D]` of the T5 encoder and `prompt_attention_mask` `[L]`; L is the pipeline's choice."""
@@ -119,7 +94,7 @@ class LtxVideo(Family):
         return {"latents": normalized_latents(pipeline.vae, video)}
 
     def decode_latents(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
-        """The inverse of `encode_clip`, as far as the VAE is; one that also denoises is told that there is no noise."""
+        """The inverse of `encode_clip`, as far as the VAE is; a denoising decoder gets a noise level of 0."""
         conditioned = pipeline.vae.config.timestep_conditioning
         return decoded_video(pipeline.vae, latents, latents.new_zeros(1) if conditioned else None)
 
@@ -156,7 +131,7 @@ class LtxVideo(Family):
         return packed
 
     def _positions(self, grid: TokenGrid, fps: Tensor) -> Tensor:
-        """Where each token is, in seconds, pixels and pixels: `[B, 3, N]`."""
+        """Position of each token in seconds, rows and columns of pixels: `[B, 3, N]`."""
         temporal, spatial = self._compression
         frames = torch.arange(grid.frames, device=fps.device) * temporal * self.config["patch_size_t"]
         if self._causal_positions:
@@ -170,9 +145,9 @@ class LtxVideo(Family):
         return positions / units[:, :, None]
 
     def sampling_arguments(self, prompt: Tensors, negative_prompt: Tensors) -> dict[str, Any]:
-        """Prompt and negative prompt, and what diffusers recommends for VAEs that take a timestep (its PR 11516)."""
+        """Both prompts, and the decoding timestep that diffusers recommends for VAEs with one (its PR 11516)."""
         arguments = super().sampling_arguments(prompt, negative_prompt)
-        if self.read_config("vae/config.json").get("timestep_conditioning"):
+        if self.base.read_config("vae/config.json").get("timestep_conditioning"):
             arguments["decode_timestep"] = 0.05
         if self._causal_positions:
             arguments["image_cond_noise_scale"] = 0.025
@@ -181,17 +156,3 @@ class LtxVideo(Family):
     def form_arguments(self, *, width: int, height: int, frames: int, fps: float) -> dict[str, Any]:
         """Size, length and frame rate, which scales the positions in time."""
         return super().form_arguments(width=width, height=height, frames=frames, fps=fps) | {"frame_rate": fps}
-
-
-def _tiny_vae() -> AutoencoderKLLTXVideo:
-    vae = AutoencoderKLLTXVideo(
-        latent_channels=8,
-        block_out_channels=(8, 16, 16, 16),
-        decoder_block_out_channels=(8, 16, 16, 16),
-        layers_per_block=(1, 1, 1, 1, 1),
-        decoder_layers_per_block=(1, 1, 1, 1, 1),
-    )
-    # The pipeline draws the first frame from the posterior; a trained VAE's is narrow, that of random weights is not.
-    torch.nn.init.constant_(vae.encoder.conv_out.conv.bias[-1:], -20.0)
-    normalize_latents(vae, smooth_video(frames=33, size=192))
-    return vae

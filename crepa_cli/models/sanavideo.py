@@ -5,25 +5,19 @@ from __future__ import annotations
 import math
 from functools import cached_property
 from inspect import signature
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import (
-    AutoencoderKLWan,
     DiffusionPipeline,
-    DPMSolverMultistepScheduler,
     SanaVideoPipeline,
-    SanaVideoTransformer3DModel,
 )
 from torch import Tensor
-from transformers import Gemma2Config, Gemma2Model
 
 from crepa_cli.models.family import Family, Tensors, TransformerStep, add_noise, decoded_video, normalized_latents
-from crepa_cli.models.tiny import normalize_latents, smooth_video, tiny_gemma_tokenizer
 
 SIZE_MULTIPLE = 32
-"""Widths and heights of other multiples are refused by the pipelines."""
+"""The pipelines accept only multiples of this as width and height."""
 
 
 class SanaVideo(Family):
@@ -45,7 +39,7 @@ class SanaVideo(Family):
 
     @property
     def size_multiple(self) -> int:
-        """The VAE's compression times the patch, and what the pipelines ask for."""
+        """The VAE's compression times the patch, and a multiple that the pipelines accept."""
         return math.lcm(SIZE_MULTIPLE, self._compression[1] * self.config["patch_size"][1])
 
     @property
@@ -56,42 +50,10 @@ class SanaVideo(Family):
     @cached_property
     def _compression(self) -> tuple[int, int]:
         """Frames and pixels of a clip for each latent."""
-        vae = self.read_config("vae/config.json")
+        vae = self.base.read_config("vae/config.json")
         if vae["_class_name"] == "AutoencoderKLWan":
             return int(vae.get("scale_factor_temporal", 4)), int(vae.get("scale_factor_spatial", 8))
         return int(vae["temporal_compression_ratio"]), int(vae["spatial_compression_ratio"])
-
-    @classmethod
-    def write_tiny(cls, folder: Path, task: str) -> None:  # noqa: ARG003 (one checkpoint is used for both)
-        """A checkpoint of twelve blocks of width 48, with latents of four channels."""
-        tokenizer = tiny_gemma_tokenizer()
-        text_encoder = Gemma2Model(
-            Gemma2Config(
-                vocab_size=len(tokenizer),
-                hidden_size=32,
-                intermediate_size=64,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                head_dim=8,
-            )
-        )
-        vae = AutoencoderKLWan(base_dim=8, z_dim=4, dim_mult=[1, 2, 2, 2], num_res_blocks=1)
-        normalize_latents(vae, smooth_video(frames=33, size=96))
-        transformer = SanaVideoTransformer3DModel(
-            in_channels=4,
-            out_channels=4,
-            num_attention_heads=4,
-            attention_head_dim=12,
-            num_cross_attention_heads=4,
-            cross_attention_head_dim=12,
-            cross_attention_dim=48,
-            caption_channels=32,
-            mlp_ratio=1.0,
-            num_layers=12,
-        )
-        scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0)
-        SanaVideoPipeline(tokenizer, text_encoder, vae, transformer, scheduler).save_pretrained(folder)
 
     def encode_prompt(self, pipeline: DiffusionPipeline, caption: str) -> Tensors:
         """`prompt_embeds` `[300, D]` of the Gemma encoder and `prompt_attention_mask` `[300]`.
@@ -140,7 +102,7 @@ class SanaVideo(Family):
         )
 
     def sampling_arguments(self, prompt: Tensors, negative_prompt: Tensors) -> dict[str, Any]:
-        """Prompt and negative prompt; the pipeline's default negative prompt would stand against the latter."""
+        """Prompt and negative prompt; disables the default negative prompt."""
         return super().sampling_arguments(prompt, negative_prompt) | {"negative_prompt": None}
 
     def form_arguments(self, *, width: int, height: int, frames: int, fps: float) -> dict[str, Any]:  # noqa: ARG002

@@ -1,31 +1,23 @@
 """Wan 2.1 and 2.2 (arXiv 2503.20314): text to video and image to video.
 
-Three layouts are told apart by the checkpoint's configuration. Wan 2.1 and the experts of Wan 2.2 A14B are given the
-first frame in further input channels; Wan 2.2 TI2V has it in place of the noisy one, with a timestep of 0.
+The configuration of the base model tells three layouts apart. Wan 2.1 and the experts of Wan 2.2 A14B take the first
+frame in extra input channels; Wan 2.2 TI2V takes it in place of the noisy one, with a timestep of 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import (
-    AutoencoderKLWan,
     DiffusionPipeline,
-    UniPCMultistepScheduler,
-    WanImageToVideoPipeline,
-    WanPipeline,
-    WanTransformer3DModel,
 )
 from torch import Tensor
-from transformers import UMT5Config, UMT5EncoderModel
 
 from crepa_cli.errors import UserError
 from crepa_cli.models.family import Family, Tensors, TransformerStep, add_noise, decoded_video, normalized_latents
-from crepa_cli.models.tiny import normalize_latents, smooth_video, tiny_clip_vision, tiny_t5_tokenizer
 
 PROMPT_TOKENS = 512
 """Length of the text sequence in the pipeline's call; the transformer's image attention relies on it."""
@@ -85,7 +77,7 @@ class Wan(Family):
 
     @cached_property
     def _index(self) -> dict[str, Any]:
-        return self.read_config("model_index.json")
+        return self.base.read_config("model_index.json")
 
     @cached_property
     def experts(self) -> Mapping[str, str]:
@@ -104,37 +96,20 @@ class Wan(Family):
         return (self._boundary, 1.0) if self.component == "transformer" else (0.0, self._boundary)
 
     @property
+    def lora_loading_arguments(self) -> dict[str, object]:
+        """The second expert must be named."""
+        return {"load_into_transformer_2": True} if self.component == "transformer_2" else {}
+
+    @property
     def size_multiple(self) -> int:
         """The VAE's compression times the patch: 16 pixels for Wan 2.1 and A14B, 32 for TI2V."""
-        vae = self.read_config("vae/config.json")
+        vae = self.base.read_config("vae/config.json")
         return int(vae.get("scale_factor_spatial", 8) * self.config["patch_size"][1])
 
     @property
     def frame_multiple(self) -> int:
         """The VAE's compression of time."""
-        return int(self.read_config("vae/config.json").get("scale_factor_temporal", 4))
-
-    @classmethod
-    def write_tiny(cls, folder: Path, task: str) -> None:
-        """A checkpoint of Wan 2.1: twelve blocks of width 48, latents of four channels."""
-        tokenizer = tiny_t5_tokenizer()
-        vae = AutoencoderKLWan(base_dim=8, z_dim=4, dim_mult=[1, 2, 2, 2], num_res_blocks=1)
-        normalize_latents(vae, smooth_video(frames=33, size=96))
-        text_encoder = UMT5EncoderModel(
-            UMT5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
-        )
-        scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-        parts = {"tokenizer": tokenizer, "text_encoder": text_encoder, "vae": vae, "scheduler": scheduler}
-        if task == "t2v":
-            WanPipeline(**parts, transformer=tiny_transformer()).save_pretrained(folder)
-        else:
-            image_encoder, image_processor = tiny_clip_vision()
-            WanImageToVideoPipeline(
-                **parts,
-                transformer=tiny_transformer(in_channels=12, image_dim=32, added_kv_proj_dim=48),
-                image_encoder=image_encoder,
-                image_processor=image_processor,
-            ).save_pretrained(folder)
+        return int(self.base.read_config("vae/config.json").get("scale_factor_temporal", 4))
 
     def encode_prompt(self, pipeline: DiffusionPipeline, caption: str) -> Tensors:
         """`prompt_embeds` `[512, D]` of the T5 encoder, zero after the caption's end."""
@@ -151,7 +126,7 @@ class Wan(Family):
         """`latents` `[C, T, h, w]`, normalized.
 
         For image to video also `condition` `[4 + C, T, h, w]`, the mask and the latents of the first frame followed by
-        gray, and where the checkpoint has an image encoder `image_embeds` `[N, D]` of the first frame.
+        gray, and with an image encoder `image_embeds` `[N, D]` of the first frame.
         """
         tensors = {"latents": normalized_latents(pipeline.vae, video)}
         if self.task == "i2v" and not self.per_token_timesteps:
@@ -166,7 +141,7 @@ class Wan(Family):
         return decoded_video(pipeline.vae, latents)
 
     def step(self, batch: Tensors, noise: Tensor, sigmas: Tensor) -> TransformerStep:
-        """Timesteps are sigmas times 1000: one per clip, or one per token where the checkpoint asks for it."""
+        """Timesteps are sigmas times 1000: one per clip, or one per token if the base model expects that."""
         latents, timestep, weight = batch["latents"], sigmas * 1000, None
         hidden = add_noise(latents, noise, sigmas)
         if self.per_token_timesteps:
@@ -189,7 +164,7 @@ class Wan(Family):
 
 
 def _first_frame_condition(pipeline: DiffusionPipeline, video: Tensor, latents: Tensor) -> Tensor:
-    """What the pipeline puts beside the noise: `[4 + C, T, h, w]`."""
+    """The mask and latents that the pipeline concatenates to the noise: `[4 + C, T, h, w]`."""
     _, frames, height, width = video.shape
     image = video[None, :, 0].to(pipeline.device)
     prepared = pipeline.prepare_latents(
@@ -200,14 +175,8 @@ def _first_frame_condition(pipeline: DiffusionPipeline, video: Tensor, latents: 
 
 
 def _generated_frames(latents: Tensor, task: str) -> Tensor:
-    """`[1, 1, T, 1, 1]`: 0 for the frame that image to video is given, 1 for those that are generated."""
+    """`[1, 1, T, 1, 1]`: 0 for the given frame of image to video, 1 for generated frames."""
     generated = torch.ones_like(latents[:1, :1, :, :1, :1])
     if task == "i2v":
         generated[:, :, 0] = 0
     return generated
-
-
-def tiny_transformer(**settings: Any) -> WanTransformer3DModel:
-    """Twelve blocks of width 48 for latents of four channels; `settings` replace those of the configuration."""
-    sizes = {"num_attention_heads": 4, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "num_layers": 12}
-    return WanTransformer3DModel(**{**sizes, "text_dim": 32, "freq_dim": 64, "ffn_dim": 128, **settings})

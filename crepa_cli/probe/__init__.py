@@ -1,1 +1,1 @@
-"""Which block to align: what the configuration says, and what a measurement on clips says."""
+"""Which block to align: the default from the configuration, or a recommendation from a measurement on clips."""

@@ -1,4 +1,4 @@
-"""What `crepa probe-blocks` answers: facts of the configuration, the default, and what a measurement adds."""
+"""The answer of `crepa probe-blocks`: facts from the configuration, the default block, and any measurement."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from crepa_cli.probe.recommend import Choice, default_choice
 
 @dataclass(frozen=True)
 class Answer:
-    """Facts of a checkpoint's blocks, the default block, and what was measured.
+    """Facts about a checkpoint's blocks, the default block, and the measurement, if there is one.
 
     Attributes:
-        family, task, checkpoint: what was asked about.
-        blocks: their number; `crepa.block_index` is one of 0 to blocks - 1.
+        family, task, checkpoint: the model in question.
+        blocks: number of blocks; `crepa.block_index` ranges from 0 to blocks - 1.
         hidden_size: width of the hidden states.
-        parameters_per_block: of one block.
-        default: the family's block.
-        configured: the block of the settings, which is the default where they name none.
-        measurement, recommended: None where nothing was measured.
+        parameters_per_block: number of parameters of one block.
+        default: the family's default block.
+        configured: the block in the settings; the default if they name none.
+        measurement, recommended: None if nothing was measured.
     """
 
     family: str
@@ -39,7 +39,7 @@ class Answer:
     recommended: Choice | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The answer as JSON values; a figure that does not exist is null."""
+        """The answer as JSON values; missing figures are null."""
         return {
             "family": self.family,
             "task": self.task,
@@ -56,13 +56,13 @@ class Answer:
 
 
 def describe(family: Family, configured: int | None) -> Answer:
-    """What the configuration alone says; nothing of the size of the weights is allocated."""
+    """The answer from the configuration alone; no weights are allocated."""
     with torch.device("meta"):
         blocks = family.blocks(family.empty_transformer(torch.bfloat16))
     return Answer(
         family=family.name,
         task=family.task,
-        checkpoint=family.checkpoint,
+        checkpoint=family.base.name,
         blocks=family.block_count,
         hidden_size=family.hidden_size,
         parameters_per_block=sum(parameter.numel() for parameter in blocks[0].parameters()),

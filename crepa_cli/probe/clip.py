@@ -1,4 +1,4 @@
-"""One clip through the frozen transformer: every block's hidden states are reduced to figures as they pass by."""
+"""Run one clip through the frozen transformer, reducing each block's hidden states to figures on the fly."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from torch import Tensor
 from crepa_cli.alignment.grid import TokenGrid, coarser_grid, matching_frames
 from crepa_cli.alignment.loss import full_precision
 from crepa_cli.data.dataset import Batch
-from crepa_cli.errors import UserError
+from crepa_cli.errors import UserError, counted
 from crepa_cli.models.capture import HiddenStateCapture
 from crepa_cli.models.family import Family, Tensors
 from crepa_cli.probe.metrics import centered_kernel, cknna, linear_cka
 from crepa_cli.training.flow import seeded_generator
 
 KERNEL_TOKENS = 1024
-"""Tokens of a clip that CKNNA and CKA compare, at most: their kernels grow with the square."""
+"""The most tokens of a clip that CKNNA and CKA compare; their kernels grow with the square of this number."""
 LEAST_TOKENS = 4
-"""That the unbiased CKA is defined for."""
+"""The fewest tokens for which the unbiased CKA is defined."""
 PROJECTOR_TOKENS = 128
-"""Tokens of a clip that are stored for the projector, at most, for each block and noise level."""
+"""The most tokens of a clip that are stored for the projector, for each block and noise level."""
 
 
 class ComparedTokens:
-    """Where the tokens of a clip meet the teacher's features, and which of them are sampled.
+    """The grid on which a clip's tokens are compared with the teacher's features, and the sample of tokens used.
 
-    As in the loss, both are resampled to the grid that has fewer tokens in a frame.
+    As in the loss, both are resampled to the grid with fewer tokens per frame.
 
     Args:
-        student: the transformer's tokens.
-        teacher: the features.
+        student: grid of the transformer's tokens.
+        teacher: grid of the features.
         generator: draws the sample, the same for every block and noise level.
     """
 
@@ -45,13 +45,13 @@ class ComparedTokens:
         self.patches = [sampled % self.grid.tokens for sampled in self.patches]
 
     def look(self, frames: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-        """The sampled tokens of a clip, and its drift; one resampled frame is in memory at a time, and the one before.
+        """The sampled tokens of a clip, and its drift; only two resampled frames are in memory at a time.
 
         Args:
             frames: `[rows, columns, C]` each.
 
         Returns:
-            `[n, C]`, and the mean over neighboring frames and patches of 1 - cos, a 0-d tensor: 0 for a single frame.
+            `[n, C]`, and the mean of 1 - cos over adjacent frames and all patches, a 0-d tensor; 0 for a single frame.
         """
         samples, drifts, before = [], [], None
         for frame, sampled in zip(frames, self.patches, strict=True):
@@ -65,25 +65,25 @@ class ComparedTokens:
 
 
 def resampled(frame: Tensor, grid: TokenGrid) -> Tensor:
-    """A frame `[rows, columns, C]` on another grid, `[N, C]`: the interpolation of the loss."""
+    """A frame `[rows, columns, C]` resampled to another grid, `[N, C]`, with the interpolation of the loss."""
     values = frame.movedim(-1, 0)[None]
     values = F.interpolate(values, (grid.rows, grid.columns), mode="bilinear", align_corners=False)
     return values[0].flatten(1).T
 
 
 class ClipProbe:
-    """The measurement of one clip, a noise level at a time.
+    """The measurement of one clip, one noise level at a time.
 
-    Hidden states are compared as the projector's Linear gets them: after a LayerNorm, on the common grid. The features
-    have length 1.
+    Hidden states are compared as the projector's Linear receives them: after a LayerNorm, on the common grid. The
+    features have unit length.
 
     Args:
-        family: of the transformer.
+        family: the transformer's family.
         transformer: frozen, on its device.
-        capture: on all of its blocks.
-        batch: the clip alone, with features.
-        sigmas: the noise levels; all of them are made with the same noise.
-        seed: of the noise and of the sample, with the clip's own part.
+        capture: attached to all blocks.
+        batch: this clip alone, with features.
+        sigmas: the noise levels; all of them use the same noise.
+        seed: seed of the noise and of the sample; it includes the clip's digest.
 
     Attributes:
         tensors: `cka`, `cknna` and `drift` `[blocks, levels]`, `feature_drift` `[]`, `states` `[blocks, levels, S, H]`
@@ -102,8 +102,8 @@ class ClipProbe:
         sigmas: list[float],
         seed: tuple[int | str, ...],
     ) -> None:
-        assert batch.features is not None, "the batch is read with features"
-        assert batch.teacher_grid is not None, "and features have a grid"
+        assert batch.features is not None, "the batch must be read with features"
+        assert batch.teacher_grid is not None, "features must have a grid"
         self.family = family
         self.transformer = transformer
         self.capture = capture
@@ -119,7 +119,7 @@ class ClipProbe:
         sample, drift = self.tokens.look(features[frame].to(latents.device, torch.float32) for frame in chosen)
         if len(sample) < LEAST_TOKENS:
             raise UserError(
-                f"{batch.clips[0]} has {len(sample)} tokens, too few to compare blocks by: "
+                f"{batch.clips[0]} has only {counted(len(sample), 'token')}, too few to compare blocks: "
                 "set a larger size (data.width, data.height) or more frames (data.frames)"
             )
         self.features = F.normalize(sample, dim=-1)
@@ -137,7 +137,7 @@ class ClipProbe:
 
     @torch.no_grad()
     def run(self, level: int) -> None:
-        """One forward pass at a noise level."""
+        """Run one forward pass at a noise level."""
         sigma = self.noise.new_tensor([self.sigmas[level]])
         step = self.family.step(self.inputs, self.noise, sigma)
         with self.capture.watching(lambda block, hidden: self._reduce(block, level, hidden)):

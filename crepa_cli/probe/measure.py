@@ -1,6 +1,7 @@
 """The measurement: clips are prepared as for training, noised, and run through the frozen transformer.
 
-What a clip gives is stored once it is complete, so that a measurement that was stopped goes on with the next clip.
+The results of each clip are stored as soon as they are complete, so an interrupted measurement resumes with the next
+clip.
 """
 
 from __future__ import annotations
@@ -21,25 +22,26 @@ from crepa_cli.data.prepare import ClipForm, PreparedClip, prepare
 from crepa_cli.errors import RunError, UserError
 from crepa_cli.events import Event, Notice, Progress
 from crepa_cli.models.capture import HiddenStateCapture
-from crepa_cli.models.checkpoint import fetch, fingerprint
+from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family, Tensors
+from crepa_cli.models.hub import fetch, fingerprint
 from crepa_cli.probe.clip import KERNEL_TOKENS, PROJECTOR_TOKENS, ClipProbe
 from crepa_cli.probe.metrics import NEIGHBORS, NormalEquations, predicted_cosine
 from crepa_cli.processes import PRECISION
 from crepa_cli.profile import Profile
 
 LEVELS = (0.2, 0.4, 0.6, 0.8)
-"""Noise levels, as shares of the range that the transformer is used for."""
+"""Noise levels, as fractions of the range that the transformer covers."""
 CLIPS = 32
-"""Clips that are measured, at most: the order of the blocks settles long before a large folder is through."""
+"""The most clips that are measured: the ranking of the blocks settles long before a large folder is finished."""
 FOLDS = 4
 
 
 class HeldOut(NamedTuple):
-    """The mean cosine of a clip's features with what is predicted for them by a projector fitted to other clips.
+    """Mean cosine between each clip's features and their prediction, fitted on other clips.
 
-    `cosines` `[clips, blocks, levels]` are of a projector; `constant` `[clips]` is the cosine with the mean feature of
-    those other clips, which needs no states at all.
+    `cosines` `[clips, blocks, levels]` is for a projector of the hidden states; `constant` `[clips]` is for the mean
+    feature of the other clips, which needs no hidden states.
     """
 
     cosines: Tensor
@@ -48,16 +50,16 @@ class HeldOut(NamedTuple):
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured, by block and noise level.
+    """The measured figures, by block and noise level.
 
     Attributes:
-        clips: how many were measured.
+        clips: number of clips measured.
         sigmas: the noise levels.
-        cknna: `[blocks, levels]`, the mean over clips.
-        cka: likewise.
-        drift: `[blocks, levels]`, 1 - cos of neighboring frames' states over that of their features: below 1 the
-            states change less from frame to frame than what they are compared with.
-        projector: None for a single clip, which leaves no other one to fit a projector to.
+        cknna: `[blocks, levels]`, mean over clips.
+        cka: `[blocks, levels]`, mean over clips.
+        drift: `[blocks, levels]`, 1 - cos of adjacent frames' states, divided by the same for their features: below 1,
+            the states change less from frame to frame than the features do.
+        projector: None for a single clip, which leaves no other clips to fit a projector on.
     """
 
     clips: int
@@ -69,32 +71,32 @@ class Measurement:
 
 
 def measure(profile: Profile, family: Family) -> Generator[Event, None, Measurement]:
-    """Measure every block on the clips of the settings; yields what happens.
+    """Measure every block on the clips named in the settings; yields events.
 
     Args:
         profile: the resolved settings.
-        family: of the checkpoint.
+        family: family of the checkpoint.
 
     Raises:
-        UserError: if no clip is usable, a block is the teacher, or the checkpoint is not there.
-        RunError: if memory is not enough, or hidden states are not finite.
+        UserError: if no clip is usable, a block is the teacher, or the checkpoint is missing.
+        RunError: if memory runs out or hidden states are not finite.
     """
     if profile.crepa.use_backbone_features:
         raise UserError(
-            "crepa.use_backbone_features = true: blocks are compared with an encoder's features, and no encoder "
-            "teaches here; add --set crepa.use_backbone_features=false"
+            "crepa.use_backbone_features = true: blocks are compared with an encoder's features, but the teacher here "
+            "is a block; add --set crepa.use_backbone_features=false"
         )
     folder = clips_folder(profile.data)
-    # Without network this ends here, not after an hour of reading clips.
-    fetch(family.checkpoint, family.revision, folders=())
+    # Without a network, fail here and not after an hour of reading clips.
+    fetch(family.base.name, family.base.revision, folders=())
     accelerator = Accelerator(mixed_precision=PRECISION[profile.model.dtype])
     cache = Cache(cache_folder(profile.data))
-    dtype = getattr(torch, profile.model.dtype)
+    dtype = torch_dtype(profile.model.dtype)
     form = ClipForm.of(profile.data)
     clips = yield from prepare(family, folder, form, profile.crepa, [], cache, accelerator.device, dtype)
     if len(clips) > CLIPS:
-        yield Notice(f"{CLIPS} of {len(clips)} clips are measured")
-    # The order of digests is arbitrary, and the same on every machine: a fair choice of clips and folds.
+        yield Notice(f"measuring {CLIPS} of {len(clips)} clips")
+    # The order of digests is arbitrary but the same on every machine: a fair choice of clips and folds.
     clips = sorted(clips, key=lambda clip: clip.digest)[:CLIPS]
     low, high = family.sigma_range
     sigmas = [low + level * (high - low) for level in LEVELS]
@@ -104,19 +106,19 @@ def measure(profile: Profile, family: Family) -> Generator[Event, None, Measurem
     except torch.OutOfMemoryError as error:
         raise RunError(
             f"out of memory on {accelerator.device}: set fewer frames (data.frames) or a smaller size "
-            "(data.width, data.height), or take a smaller checkpoint"
+            "(data.width, data.height), or use a smaller checkpoint"
         ) from error
     projector = (yield from _held_out(cache, keys)) if len(clips) > 1 else None
     return _summary(cache, keys, sigmas, projector)
 
 
 def _keys(profile: Profile, family: Family, clips: list[PreparedClip], sigmas: list[float]) -> list[str]:
-    """The cache key of each clip's part: everything that it depends on."""
+    """The cache key of each clip's results, from everything they depend on."""
     common: dict[str, object] = {
         "kind": "probe",
         "family": family.name,
         "task": family.task,
-        "transformer": fingerprint(family.fetch() / family.component),
+        "transformer": fingerprint(family.base.fetch() / family.component),
         "dtype": profile.model.dtype,
         "seed": profile.train.seed,
         "sigmas": sigmas,
@@ -137,11 +139,11 @@ def _run_clips(
     cache: Cache,
     accelerator: Accelerator,
 ) -> Generator[Event, None, None]:
-    """Store the part of each clip that has none yet."""
+    """Measure and store each clip that has no stored results yet."""
     missing = [index for index, key in enumerate(keys) if not cache.has("probe", key)]
     if not missing:
         return
-    transformer = family.load_transformer(getattr(torch, profile.model.dtype)).to(accelerator.device)
+    transformer = family.load_transformer(torch_dtype(profile.model.dtype)).to(accelerator.device)
     capture = HiddenStateCapture(family.blocks(transformer), range(family.block_count))
     dataset = ClipDataset(clips, cache, "")
     total, done = len(clips) * len(sigmas), (len(clips) - len(missing)) * len(sigmas)
@@ -155,7 +157,7 @@ def _run_clips(
             if not probe.tensors["states"][:, level].isfinite().all():
                 raise RunError(
                     f"the hidden states of {batch.clips[0]} at sigma {sigmas[level]:g} are not finite in "
-                    f"{profile.model.dtype}; are the checkpoint's files whole?"
+                    f"{profile.model.dtype}; are the checkpoint's files complete?"
                 )
             done += 1
             yield Progress("blocks", done, total)
@@ -163,10 +165,10 @@ def _run_clips(
 
 
 def _held_out(cache: Cache, keys: list[str]) -> Generator[Event, None, HeldOut]:
-    """Cross-validation over clips: each is predicted by a projector that was fitted to the other folds.
+    """Cross-validation over clips: each clip is predicted by a projector fitted on the other folds.
 
-    One block at a time, so that memory does not grow with the blocks, and clip after clip. One projector serves all
-    noise levels, as in training.
+    Blocks are processed one at a time, clip by clip, so that memory does not grow with their number. One projector
+    serves all noise levels, as in training.
     """
     first = cache.read("probe", keys[0])
     blocks, levels, _, hidden_size = first["states"].shape
@@ -194,7 +196,7 @@ def _held_out(cache: Cache, keys: list[str]) -> Generator[Event, None, HeldOut]:
 
 
 def _states_and_features(cache: Cache, key: str, block: int) -> tuple[Tensor, Tensor]:
-    """A block's stored states `[levels, S, H]` and their features `[S, D]`; what is not used is not read."""
+    """A block's stored states `[levels, S, H]` and their features `[S, D]`; nothing else is read."""
     tensors = cache.read("probe", key)
     return tensors["states"][block], tensors["features"]
 
@@ -206,5 +208,5 @@ def _summary(cache: Cache, keys: list[str], sigmas: list[float], projector: Held
 
 
 def _figures(tensors: Tensors) -> list[Tensor]:
-    """A clip's own figures in float64, copied: the file with its states is let go."""
+    """A clip's own figures, copied to float64 so that the mapped file with its states can be released."""
     return [tensors[name].double() for name in ("cknna", "cka", "drift", "feature_drift")]

@@ -1,4 +1,4 @@
-"""The measurement as curves over depth."""
+"""The measurement plotted over depth."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from crepa_cli.errors import counted
 from crepa_cli.probe.answer import Answer
 
 
 def draw_measurement(answer: Answer) -> bytes:
-    """An SVG of every figure by block, a curve for each noise level; the same measurement gives the same bytes."""
+    """An SVG of every figure by block, with one curve per noise level; the same measurement gives the same bytes."""
     measurement = answer.measurement
-    assert measurement is not None, "there is something to draw"
+    assert measurement is not None, "there must be a measurement to draw"
     charts = {
         "CKNNA": measurement.cknna,
         "linear CKA": measurement.cka,
@@ -31,7 +32,7 @@ def draw_measurement(answer: Answer) -> bytes:
             _mark_blocks(axes, answer)
             axes.set_ylabel(title)
             axes.grid(alpha=0.3)
-        figure.suptitle(f"{answer.checkpoint} ({answer.task}), {measurement.clips} clips")
+        figure.suptitle(f"{answer.checkpoint} ({answer.task}), {counted(measurement.clips, 'clip')}")
         axes.set_xlabel("block")
         axes.xaxis.get_major_locator().set_params(integer=True)
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
@@ -40,7 +41,7 @@ def draw_measurement(answer: Answer) -> bytes:
 
 
 def _draw_levels(axes: Axes, values: Tensor, sigmas: list[float]) -> None:
-    """Curves of `[blocks, levels]`, lighter where there is more noise, and their mean."""
+    """Curves of `[blocks, levels]`, lighter with more noise, and their mean."""
     for level, sigma in enumerate(sigmas):
         shade = matplotlib.colormaps["viridis"](level / len(sigmas))
         axes.plot(values[:, level].tolist(), color=shade, linewidth=1, label=f"sigma {sigma:g}")

@@ -1,4 +1,4 @@
-"""The answer in a terminal: the facts, and a bar for each block."""
+"""Shows the answer in a terminal: the facts, and a bar for each block."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from crepa_cli.errors import counted
 from crepa_cli.probe.answer import Answer
 from crepa_cli.probe.measure import HeldOut, Measurement
 
@@ -19,7 +20,9 @@ def show(answer: Answer, console: Console) -> None:
     """Print the answer as tables that fit 80 columns."""
     console.print(_facts(answer))
     if answer.measurement is None:
-        console.print(Text("\nMeasure it on your clips: --data DIR; or see how that looks: --demo", style="dim"))
+        console.print(
+            Text("\nTo measure every block on your clips, add --data DIR; to try it out, add --demo.", style="dim")
+        )
         return
     console.print()
     console.print(_blocks(answer, answer.measurement))
@@ -45,7 +48,7 @@ def _facts(answer: Answer) -> Table:
 
 
 def _blocks(answer: Answer, measurement: Measurement) -> Table:
-    """The means over noise levels, and a bar from 0 to 1 of the projector's cosine, or of CKNNA where there is none."""
+    """Means over noise levels, with a bar from 0 to 1 for the projector's cosine, or for CKNNA if there is none."""
     projector, cknna = measurement.projector, measurement.cknna.mean(1)
     cosines = projector.cosines.mean((0, 2)) if projector else None
     table = Table(
@@ -72,18 +75,18 @@ def _blocks(answer: Answer, measurement: Measurement) -> Table:
 
 def _title(measurement: Measurement) -> str:
     levels = ", ".join(f"{sigma:g}" for sigma in measurement.sigmas)
-    return f"{measurement.clips} clips; means over the noise levels {levels}"
+    return f"{counted(measurement.clips, 'clip')}; means over the noise levels {levels}"
 
 
 def _caption(projector: HeldOut | None) -> str:
     lines = [
-        "CKNNA, CKA: how alike states and features are, up to 1.",
-        "drift: change of the states from frame to frame over that of the features.",
+        "CKNNA, CKA: similarity of hidden states and features, at most 1.",
+        "drift: change of the states from frame to frame, relative to the features'.",
     ]
     if projector:
         lines = [
-            "cosine: of a clip's features with what a projector that was fitted to",
-            f"other clips makes of the states; their mean alone comes to {projector.constant.mean():.3f}.",
+            "cosine: between a clip's features and a projector's prediction of them,",
+            f"fitted on the other clips (predicting their mean: {projector.constant.mean():.3f}).",
             *lines,
         ]
     return "\n".join(lines)

@@ -1,34 +1,33 @@
-"""What a run is: its settings, the layers they come from, the presets, and the files that say so."""
+"""The settings of a run: their layers, the presets, and the TOML files that hold them."""
 
+from crepa_cli.profile.alignment import CrepaSettings, LayerSyncSettings
 from crepa_cli.profile.describe import allowed_values, description, json_schema, known_keys
 from crepa_cli.profile.files import dump_toml, preset_purpose, presets
 from crepa_cli.profile.layers import Defaults, ResolvedProfile, resolve_profile
 from crepa_cli.profile.settings import (
-    Adapter,
-    Checkpoints,
-    Crepa,
-    Data,
-    LayerSync,
-    Model,
+    AdapterSettings,
+    CheckpointsSettings,
+    DataSettings,
+    ModelSettings,
     Profile,
-    Report,
-    Train,
-    Validation,
+    ReportSettings,
+    TrainSettings,
+    ValidationSettings,
 )
 
 __all__ = [
-    "Adapter",
-    "Checkpoints",
-    "Crepa",
-    "Data",
+    "AdapterSettings",
+    "CheckpointsSettings",
+    "CrepaSettings",
+    "DataSettings",
     "Defaults",
-    "LayerSync",
-    "Model",
+    "LayerSyncSettings",
+    "ModelSettings",
     "Profile",
-    "Report",
+    "ReportSettings",
     "ResolvedProfile",
-    "Train",
-    "Validation",
+    "TrainSettings",
+    "ValidationSettings",
     "allowed_values",
     "description",
     "dump_toml",

@@ -1,4 +1,4 @@
-"""Settings in words: what a key allows, which known key a typo is nearest to, values as people write them."""
+"""Settings in words: allowed values, the known key nearest to a typo, values as users write them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from functools import cache
 from typing import Any
 
 from crepa_cli.profile.settings import TABLES, Profile
+from crepa_cli.profile.table import FAMILY_DEFAULT, NONE_MEANS
 
 _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 _TYPES = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "text"}
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON schema of `crepa.toml`, for editors. Every key may be left out; "none" stands for null."""
+    """The JSON schema of `crepa.toml`, for editors. Every key is optional; "none" stands for null."""
     schema = _without_null(Profile.model_json_schema())
     schema["$schema"] = "http://json-schema.org/draft-07/schema#"
     return dict(schema)
@@ -28,10 +29,19 @@ def _without_null(node: Any) -> Any:
         return {"const": "none"}
     if not isinstance(node, dict):
         return node
+    if NONE_MEANS in node:
+        node = _or_none(node)
     dropped = {"required"} if isinstance(node.get("required"), list) else set()
     if node.get("default") is None or isinstance(node["default"], dict):
         dropped.add("default")
     return {key: _without_null(value) for key, value in node.items() if key not in dropped}
+
+
+def _or_none(node: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a setting that is resolved later, with "none" as an alternative."""
+    notes = {key: node[key] for key in ("title", "description", "examples")}
+    value = {key: one for key, one in node.items() if key not in notes and key != NONE_MEANS}
+    return {"anyOf": [value, {"type": "null"}], **notes}
 
 
 @cache
@@ -44,18 +54,41 @@ def known_keys() -> Mapping[str, tuple[str, ...]]:
 
 
 @cache
+def family_keys() -> frozenset[tuple[str, str]]:
+    """Table and key of the settings whose default is the family's."""
+    return frozenset(
+        (table, key)
+        for table, keys in known_keys().items()
+        for key in keys
+        if _properties(table)[key].get(NONE_MEANS) == FAMILY_DEFAULT
+    )
+
+
+@cache
+def examples() -> Mapping[tuple[str, str], object]:
+    """A valid value for each setting that is required of a profile but not of its user, by table and key."""
+    return {
+        (table, key): _properties(table)[key]["examples"][0]
+        for table, keys in known_keys().items()
+        for key in keys
+        if NONE_MEANS in _properties(table)[key]
+    }
+
+
+@cache
 def _properties(table: str) -> dict[str, Any]:
     return dict(TABLES[table].model_json_schema()["properties"])
 
 
 def description(table: str, key: str) -> str:
-    """What a setting means, in one or two sentences."""
+    """The meaning of a setting, in one or two sentences."""
     return str(_properties(table)[key]["description"])
 
 
 def allowed_values(table: str, key: str) -> str:
     """The values that a setting takes, in words: "a number > 0 and <= 1, or none"."""
-    return _allowed(_properties(table)[key])
+    schema = _properties(table)[key]
+    return _allowed(_or_none(schema) if NONE_MEANS in schema else schema)
 
 
 def _allowed(schema: Mapping[str, Any]) -> str:
@@ -75,7 +108,7 @@ def _allowed(schema: Mapping[str, Any]) -> str:
 
 
 def shown(value: object, limit: int = 100) -> str:
-    """A value as TOML would have it, cut to `limit` characters; "none" where there is no value."""
+    """A value in TOML's notation, cut to `limit` characters; "none" for None."""
     if value is None:
         return "none"
     try:
@@ -86,7 +119,7 @@ def shown(value: object, limit: int = 100) -> str:
 
 
 def unknown_table(table: str) -> str:
-    """Says that a table does not exist, and which one may have been meant."""
+    """A message that a table does not exist, with the name that was probably meant."""
     owners = [owner for owner, keys in known_keys().items() if table in keys]
     if owners:
         return f"'{table}' is not a table; it is a key of " + " and of ".join(f"[{owner}]" for owner in owners)
@@ -96,7 +129,7 @@ def unknown_table(table: str) -> str:
 
 
 def unknown_key(table: str, key: str) -> str:
-    """Says that a key does not exist in a known table, and which one may have been meant."""
+    """A message that a known table has no such key, with the name that was probably meant."""
     nearest = difflib.get_close_matches(key, known_keys()[table], n=1, cutoff=0.6)
     owners = [owner for owner, keys in known_keys().items() if key in keys]
     if nearest or owners:

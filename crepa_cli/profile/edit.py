@@ -1,4 +1,4 @@
-"""One setting changed in a TOML file that its user wrote: everything else stays as it is, comments included."""
+"""Change one setting in a user's TOML file and keep everything else, including comments."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ def with_number(text: str, label: str, table: str, key: str, value: int) -> str:
     """The text of a TOML file with `key = value` in its `[table]`.
 
     Args:
-        text: the file's.
-        label: how to call it.
-        table: is added at the end where there is none.
-        key: is put first in the table where it is not there yet.
-        value: the new one.
+        text: the contents of the file.
+        label: its name in messages.
+        table: is appended to the file if it is missing.
+        key: is inserted at the top of the table if it is missing.
+        value: the new value.
 
     Raises:
-        UserError: if the text is no TOML, or spells the table in another way than `[table]`.
+        UserError: if the text is not valid TOML, or does not write the table as `[table]`.
     """
     expected = parse_toml(text, label)
     settings = expected.setdefault(table, {})
@@ -34,13 +34,13 @@ def with_number(text: str, label: str, table: str, key: str, value: int) -> str:
         settings[key] = value
     if not _says(changed, expected):
         raise UserError(
-            f"{label}: [{table}] is written in a way that cannot be changed safely; set {key} = {value} in it"
+            f"{label}: [{table}] is written in a form that cannot be edited safely; set {key} = {value} there by hand"
         )
     return changed
 
 
 def _in_table(rest: str, key: str, value: int, newline: str) -> str:
-    """What follows a table's header, with the key changed or added."""
+    """The text after a table's header, with the key changed or added."""
     end = re.search(r"^[ \t]*\[", rest, re.MULTILINE)
     body, others = (rest[: end.start()], rest[end.start() :]) if end else (rest, "")
     body, count = re.subn(rf"^([ \t]*{key}[ \t]*=[ \t]*)[^\s#]+", rf"\g<1>{value}", body, count=1, flags=re.MULTILINE)

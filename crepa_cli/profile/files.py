@@ -1,9 +1,11 @@
-"""TOML files: the presets, `crepa.toml`, and the profile that a run writes."""
+"""TOML files: presets, `crepa.toml` and the resolved profile of a run."""
 
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 
 import tomli_w
@@ -13,13 +15,20 @@ from crepa_cli.profile.describe import shown
 from crepa_cli.profile.settings import Profile
 
 PROJECT_FILE = "crepa.toml"
+PATHS = {("data", "path"), ("data", "cache"), ("train", "output"), ("validation", "images")}
+PATHS_OR_NAMES = {("model", "checkpoint"), ("crepa", "encoder")}
+CONTROL = re.compile(r"[\x00-\x1f]")
+BACKSLASHES = (
+    'in double quotes a backslash starts an escape: write the path with slashes ("D:/clips") or in single quotes '
+    "('D:\\clips')"
+)
 LARGEST_FILE = 2**20
 RESOLVED_MARK = "# All settings of a run, resolved."
 RESOLVED_HEADER = f"{RESOLVED_MARK} As --profile, this file alone decides: no crepa.toml is read beside it.\n\n"
 
 
 def presets() -> dict[str, Path]:
-    """The presets by name: of the installed package, or of the source checkout that this file lies in."""
+    """The presets by name, from the installed package or from the source checkout."""
     folder = Path(__file__).parent / "presets"
     if not folder.is_dir():
         folder = Path(__file__).parents[2] / "profiles"
@@ -27,15 +36,15 @@ def presets() -> dict[str, Path]:
 
 
 def preset_purpose(path: Path) -> str:
-    """What a preset is for: its first line, a comment."""
+    """The purpose of a preset: the comment in its first line."""
     return path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
 
 
 def find_profile(name: str, folder: Path) -> tuple[Path, str]:
-    """The file that `--profile` names, a preset or a path relative to `folder`, and how to call it.
+    """The file that `--profile` names, a preset or a path relative to `folder`, and its name in messages.
 
     Raises:
-        UserError: there is no such preset and no such file.
+        UserError: if there is no such preset or file.
     """
     known = presets()
     if name in known:
@@ -45,11 +54,11 @@ def find_profile(name: str, folder: Path) -> tuple[Path, str]:
         return path, name
     nearest = difflib.get_close_matches(name, known, n=1)
     hint = f" (did you mean {nearest[0]}?)" if nearest else ""
-    raise UserError(f"--profile: there is no preset and no file {shown(name)}{hint}; presets are {', '.join(known)}")
+    raise UserError(f"--profile: no preset or file is named {shown(name)}{hint}; the presets are {', '.join(known)}")
 
 
 def exists(path: Path) -> bool:
-    """Whether there is such a file or folder; False as well for what no file system takes as a name."""
+    """Whether the file or folder exists; False if its name is invalid."""
     try:
         return path.exists()
     except (OSError, ValueError):
@@ -57,7 +66,7 @@ def exists(path: Path) -> bool:
 
 
 def find_project_file(folder: Path) -> Path | None:
-    """The `crepa.toml` of `folder` or of its nearest parent that has one."""
+    """The `crepa.toml` of `folder` or of the nearest parent that has one."""
     folder = folder.absolute()
     candidates = (parent / PROJECT_FILE for parent in (folder, *folder.parents))
     return next((path for path in candidates if exists(path)), None)
@@ -67,7 +76,8 @@ def read_text(path: Path, label: str) -> str:
     """The text of a small UTF-8 file.
 
     Raises:
-        UserError: it cannot be read, is no regular file, is too large, or is no text. The message starts with `label`.
+        UserError: if it cannot be read, is not a regular file, is too large or is not UTF-8. The message starts with
+            `label`.
     """
     try:
         if not path.is_file():
@@ -87,16 +97,34 @@ def parse_toml(text: str, label: str) -> dict[str, object]:
     """The tables of a TOML document.
 
     Raises:
-        UserError: the text is no TOML. The message names `label`, the line and the column.
+        UserError: if the text is not valid TOML. The message names `label`, the line and the column.
     """
     try:
-        return tomllib.loads(text)
+        tables = tomllib.loads(text)
     except ValueError as error:
-        raise UserError(f"{label}: not valid TOML: {error}") from error
+        raise UserError(f"{label}: not valid TOML: {error}{_backslash_hint(text, str(error))}") from error
     except RecursionError as error:
         raise UserError(f"{label}: not valid TOML: too deeply nested") from error
+    _refuse_broken_paths(tables, label)
+    return tables
+
+
+def _backslash_hint(text: str, error: str) -> str:
+    """How to write a path, if the line of a TOML error has a backslash in double quotes."""
+    found = re.search(r"at line (\d+)", error)
+    line = text.splitlines()[int(found[1]) - 1] if found else ""
+    return f"; {BACKSLASHES}" if re.search(r'"[^"]*\\', line) else ""
+
+
+def _refuse_broken_paths(tables: Mapping[str, object], label: str) -> None:
+    """Refuse paths with control characters: TOML reads a backslash before n or t as a line break or a tab."""
+    for table, keys in tables.items():
+        for key, value in keys.items() if isinstance(keys, dict) else ():
+            texts = value if isinstance(value, list) else [value]
+            if (table, key) in PATHS | PATHS_OR_NAMES and any(CONTROL.search(str(text)) for text in texts):
+                raise UserError(f"{label}: {table}.{key} = {shown(value)} is not a path; {BACKSLASHES}")
 
 
 def dump_toml(profile: Profile) -> str:
-    """Every setting of `profile` that has a value, as TOML that `--profile` reads back to an equal profile."""
+    """All settings of `profile` that have a value, as TOML; `--profile` reads it back to an equal profile."""
     return RESOLVED_HEADER + tomli_w.dumps(profile.model_dump(exclude_none=True))

@@ -1,4 +1,4 @@
-"""The layers of a run's settings, later over earlier, and where each value came from."""
+"""Layers of settings: later ones override earlier ones, and every value keeps its source."""
 
 from __future__ import annotations
 
@@ -7,14 +7,24 @@ import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from crepa_cli.errors import UserError
-from crepa_cli.profile.describe import allowed_values, known_keys, shown, unknown_key, unknown_table
+from crepa_cli.profile.describe import (
+    allowed_values,
+    examples,
+    family_keys,
+    known_keys,
+    shown,
+    unknown_key,
+    unknown_table,
+)
 from crepa_cli.profile.files import (
+    PATHS,
+    PATHS_OR_NAMES,
     RESOLVED_MARK,
     exists,
     find_profile,
@@ -25,26 +35,31 @@ from crepa_cli.profile.files import (
 from crepa_cli.profile.settings import Profile
 
 Defaults = Callable[[str, str], Mapping[str, Mapping[str, object]]]
-"""Takes a model family and a task, gives settings for them by table and key."""
+"""From the names of a model family and a task to settings by table and key."""
 Key = tuple[str, str]
 
 BUILT_IN = "built-in default"
 FAMILY: Key = ("model", "family")
+RANK: Key = ("adapter", "rank")
+ALPHA: Key = ("adapter", "alpha")
 TASK: Key = ("model", "task")
 FLAGS = {"model.family": "--model", "data.path": "--data"}
-NO_FAMILY = "no model family is chosen: give --model, for example --model wan"
+NO_FAMILY = "no model family is set: choose one with --model; `crepa init` lists them"
 LARGEST_INTEGER = 2**63 - 1
-PATHS = {("data", "path"), ("data", "cache"), ("train", "output"), ("validation", "images")}
-PATHS_OR_NAMES = {("model", "checkpoint"), ("crepa", "encoder")}
 
 
 class Setting(NamedTuple):
-    """One value, and the layer that gave it."""
+    """A value and the layer that set it."""
 
     table: str
     key: str
     value: object
     source: str
+
+    @property
+    def name(self) -> Key:
+        """Table and key."""
+        return self.table, self.key
 
     def __str__(self) -> str:
         return f"{self.source}: {self.table}.{self.key} = {shown(self.value)}"
@@ -58,13 +73,13 @@ class _File(NamedTuple):
 
 @dataclass(frozen=True)
 class ResolvedProfile:
-    """The settings of a run, and for each "table.key" the layer that it came from."""
+    """The settings of a run, and the source of each by "table.key"."""
 
     profile: Profile
     sources: Mapping[str, str]
 
     def rows(self) -> Iterator[tuple[str, str, str, str]]:
-        """Table, key, value in words and source of every setting, in the order of the tables."""
+        """Table, key, value as text and source of every setting, in the order of the tables."""
         for table, values in self.profile.model_dump().items():
             for key, value in values.items():
                 yield table, key, shown(value), self.sources[f"{table}.{key}"]
@@ -79,19 +94,23 @@ def resolve_profile(
     family_defaults: Defaults,
     demo: Defaults | None = None,
 ) -> ResolvedProfile:
-    """Layers a run's settings: built-in, family, `profile`, crepa.toml, `demo`, `flags`, `sets`; the last one wins.
+    """Merge the layers of a run's settings; later layers override earlier ones.
+
+    The order is: built-in defaults, family, `profile`, crepa.toml, `demo`, `flags`, `sets`. A setting whose default
+    depends on the family goes back to that default if a layer sets it to "none".
 
     Args:
-        profile: name of a preset or path of a TOML file. One that `dump_toml` wrote takes the place of the family's
-            defaults and of crepa.toml, so that it repeats its run.
+        profile: name of a preset or path of a TOML file. A file that `dump_toml` wrote replaces the family's defaults
+            and crepa.toml, so that it repeats its run.
         flags: values by "table.key"; None means that the flag was not given.
         sets: "table.key=value", the value as TOML or else a bare string.
-        folder: where crepa.toml is looked for, then in its parents.
-        family_defaults: raises `UserError` for a family that it does not know.
-        demo: settings of the demo, where it is on.
+        folder: the first folder to search for crepa.toml; its parents come next.
+        family_defaults: has a value for every setting that depends on the family, and raises `UserError` for an
+            unknown family.
+        demo: settings of the demo, if it is on.
 
     Raises:
-        UserError: lists all mistakes, each with where it was made and what is allowed there.
+        UserError: lists all mistakes, each with its source and the allowed values.
     """
     mistakes: list[str] = []
     files, repeats_run = _read_files(profile, folder, mistakes)
@@ -103,23 +122,25 @@ def resolve_profile(
     ]
     given = [*flag_settings(flags, mistakes), *_from_sets(sets, mistakes)]
 
-    stated = _merged([*written, *given])
+    stated = merged([*written, *given])
     if FAMILY not in stated and not unreadable:
         mistakes.append(NO_FAMILY)
-    defaults, demo_settings = _defaults(stated, None if repeats_run else family_defaults, demo, mistakes)
-    return checked_profile([*defaults, *written, *demo_settings, *given], mistakes)
+    defaults, demo_settings = _defaults(stated, family_defaults, demo, mistakes)
+    if repeats_run:  # Files of older versions lack the settings that were none.
+        defaults = [one for one in defaults if one.name in family_keys()]
+    return _resolved(check_settings([*written, *demo_settings, *given], mistakes, defaults))
 
 
 def _defaults(
-    stated: Mapping[Key, Setting], family_defaults: Defaults | None, demo: Defaults | None, mistakes: list[str]
+    stated: Mapping[Key, Setting], family_defaults: Defaults, demo: Defaults | None, mistakes: list[str]
 ) -> tuple[list[Setting], list[Setting]]:
-    """What the family and the demo say for the family and task that are stated, where these are known."""
+    """The family's defaults and the demo's settings for the stated family and task; nothing if these are unknown."""
     family, task = stated.get(FAMILY), stated.get(TASK)
     if family is None or (task is not None and task.value not in ("t2v", "i2v")):
         return [], []
     names = str(family.value), str(task.value) if task else "t2v"
     try:
-        defaults = family_defaults(*names) if family_defaults else {}
+        defaults = family_defaults(*names)
         demo_tables = demo(*names) if demo else {}
     except UserError as error:
         mistakes.append(f"{family}: {error}")
@@ -131,7 +152,7 @@ def _defaults(
 
 
 def _read_files(profile: str | None, folder: Path, mistakes: list[str]) -> tuple[list[_File], bool]:
-    """What `profile` and crepa.toml say, and whether `profile` repeats a run."""
+    """The contents of `profile` and crepa.toml, and whether `profile` repeats a run."""
     files = []
     if profile is not None:
         try:
@@ -152,8 +173,8 @@ def _read_files(profile: str | None, folder: Path, mistakes: list[str]) -> tuple
 
 
 def _anchored(setting: Setting, base: Path, folder: Path) -> Setting:
-    """The setting with its relative path, if it is one, taken from `base` (itself relative to `folder`)."""
-    name = (setting.table, setting.key)
+    """The setting; if its value is a relative path, it is resolved from `base` (itself relative to `folder`)."""
+    name = setting.name
     if base == Path() or setting.value == "none" or name not in PATHS | PATHS_OR_NAMES:
         return setting
 
@@ -167,7 +188,7 @@ def _anchored(setting: Setting, base: Path, folder: Path) -> Setting:
 
 
 def known_settings(tables: Mapping[str, object], source: str, mistakes: list[str]) -> Iterator[Setting]:
-    """The settings of `tables` whose keys exist; the others become mistakes."""
+    """The settings of `tables` whose keys exist; unknown tables and keys are added to `mistakes`."""
     for table, values in tables.items():
         if table not in known_keys():
             mistakes.append(f"{source}: {unknown_table(table)}")
@@ -185,7 +206,7 @@ def known_settings(tables: Mapping[str, object], source: str, mistakes: list[str
 
 
 def flag_settings(flags: Mapping[str, object], mistakes: list[str]) -> Iterator[Setting]:
-    """The settings of flags by "table.key"; None means that the flag was not given."""
+    """The settings that flags set, by "table.key"; None means that the flag was not given."""
     for name, value in flags.items():
         if value is not None:
             table, _, key = name.partition(".")
@@ -210,55 +231,81 @@ def _toml_or_text(text: str) -> object:
     return parsed["value"] if len(parsed) == 1 else text
 
 
-def _merged(settings: Iterable[Setting]) -> dict[Key, Setting]:
-    return {(one.table, one.key): one for one in settings}
-
-
-def _nested(settings: Iterable[Setting]) -> dict[str, dict[str, object]]:
-    tables: dict[str, dict[str, object]] = {}
+def merged(settings: Iterable[Setting], defaults: Iterable[Setting] = ()) -> dict[Key, Setting]:
+    """The last setting of each key. A "none" that stands for the family's default is replaced by that of `defaults`."""
+    base = {one.name: one for one in defaults}
+    result = dict(base)
     for one in settings:
-        tables.setdefault(one.table, {})[one.key] = one.value
+        if one.value in (None, "none") and one.name in examples():
+            result.pop(one.name, None)
+            if one.name in base:
+                result[one.name] = base[one.name]
+        else:
+            result[one.name] = one
+    return result
+
+
+def nested(values: Mapping[Key, object]) -> dict[str, dict[str, Any]]:
+    """The values by table and key."""
+    tables: dict[str, dict[str, Any]] = {}
+    for (table, key), value in values.items():
+        tables.setdefault(table, {})[key] = value
     return tables
 
 
-def checked_profile(settings: Iterable[Setting], mistakes: Iterable[str] = ()) -> ResolvedProfile:
-    """The profile of settings that later ones override.
+def check_settings(
+    settings: Iterable[Setting], mistakes: Iterable[str] = (), defaults: Iterable[Setting] = ()
+) -> dict[Key, Setting]:
+    """The settings over `defaults`, merged, with nothing wrong in them; those of the family may be missing.
 
     Raises:
         UserError: lists `mistakes`, values out of range and broken rules.
     """
-    merged = _merged(settings)
-    mistakes = [*mistakes, *_wrong_values(merged)]
+    checked = merged(settings, defaults)
+    mistakes = [*mistakes, *_wrong_values(checked)]
     if mistakes:
         heading = f"{len(mistakes)} mistakes in the settings:"
         raise UserError(mistakes[0] if len(mistakes) == 1 else "\n  ".join([heading, *mistakes]))
+    return checked
+
+
+def _resolved(settings: dict[Key, Setting]) -> ResolvedProfile:
+    """The profile of checked settings, complete but for adapter.alpha, which is the rank if it is not set."""
+    rank = settings[RANK]
+    settings = {ALPHA: Setting(*ALPHA, rank.value, rank.source), **settings}
     sources = {
-        f"{table}.{key}": merged[table, key].source if (table, key) in merged else BUILT_IN
+        f"{table}.{key}": settings[table, key].source if (table, key) in settings else BUILT_IN
         for table, keys in known_keys().items()
         for key in keys
     }
-    return ResolvedProfile(Profile.model_validate(_nested(merged.values())), sources)
+    return ResolvedProfile(Profile.model_validate(nested(_values(settings))), sources)
 
 
-def _wrong_values(merged: Mapping[Key, Setting]) -> Iterator[str]:
-    """Every value out of range and every broken rule, each checked as if the ones before were not there."""
-    family = Setting(*FAMILY, "?", "")
-    remaining = {FAMILY: family, **merged}
+def _values(settings: Mapping[Key, Setting]) -> dict[Key, object]:
+    return {name: one.value for name, one in settings.items()}
+
+
+def _wrong_values(settings: Mapping[Key, Setting]) -> Iterator[str]:
+    """A message for each value out of range and each broken rule. What is already wrong is left out of later checks."""
+    remaining = _values(settings)
     blamed: set[Key] = set()
-    while errors := _errors(remaining.values()):
+    while errors := _errors(remaining):
         for keys, must in errors:
             if blamed.isdisjoint(keys):
-                yield f"{merged[keys[0]]}: {must}"
+                yield f"{settings[keys[0]]}: {must}"
             blamed.update(keys)
-        remaining = {FAMILY: family} | {key: one for key, one in merged.items() if key not in blamed}
+        remaining = {name: value for name, value in remaining.items() if name not in blamed}
 
 
-def _errors(settings: Iterable[Setting]) -> list[tuple[list[Key], str]]:
-    """For every error the keys that it is about, the one to report first, and what must be."""
+def _errors(values: Mapping[Key, object]) -> list[tuple[list[Key], str]]:
+    """For each error its keys, first the one to report, and the requirement. Examples stand in for missing values."""
+    stand_ins = {FAMILY: "?", **examples()}
     try:
-        Profile.model_validate(_nested(settings))
+        Profile.model_validate(nested({**stand_ins, **values}))
     except ValidationError as error:
-        return [_explained(one) for one in error.errors(include_url=False, include_input=False)]
+        found = [_explained(one) for one in error.errors(include_url=False, include_input=False)]
+        missing = stand_ins.keys() - values.keys()
+        return [(keys, must) for keys, must in found if missing.isdisjoint(keys)]
     return []
 
 

@@ -1,4 +1,4 @@
-"""The crepa.toml of a folder: the settings that start it, and the file with its schema."""
+"""The files of a new project: crepa.toml and its JSON schema."""
 
 from __future__ import annotations
 
@@ -6,32 +6,42 @@ import json
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import tomli_w
 
 from crepa_cli.errors import UserError
 from crepa_cli.files import write_whole
-from crepa_cli.profile.describe import description, json_schema
+from crepa_cli.profile.describe import description, examples, json_schema
 from crepa_cli.profile.files import PROJECT_FILE, find_profile, parse_toml, read_text
-from crepa_cli.profile.layers import FAMILY, NO_FAMILY, Setting, checked_profile, flag_settings, known_settings
+from crepa_cli.profile.layers import (
+    FAMILY,
+    NO_FAMILY,
+    Key,
+    Setting,
+    check_settings,
+    flag_settings,
+    known_settings,
+    nested,
+)
 from crepa_cli.profile.settings import Profile
 
 SCHEMA_FILE = "crepa.schema.json"
 HEADER = f"""\
 #:schema ./{SCHEMA_FILE}
 
-# What differs from the defaults. `crepa train --print-profile` shows all settings and where each comes from.
+# Settings that differ from the defaults. `crepa train --print-profile` shows all settings and their sources.
 """
 MEMORY_SETTINGS: tuple[tuple[float, dict[str, dict[str, object]]], ...] = (
     (24, {}),
     (12, {"data": {"frames": 49}}),
     (0, {"data": {"frames": 33}, "crepa": {"encoder": "dinov2_vits14", "encoder_image_size": 224}}),
 )
-"""From this many GiB of GPU memory on, the settings that differ from the defaults."""
+"""Smallest GPU memory in GiB, and the settings for it that differ from the defaults; the first that fits is used."""
 
 
 def memory_settings(gibibytes: float) -> Mapping[str, Mapping[str, object]]:
-    """A first guess at settings that fit a GPU; `crepa doctor` then says what does.
+    """A first guess at settings that fit a GPU; `crepa doctor` checks them.
 
     | GPU memory      | settings                                           |
     | --------------- | -------------------------------------------------- |
@@ -42,7 +52,7 @@ def memory_settings(gibibytes: float) -> Mapping[str, Mapping[str, object]]:
     return next((settings for limit, settings in MEMORY_SETTINGS if gibibytes >= limit), MEMORY_SETTINGS[-1][1])
 
 
-def project_profile(
+def project_settings(
     *,
     profile: str | None,
     vram: float | None,
@@ -50,8 +60,10 @@ def project_profile(
     flags: Mapping[str, object],
     folder: Path,
     families: Collection[str],
-) -> Profile:
-    """The settings that start a folder: a preset or TOML file, then memory, then imported ones, then flags.
+) -> dict[str, dict[str, Any]]:
+    """The settings of a new crepa.toml by table and key: those that differ from the built-in defaults.
+
+    The layers are a preset or TOML file, settings for the GPU's memory, imported settings and flags.
 
     Raises:
         UserError: lists all mistakes.
@@ -64,18 +76,29 @@ def project_profile(
     if vram is not None:
         settings += known_settings(memory_settings(vram), "--vram", mistakes)
     settings += [*imported, *flag_settings(flags, mistakes)]
-    named = [one for one in settings if (one.table, one.key) == FAMILY]
+    named = [one for one in settings if one.name == FAMILY]
     if not named:
         mistakes.append(NO_FAMILY)
     elif named[-1].value not in families:
-        mistakes.append(f"{named[-1]}: must be one of {', '.join(families)}, which have CREPA support")
-    return checked_profile(settings, mistakes).profile
+        mistakes.append(f"{named[-1]}: must be one of {', '.join(families)}, which support CREPA")
+    return _without_defaults(check_settings(settings, mistakes))
 
 
-def commented_toml(profile: Profile) -> str:
-    """The settings that differ from the built-in defaults, each under its description."""
+def _without_defaults(settings: Mapping[Key, Setting]) -> dict[str, dict[str, Any]]:
+    """The values of checked settings, without those that are built-in defaults."""
+    values = {name: one.value for name, one in settings.items()}
+    profile = Profile.model_validate(nested({**examples(), **values}))
+    return {
+        table: kept
+        for table, keys in profile.model_dump(exclude_defaults=True).items()
+        if (kept := {key: value for key, value in keys.items() if (table, key) in values})
+    }
+
+
+def commented_toml(settings: Mapping[str, Mapping[str, Any]]) -> str:
+    """The settings of `project_settings` as TOML, each below its description."""
     parts = [HEADER]
-    for table, values in profile.model_dump(exclude_defaults=True).items():
+    for table, values in settings.items():
         parts.append(f"\n[{table}]\n")
         for key, value in values.items():
             comment = textwrap.fill(
@@ -86,26 +109,27 @@ def commented_toml(profile: Profile) -> str:
 
 
 def refuse_to_overwrite(folder: Path) -> None:
-    """Looks for files of the user's that `write_project` would replace.
+    """Check that `write_project` would replace no file of the user's.
 
     Raises:
-        UserError: there is a crepa.toml already, or another schema.
+        UserError: if there is a crepa.toml or another schema.
     """
     schema = folder / SCHEMA_FILE
-    changed = schema.exists() and read_text(schema, SCHEMA_FILE) != _schema_text()
+    # git on Windows may have given it CRLF.
+    changed = schema.exists() and read_text(schema, SCHEMA_FILE).replace("\r\n", "\n") != _schema_text()
     existing = [PROJECT_FILE] * (folder / PROJECT_FILE).exists() + [SCHEMA_FILE] * changed
     if existing:
-        raise UserError(f"{' and '.join(existing)}: already there; --force writes a new one")
+        raise UserError(f"{' and '.join(existing)}: already exists; use --force to overwrite it")
 
 
-def write_project(profile: Profile, folder: Path) -> None:
-    """Writes crepa.toml and the schema that it names, over what is there.
+def write_project(settings: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
+    """Write crepa.toml and its schema, replacing existing files.
 
     Raises:
-        UserError: a file cannot be written.
+        UserError: if a file cannot be written.
     """
     write_whole(folder / SCHEMA_FILE, _schema_text().encode())
-    write_whole(folder / PROJECT_FILE, commented_toml(profile).encode())
+    write_whole(folder / PROJECT_FILE, commented_toml(settings).encode())
 
 
 def _schema_text() -> str:

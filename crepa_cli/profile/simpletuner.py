@@ -1,4 +1,4 @@
-"""SimpleTuner's JSON configuration: what it says in our settings, and our alignment settings in its keys."""
+"""Import of SimpleTuner's JSON configuration, and export of the alignment settings to it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from crepa_cli.profile.layers import Setting
 from crepa_cli.profile.settings import TABLES, Profile, Tracker
 
 ENCODER_KEYS = ("crepa_model", "crepa_encoder")
-"""Two names of one option; where both are given, the first one counts."""
+"""Two names of one option; if both are given, the first one is used."""
 COUNTERPARTS = {
     "crepa_model": "crepa.encoder",
     **{f"crepa_{key}": f"crepa.{key}" for key in known_keys()["crepa"]},
@@ -67,37 +67,14 @@ WORDS: dict[str, dict[str, str]] = {
     },
     "flow_use_uniform_schedule": {"true": "uniform", "false": "logit_normal"},
 }
-"""Options whose values have other names here; a value that is not listed has no counterpart."""
-FLAVOURS = {
-    "wan": {
-        "t2v-480p-1.3b-2.1": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
-        "t2v-480p-14b-2.1": "Wan-AI/Wan2.1-T2V-14B-Diffusers",
-        "i2v-14b-2.1": "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers",
-        "i2v-14b-2.1-720p": "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers",
-        "ti2v-5b-2.2": "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
-    },
-    "ltxvideo": {"0.9.0": "Lightricks/LTX-Video", "0.9.5": "Lightricks/LTX-Video-0.9.5"},
-    "sanavideo": {"2b-480p": "Efficient-Large-Model/SANA-Video_2B_480p_diffusers"},
-    "kandinsky5_video": {
-        "t2v-lite-sft-5s": "kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s-Diffusers",
-        "t2v-lite-sft-10s": "kandinskylab/Kandinsky-5.0-T2V-Lite-sft-10s-Diffusers",
-        "t2v-lite-pretrain-5s": "kandinskylab/Kandinsky-5.0-T2V-Lite-pretrain-5s-Diffusers",
-        "t2v-lite-pretrain-10s": "kandinskylab/Kandinsky-5.0-T2V-Lite-pretrain-10s-Diffusers",
-        "t2v-pro-sft-5s-hd": "kandinskylab/Kandinsky-5.0-T2V-Pro-sft-5s-Diffusers",
-        "t2v-pro-sft-10s-hd": "kandinskylab/Kandinsky-5.0-T2V-Pro-sft-10s-Diffusers",
-        "t2v-pro-pretrain-5s-hd": "kandinskylab/Kandinsky-5.0-T2V-Pro-pretrain-5s-Diffusers",
-        "t2v-pro-pretrain-10s-hd": "kandinskylab/Kandinsky-5.0-T2V-Pro-pretrain-10s-Diffusers",
-        "i2v-lite-5s": "kandinskylab/Kandinsky-5.0-I2V-Lite-5s-Diffusers",
-        "i2v-pro-sft-5s": "kandinskylab/Kandinsky-5.0-I2V-Pro-sft-5s-Diffusers",
-    },
-}
-"""Checkpoints by family and flavour. Those whose flavour chooses between experts of one checkpoint are left out."""
+"""Options whose values have different names here; unlisted values have no counterpart."""
+Flavours = Mapping[str, Mapping[str, str]]
 SIZE_STEP = 32
 DEFAULT_EMA_DECAY = 0.995
 
 
 class Found(NamedTuple):
-    """A value that an option has in our settings."""
+    """An option, the setting it stands for, and the value of that setting."""
 
     option: str
     setting: str
@@ -105,17 +82,17 @@ class Found(NamedTuple):
 
 
 class Imported(NamedTuple):
-    """What a configuration says in our settings, and the options that have no counterpart, with their values."""
+    """The settings from a configuration, and the options without a counterpart with their values."""
 
     settings: list[Setting]
     without_counterpart: dict[str, object]
 
 
 def read_config(text: str, label: str) -> dict[str, Any]:
-    """The options of a configuration, named as they stand there.
+    """The options of a configuration, with their names as written.
 
     Raises:
-        UserError: the text is no JSON object, or has an option twice. The message starts with `label`.
+        UserError: if the text is not a JSON object or contains an option twice. The message starts with `label`.
     """
     try:
         config = json.loads(text, object_pairs_hook=_unique)
@@ -126,7 +103,7 @@ def read_config(text: str, label: str) -> dict[str, Any]:
         raise UserError(f"{label}: must be a JSON object of options")
     names = [_name(spelling) for spelling in config]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(f"{label}: there with and without dashes: {', '.join(twice)}")
+        raise UserError(f"{label}: given both with and without dashes: {', '.join(twice)}")
     return config
 
 
@@ -134,7 +111,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     options = dict(pairs)
     if len(options) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"there twice: {next(name for name in names if names.count(name) > 1)}")
+        raise ValueError(f"given twice: {next(name for name in names if names.count(name) > 1)}")
     return options
 
 
@@ -142,11 +119,18 @@ def _name(spelling: str) -> str:
     return spelling.lstrip("-")
 
 
-def import_config(config: Mapping[str, Any], label: str) -> Imported:
-    """Our settings from a configuration; a source of theirs reads "`label` (option)"."""
+def import_config(config: Mapping[str, Any], label: str, flavours: Flavours) -> Imported:
+    """Our settings from a configuration.
+
+    Args:
+        config: its options.
+        label: of the configuration; the source of a setting reads "`label` (option)".
+        flavours: base models by family and flavour.
+    """
     options = {_name(spelling): value for spelling, value in config.items()}
-    special = (_model, _size, _ema, _validation, _trackers, _layersync)
-    found = [one for take in special for one in take(options)]
+    found = list(_model(options, flavours))
+    special = (_size, _ema, _validation, _trackers, _layersync)
+    found += [one for take in special for one in take(options)]
     found += _counterparts(options, taken={one.setting for one in found})
     settings = []
     for option, setting, value in found:
@@ -156,7 +140,7 @@ def import_config(config: Mapping[str, Any], label: str) -> Imported:
 
 
 def export_crepa(profile: Profile, config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration with the alignment settings of `profile`; its other options stay, keys keep their spelling."""
+    """A copy of `config` with the alignment settings of `profile`; other options and all spellings stay the same."""
     values = {f"crepa_{key}": value for key, value in profile.model_dump()["crepa"].items()}
     exported = dict(config)
     present = set()
@@ -176,7 +160,7 @@ def _counterparts(options: dict[str, Any], taken: set[str]) -> Iterator[Found]:
         words = WORDS.get(option)
         if words and not _unset(value) and _word(value) not in words:
             continue
-        if option == "max_train_steps" and value == 0:  # the length is then counted in epochs
+        if option == "max_train_steps" and value == 0:  # SimpleTuner then counts the length in epochs
             continue
         del options[option]
         if not _unset(value):
@@ -184,13 +168,13 @@ def _counterparts(options: dict[str, Any], taken: set[str]) -> Iterator[Found]:
             yield Found(option, setting, words[_word(value)] if words else value)
 
 
-def _model(options: dict[str, Any]) -> Iterator[Found]:
+def _model(options: dict[str, Any], flavours: Flavours) -> Iterator[Found]:
     family = options.pop("model_family", None)
     if not _unset(family):
         family = family.replace("-", "_") if isinstance(family, str) else family
         yield Found("model_family", "model.family", family)
     flavour = _word(options.get("model_flavour"))
-    checkpoint = FLAVOURS.get(_word(family), {}).get(flavour)
+    checkpoint = flavours.get(_word(family), {}).get(flavour)
     if checkpoint is not None:
         del options["model_flavour"]
         if flavour.startswith("i2v"):
@@ -203,7 +187,7 @@ def _model(options: dict[str, Any]) -> Iterator[Found]:
 
 
 def _size(options: dict[str, Any]) -> Iterator[Found]:
-    """Width and height with the area that a resolution stands for; `pixel` is the shorter side, here of 16:9."""
+    """Width and height for a resolution: of a square of that area, or of 16:9 if `pixel` gives the shorter side."""
     resolution = _coerced_to(float, options.get("resolution"))
     kind = options.get("resolution_type") or "pixel_area"
     if not isinstance(resolution, float) or not 0 < resolution < 2**16 or kind not in ("pixel_area", "area", "pixel"):
@@ -239,7 +223,7 @@ def _trackers(options: dict[str, Any]) -> Iterator[Found]:
 
 
 def _layersync(options: dict[str, Any]) -> Iterator[Found]:
-    """Blocks of LayerSync, which are counted from 1 there."""
+    """Blocks of LayerSync, which SimpleTuner counts from 1."""
     for key in ("student_block", "teacher_block"):
         block = _coerced_to(int, options.pop(f"layersync_{key}", None))
         if not _unset(block):
@@ -247,7 +231,7 @@ def _layersync(options: dict[str, Any]) -> Iterator[Found]:
 
 
 def _taken_flag(options: dict[str, Any], option: str) -> bool | None:
-    """Takes an option that is true or false out of `options`; None where it is neither."""
+    """Remove a boolean option from `options` and return it; None, without removing it, if it is not boolean."""
     flag = _coerced_to(bool, options.get(option))
     if not isinstance(flag, bool):
         return None
@@ -264,7 +248,7 @@ def _word(value: object) -> str:
 
 
 def _coerced(table: str, key: str, value: object) -> object:
-    """The value in the type of our setting where it stands for one, as "1e-4" does for a number."""
+    """The value converted to the type of the setting if possible, such as "1e-4" to a number."""
     fields = TABLES[table].model_fields
     field = next(field for name, field in fields.items() if key in (field.alias, name))
     return _coerced_to(field.annotation, value)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from crepa_cli.errors import counted
 from crepa_cli.models.family import COMFYUI_FILE, Family
 from crepa_cli.profile import Profile, dump_toml
 from crepa_cli.report.metrics import read_metrics
@@ -13,9 +14,9 @@ from crepa_cli.runs.folder import RunFolder
 
 
 def write_model_card(run: RunFolder, family: Family, profile: Profile) -> None:
-    """Write `README.md` into a run's folder: base model, how to load the weights, results and settings."""
+    """Write `README.md` in a run's folder: base model, how to load the weights, results and settings."""
     data = ModelCardData(
-        base_model=family.checkpoint if not Path(family.checkpoint).exists() else None,
+        base_model=family.base.name if not Path(family.base.name).exists() else None,
         library_name="diffusers",
         pipeline_tag="image-to-video" if family.task == "i2v" else "text-to-video",
         tags=["crepa", "video", "lora" if profile.adapter.kind == "lora" else "full-fine-tune"],
@@ -23,8 +24,8 @@ def write_model_card(run: RunFolder, family: Family, profile: Profile) -> None:
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {run.path.name}",
-        f"`{family.checkpoint}` ({family.name}, {family.task}), fine-tuned for {profile.train.steps} steps with "
-        "Cross-frame Representation Alignment ([CREPA](https://arxiv.org/abs/2506.09229)).",
+        f"`{family.base.name}` ({family.name}, {family.task}), fine-tuned for {counted(profile.train.steps, 'step')} "
+        "with Cross-frame Representation Alignment ([CREPA](https://arxiv.org/abs/2506.09229)).",
         f"## Use\n\n{_usage(family, profile)}",
         _results(run),
         f"## Settings\n\n```toml\n{dump_toml(profile).strip()}\n```",
@@ -33,7 +34,7 @@ def write_model_card(run: RunFolder, family: Family, profile: Profile) -> None:
 
 
 def loading_lines(family: Family, profile: Profile, weights: Path) -> str:
-    """How to load the weights of a run from the current folder, as text for a terminal."""
+    """Instructions to load a run's weights from the current folder, as text for a terminal."""
     if _loads_in_diffusers(profile):
         return loading_code(family, profile, weights.as_posix())
     return f"ComfyUI: {weights / COMFYUI_FILE}"
@@ -53,21 +54,21 @@ def _usage(family: Family, profile: Profile) -> str:
 
 
 def loading_code(family: Family, profile: Profile, weights: str = "weights") -> str:
-    """The lines of diffusers that load the weights of a run, by default from inside its folder."""
-    pipeline = family.pipeline_class
+    """The diffusers code that loads a run's weights, by default from inside its folder."""
+    pipeline, checkpoint = family.pipeline_class, Path(family.base.name).as_posix()
     head = "import torch\n" + f"from diffusers import {pipeline}"
     if profile.adapter.kind == "full":
         return (
             f"{head}, {family.transformer_class}\n\n"
             f'transformer = {family.transformer_class}.from_pretrained("{weights}/transformer", dtype=torch.bfloat16)\n'
-            f'pipeline = {pipeline}.from_pretrained(\n    "{family.checkpoint}", {family.component}=transformer, '
+            f'pipeline = {pipeline}.from_pretrained(\n    "{checkpoint}", {family.component}=transformer, '
             "dtype=torch.bfloat16\n)"
         )
-    expert = ", load_into_transformer_2=True" if family.component == "transformer_2" else ""
+    arguments = "".join(f", {name}={value}" for name, value in family.lora_loading_arguments.items())
     return (
         f"{head}\n\n"
-        f'pipeline = {pipeline}.from_pretrained("{family.checkpoint}", dtype=torch.bfloat16)\n'
-        f'pipeline.load_lora_weights("{weights}", weight_name="pytorch_lora_weights.safetensors"{expert})'
+        f'pipeline = {pipeline}.from_pretrained("{checkpoint}", dtype=torch.bfloat16)\n'
+        f'pipeline.load_lora_weights("{weights}", weight_name="pytorch_lora_weights.safetensors"{arguments})'
     )
 
 
@@ -79,7 +80,7 @@ def _results(run: RunFolder) -> str:
     chosen = [metrics[index * (len(metrics) - 1) // 4] for index in range(5)]
     rows = [[_cell(line[column]) for column in columns] for line in chosen]
     lines = [columns, ["---"] * len(columns), *rows]
-    curves = f"![losses, coefficient and similarity over the steps]({run.curves.name})\n\n"
+    curves = f"![losses, lambda (the coefficient) and similarity over the steps]({run.curves.name})\n\n"
     return (
         "## Training\n\n"
         + (curves if run.curves.exists() else "")

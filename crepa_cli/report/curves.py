@@ -16,10 +16,10 @@ class Curve:
         self.steps = 0
         self.steps_per_bucket = 1
         self.buckets: list[tuple[float, int]] = []
-        """Of each bucket the sum of its values and their number."""
+        """The sum and the number of the values in each bucket."""
 
     def add(self, value: float | None) -> None:
-        """Take in the value of the next step; None where there is none."""
+        """Add the value of the next step, or None if it has none."""
         if self.steps == BUCKETS * self.steps_per_bucket:
             self.buckets = [
                 (a + b, m + n) for (a, m), (b, n) in zip(self.buckets[::2], self.buckets[1::2], strict=True)
@@ -33,7 +33,7 @@ class Curve:
         self.steps += 1
 
     def columns(self, width: int) -> list[float | None]:
-        """The means of at most `width` stretches of the run; None for a stretch without values."""
+        """The mean of each of at most `width` stretches of the run; None for a stretch without values."""
         buckets = self.buckets
         width = min(width, len(buckets))
         edges = [index * len(buckets) // width for index in range(width + 1)] if width > 0 else []
@@ -62,7 +62,7 @@ def draw_curve(curve: Curve, width: int, height: int) -> list[str]:
 
 
 def draw_gauge(value: float, mark: float | None, width: int) -> str:
-    """Draw a bar from 0 to 1 that is filled up to a value, with a mark."""
+    """Draw a bar from 0 to 1, filled up to a value, with an optional mark."""
     filled = round(max(0.0, min(1.0, value)) * width)
     bar = "━" * filled + "─" * (width - filled)
     if mark is None:

@@ -1,4 +1,4 @@
-"""The live dashboard: what training looks like in a terminal."""
+"""The live dashboard of a training run in a terminal."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ CHART_HEIGHT = 7
 
 
 class Dashboard:
-    """A listener that keeps a live view of the run on the screen; use it as a context.
+    """A listener that shows a live view of the run on the screen; use it as a context manager.
 
-    It takes the whole window while it lives, so that a resize leaves nothing behind, and prints its last view and a
-    summary at the end.
+    It fills the whole window while it is open, so that resizing leaves no remains, and prints its last view and a
+    summary when it closes.
 
     Args:
         console: a terminal.
-        schedule: the planned coefficient; None for a run without alignment.
-        clock: seconds that pass.
+        schedule: the planned coefficient (lambda); None for a run without alignment.
+        clock: returns the time in seconds.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Dashboard:
         )
 
     def __enter__(self) -> Dashboard:
-        """The view opens with the first event: mistakes found before leave the screen alone."""
+        """Open the view at the first event, so that mistakes found earlier leave the screen untouched."""
         self.entered = True
         return self
 
@@ -90,7 +90,7 @@ class Dashboard:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def __call__(self, event: Event) -> None:
-        """Take an event into the view."""
+        """Update the view with an event."""
         if isinstance(event, RunOpened):
             if self.entered:
                 self.live.start()
@@ -107,7 +107,7 @@ class Dashboard:
         self.summary(event)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Draw the view as it is now."""
+        """Draw the current view."""
         width, height = options.max_width, options.height or options.size.height
         if self.state.started is not None:
             yield self._training(self.state.started, console, width, height)
@@ -119,7 +119,7 @@ class Dashboard:
             yield self._messages(console, width, rest)
 
     def _training(self, started: TrainingStarted, console: Console, width: int, height: int) -> Layout:
-        """The panels of training; charts take a part of what the window has above 24 lines, messages the rest."""
+        """The panels during training; of a window's lines beyond 24, charts take a part and messages the rest."""
         state, extra = self.state, max(0, height - HEIGHT)
         rows, chart = 1 + extra // 8, CHART_HEIGHT + extra // 4
         losses = BORDER + len(state.losses) * rows
@@ -130,7 +130,7 @@ class Dashboard:
         messages = self._messages(console, width, height - PROGRESS_HEIGHT - losses - chart)
         charts = Layout(size=chart)
         charts.split_row(
-            Layout(titled("coefficient", coefficient), size=left), Layout(titled("similarity", similarity))
+            Layout(titled("lambda (coefficient)", coefficient), size=left), Layout(titled("similarity", similarity))
         )
         layout = Layout()
         layout.split_column(
@@ -151,7 +151,7 @@ class Dashboard:
 
 
 def _steps_before(started: TrainingStarted) -> Iterator[StepDone]:
-    """The steps of earlier sessions, so that curves and best values are those of the whole run."""
+    """The steps of earlier sessions, so that curves and best values cover the whole run."""
     for line in read_metrics(RunFolder(started.output).metrics) if started.step else ():
         if line["step"] < started.step and not line.pop("skipped", None):
             yield StepDone(**line)

@@ -14,14 +14,14 @@ from crepa_cli.files import write_whole
 class MetricsFile:
     """A listener that appends a line for every step.
 
-    When a run goes on from a checkpoint, the lines of the steps after it are taken out first: they are made again.
+    When a run resumes from a checkpoint, the lines of later steps are removed first: those steps run again.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def __call__(self, event: Event) -> None:
-        """Write what concerns the file."""
+        """Write the event, if it is a step; truncate the file when a run resumes."""
         if isinstance(event, TrainingStarted):
             self._keep_until(event.step)
         elif isinstance(event, StepDone):
@@ -40,7 +40,7 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a metrics file; a killed run may have left half a line at its end."""
+    """The complete lines of a metrics file; a killed run may have left an incomplete line at the end."""
     metrics = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:

@@ -1,4 +1,4 @@
-"""The panels of the dashboard: lines of text from the state of a run, for a given size."""
+"""The panels of the dashboard: lines of text that show the state of a run at a given size."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GIB = 2**30
 
 
 def titled(title: str, lines: Sequence[Text]) -> Panel:
-    """A panel of lines, none of which is wrapped."""
+    """A panel of lines without wrapping."""
     text = Text("\n", no_wrap=True, overflow="crop", end="").join(lines)
     return Panel(text, title=title, title_align="left", border_style="dim")
 
@@ -28,7 +28,7 @@ def titled(title: str, lines: Sequence[Text]) -> Panel:
 def progress_lines(
     started: TrainingStarted, latest: StepDone | None, seconds_left: float | None, memory: int, width: int
 ) -> list[Text]:
-    """How far the run is, how fast it goes, and what memory it takes."""
+    """Progress, speed and memory of the run."""
     done = started.step if latest is None else latest.step + 1
     left = "-" if seconds_left is None else str(timedelta(seconds=round(seconds_left)))
     share = done / started.steps
@@ -38,7 +38,7 @@ def progress_lines(
     epochs = started.batches_per_epoch
     epoch = f"epoch {done / epochs:.1f} of {started.steps / epochs:.1f}"
     if latest is None:
-        return [*lines, Text(epoch), Text("the first step is on its way", style="dim")]
+        return [*lines, Text(epoch), Text("waiting for the first step", style="dim")]
     used = f"memory {latest.peak_memory_bytes / GIB:.2f} of {memory / GIB:.2f} GiB"
     speed = f"{latest.step_seconds:.3f} s per step   {latest.samples_per_second:.2f} clips per second"
     rate = f"learning rate {latest.learning_rate:.2e}   gradient norm {latest.grad_norm:.3f}"
@@ -57,7 +57,7 @@ def losses_lines(state: RunState, width: int, height: int) -> list[Text]:
 
 
 def coefficient_lines(state: RunState, console: Console, width: int, height: int) -> list[Text]:
-    """The coefficient, its phase, and the planned curve with a mark at the current step."""
+    """The coefficient, its phase, and its planned curve with a mark at the current step."""
     value = "" if state.latest is None else f"{state.latest.crepa_coefficient:.4f}  "
     lines = list(Text.assemble((value, "bold"), phase(state)).wrap(console, width))
     schedule, started = state.schedule, state.started

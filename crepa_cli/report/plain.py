@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
+from crepa_cli.errors import counted
 from crepa_cli.events import (
     AlignmentDropped,
     CheckpointSaved,
@@ -21,7 +22,7 @@ from crepa_cli.events import (
 
 
 def number(value: float | None) -> str:
-    """Four decimals, or a dash where there is no value."""
+    """The value with four decimals, or a dash if there is none."""
     return "-" if value is None else f"{value:.4f}"
 
 
@@ -38,8 +39,9 @@ def describe(event: Event) -> str:
             return message
         case TrainingStarted():
             return (
-                f"training from step {event.step} to {event.steps}: {event.clips} clips, "
-                f"{event.batches_per_epoch} steps per epoch, {event.trainable_parameters:,} trained parameters"
+                f"training from step {event.step} to {event.steps}: {counted(event.clips, 'clip')}, "
+                f"{counted(event.batches_per_epoch, 'step')} per epoch, "
+                f"{counted(event.trainable_parameters, 'trainable parameter')}"
             )
         case StepDone():
             return (
@@ -51,21 +53,22 @@ def describe(event: Event) -> str:
         case StepSkipped(step, reason):
             return f"step {step} skipped: {reason}"
         case AlignmentDropped(step, reason):
-            return f"alignment is off from step {step} on: {reason}"
+            return f"alignment turned off at step {step}: {reason}"
         case CheckpointSaved(_, path):
             return f"checkpoint saved: {path}"
         case ValidationSampled(step, paths):
-            return f"{len(paths)} validation videos sampled: {paths[0].parent}" if paths else f"step {step}: no videos"
+            folder = f": {paths[0].parent}" if paths else f" at step {step}"
+            return f"{counted(len(paths), 'validation video')} sampled{folder}"
         case TrainingEnded(step, weights):
-            return f"weights written: {weights}" if weights else f"stopped after {step} steps"
+            return f"weights written: {weights}" if weights else f"stopped after {counted(step, 'step')}"
 
 
 class PlainLines:
     """A listener that prints lines that are easy to grep.
 
     Args:
-        console: where they go.
-        every: steps between two lines of step values.
+        console: prints them.
+        every: number of steps from one line of step values to the next.
     """
 
     def __init__(self, console: Console, every: int) -> None:
@@ -73,7 +76,7 @@ class PlainLines:
         self.every = every
 
     def __call__(self, event: Event) -> None:
-        """Print an event, unless it is a step or a progress between two lines."""
+        """Print an event; steps and progress in between are left out."""
         if isinstance(event, StepDone) and event.step % self.every:
             return
         if isinstance(event, Progress) and event.done < event.total:

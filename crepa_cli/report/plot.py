@@ -1,4 +1,4 @@
-"""`curves.svg`: losses, coefficient and similarity over the steps of a run."""
+"""`curves.svg`: losses, coefficient (lambda) and similarity over the steps of a run."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
 CHARTS = {
     "losses": {"loss": "total", "diffusion_loss": "diffusion", "crepa_loss": "alignment"},
-    "coefficient": {"crepa_coefficient": "coefficient"},
+    "lambda (coefficient)": {"crepa_coefficient": "lambda"},
     "similarity": {"crepa_similarity": "similarity", "crepa_similarity_ema": "average"},
 }
 
 
 class CurvesFile:
-    """A listener that draws a run's `metrics.jsonl` when training goes on, ends or is stopped.
+    """A listener that plots a run's `metrics.jsonl` when training resumes, ends or is stopped.
 
     Args:
         run: the run's folder.
-        threshold: of the similarity, to be marked.
+        threshold: of the similarity; drawn as a line if given.
     """
 
     def __init__(self, run: RunFolder, threshold: float | None) -> None:
@@ -35,7 +35,7 @@ class CurvesFile:
         self.threshold = threshold
 
     def __call__(self, event: Event) -> None:
-        """Draw where there is something new."""
+        """Draw the curves if the event is such a moment."""
         if isinstance(event, TrainingEnded) or (isinstance(event, TrainingStarted) and event.step):
             metrics = read_metrics(self.run.metrics)
             write_whole(self.run.curves, draw_metrics(metrics, self.threshold))
@@ -65,7 +65,7 @@ def draw_metrics(metrics: Sequence[dict[str, Any]], threshold: float | None) -> 
 
 
 def _draw_line(axes: Axes, metrics: Sequence[dict[str, Any]], key: str, label: str) -> None:
-    """Draw a value where it exists; long runs are averaged, so that the file stays small."""
+    """Draw the values that exist; long runs are averaged so that the file stays small."""
     curve = Curve()
     for line in metrics:
         curve.add(line[key])

@@ -1,4 +1,4 @@
-"""What libraries log, warn of and print, as events, so that it neither tears the screen nor gets lost."""
+"""Logs, warnings and prints of libraries, as events, so that they neither garble the screen nor get lost."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _WARNING_PLACE = re.compile(r"^.*?:\d+: ")
 
 
 class RecordHandler(logging.Handler):
-    """Passes log records on as notices, each message once: warnings of a loop would fill the screen.
+    """Passes log records on as notices, each message once: warnings inside a loop would fill the screen.
 
     Args:
-        listener: takes the notices.
+        listener: receives the notices.
         level: the lowest level that is passed on.
     """
 
@@ -44,7 +44,7 @@ class RecordHandler(logging.Handler):
 
 @contextmanager
 def records_as_notices(listener: Listener, level: int) -> Iterator[None]:
-    """Pass on what libraries log at this level or above, Python's warnings among it, while the context lasts."""
+    """Pass on log records of libraries at this level or above, including Python's warnings, inside the context."""
     import diffusers.utils.logging
     import transformers.utils.logging
 
@@ -69,11 +69,11 @@ def records_as_notices(listener: Listener, level: int) -> Iterator[None]:
 
 
 class PrintedLines(io.TextIOBase):
-    """A stream whose lines are notices.
+    """A stream that turns lines into notices.
 
     Args:
-        listener: takes the notices.
-        screen: the stream in whose place it stands; a Rich console goes on writing there.
+        listener: receives the notices.
+        screen: the stream it replaces; a Rich console keeps writing there.
     """
 
     def __init__(self, listener: Listener, screen: TextIO) -> None:
@@ -82,7 +82,7 @@ class PrintedLines(io.TextIOBase):
         self.rest = ""
 
     def write(self, text: str) -> int:
-        """Pass every complete line on."""
+        """Pass on every complete line."""
         *lines, self.rest = (self.rest + text).split("\n")
         for line in lines:
             if line.strip():
@@ -90,13 +90,13 @@ class PrintedLines(io.TextIOBase):
         return len(text)
 
     def isatty(self) -> bool:
-        """Tell libraries to draw no bars of their own."""
+        """Return False, so that libraries draw no progress bars of their own."""
         return False
 
 
 @contextmanager
 def prints_as_notices(listener: Listener) -> Iterator[None]:
-    """Pass on what is printed from Python, while the context lasts."""
+    """Pass on everything printed from Python inside the context."""
     out, err = PrintedLines(listener, sys.stdout), PrintedLines(listener, sys.stderr)
     with redirect_stdout(out), redirect_stderr(err):
         yield

@@ -1,4 +1,4 @@
-"""What the dashboard shows of a run, gathered from its events."""
+"""The state of a run for the dashboard, gathered from its events."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MESSAGES = 50
 
 
 class Series:
-    """A value over the run: its curve, the last value, the smoothed one and the best of the smoothed ones."""
+    """A value over the run: its curve, its last value and its smoothed value."""
 
     def __init__(self) -> None:
         self.curve = Curve()
@@ -23,7 +23,7 @@ class Series:
         self.smoothed: float | None = None
 
     def add(self, value: float | None) -> None:
-        """Take in the value of the next step."""
+        """Add the value of the next step."""
         self.curve.add(value)
         self.now = value
         if value is not None:
@@ -32,11 +32,11 @@ class Series:
 
 
 class RunState:
-    """A listener that remembers what the panels show.
+    """A listener that keeps everything the panels show.
 
     Args:
         schedule: the planned coefficient; None for a run without alignment.
-        clock: seconds that pass.
+        clock: returns the time in seconds.
     """
 
     def __init__(self, schedule: CoefficientSchedule | None, clock: Callable[[], float]) -> None:
@@ -53,7 +53,7 @@ class RunState:
         self.messages: deque[str] = deque(maxlen=MESSAGES)
 
     def __call__(self, event: Event) -> None:
-        """Take in an event."""
+        """Update the state with an event."""
         match event:
             case StepDone():
                 self._record(event)
@@ -73,22 +73,22 @@ class RunState:
         if not step.crepa_cutoff:
             self.cut_off_at = None
         elif self.cut_off_at is None:
-            # The cutoff that a step causes holds from the next one.
+            # A cutoff takes effect at the step after the one that caused it.
             self.cut_off_at = step.step if step.crepa_similarity is None else step.step + 1
         if self.started is not None:
             done = step.step + 1
-            # With checkpoints and validation, which the time of a step leaves out.
+            # Includes checkpoints and validation, which `step_seconds` leaves out.
             seconds_per_step = (self.clock() - self.started_at) / (done - self.started.step)
             self.seconds_left = seconds_per_step * (self.started.steps - done)
 
 
 def one_line(message: str) -> str:
-    """A message without line ends and control characters, which would tear the screen."""
+    """A message without line breaks and control characters, which would garble the screen."""
     return " ".join("".join(sign if sign.isprintable() else " " for sign in message).split())
 
 
 def phase(state: RunState) -> str:
-    """Where the coefficient is on its schedule, in words."""
+    """The phase of the coefficient's schedule, in words."""
     schedule, latest = state.schedule, state.latest
     if schedule is None:
         return "alignment is off"

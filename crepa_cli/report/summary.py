@@ -1,4 +1,4 @@
-"""What a run came to, in a few lines."""
+"""The result of a run, in a few lines."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from crepa_cli.report.state import Series
 
 
 class Summary:
-    """A listener that ends in a summary: the best values, where the weights are, how to load them or to resume."""
+    """A listener that sums up a run: the best values, and how to load the weights or to resume."""
 
     def __init__(self) -> None:
         self.loading = ""
@@ -18,7 +18,7 @@ class Summary:
         self.highest_similarity: tuple[float, int] | None = None
 
     def __call__(self, event: Event) -> None:
-        """Take in an event."""
+        """Update the summary with an event."""
         match event:
             case RunOpened():
                 self.loading = event.loading
@@ -38,7 +38,7 @@ class Summary:
             self.highest_similarity = similarity, step.step
 
     def lines(self) -> list[str]:
-        """The summary; empty where no training was."""
+        """The lines of the summary; empty if no training took place."""
         lines = []
         if self.lowest_loss is not None:
             lines.append("Lowest diffusion loss (smoothed): {:.4f} at step {:,}".format(*self.lowest_loss))
@@ -48,5 +48,5 @@ class Summary:
             lines += [f"Weights: {self.ended.weights}", "Load them with:", ""]
             lines += [f"    {line}".rstrip() for line in self.loading.splitlines()]
         elif self.started is not None:
-            lines.append(f"Go on with: crepa train --resume --output {self.started.output}")
+            lines.append(f"Resume with: crepa train --resume --output {self.started.output}")
         return lines

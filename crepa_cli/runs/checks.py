@@ -2,14 +2,44 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
+from accelerate.tracking import get_available_trackers
 from PIL import Image
 
 from crepa_cli.data.images import first_frame
 from crepa_cli.errors import UserError
 from crepa_cli.models import FAMILIES, load_family
-from crepa_cli.models.checkpoint import require_index
 from crepa_cli.models.family import Family
-from crepa_cli.profile import Adapter, Data, Profile, Validation
+from crepa_cli.profile import AdapterSettings, DataSettings, Profile, ValidationSettings
+
+
+def require_packages(profile: Profile) -> None:
+    """Check that the packages of the optimizer and of the trackers are installed.
+
+    Raises:
+        UserError: names those that are missing, with the commands that install them.
+    """
+    missing = missing_optimizer(profile) | missing_trackers(profile)
+    if mistakes := [f"{mistake}: {command}" for mistake, command in missing.items()]:
+        raise UserError("\n".join(mistakes))
+
+
+def missing_optimizer(profile: Profile) -> dict[str, str]:
+    """The mistake in the settings, with the command that installs the optimizer; empty if it is installed."""
+    if profile.train.optimizer != "adamw8bit" or find_spec("bitsandbytes") is not None:
+        return {}
+    return {"adamw8bit needs bitsandbytes": "pip install 'crepa[bnb]'"}
+
+
+def missing_trackers(profile: Profile) -> dict[str, str]:
+    """The trackers of the settings that are not installed, with the commands that install them."""
+    available = [str(tracker) for tracker in get_available_trackers()]
+    return {
+        f"report.trackers: {name} is not installed": f"pip install {name}"
+        for name in profile.report.trackers
+        if name not in available
+    }
 
 
 def open_family(profile: Profile) -> Family:
@@ -19,7 +49,6 @@ def open_family(profile: Profile) -> Family:
         UserError: lists all mistakes: family, checkpoint, task, block indices, sizes, images, export layouts.
     """
     model = profile.model
-    assert model.checkpoint is not None, "the family's defaults give a checkpoint"
     family = load_family(model.family)(model.checkpoint, model.task, model.revision, model.variant)
     mistakes = [
         *_block_mistakes(family, profile),
@@ -34,27 +63,26 @@ def open_family(profile: Profile) -> Family:
 
 def _block_mistakes(family: Family, profile: Profile) -> list[str]:
     crepa, layersync = profile.crepa, profile.layersync
-    indices = {"crepa.block_index": crepa.block_index} if crepa.enabled else {}
-    if crepa.enabled and crepa.use_backbone_features:
-        indices["crepa.teacher_block_index"] = crepa.teacher_block_index
+    indices: dict[str, int | None] = {}
+    if crepa.enabled:
+        indices["crepa.block_index"] = crepa.block_index
+        if crepa.use_backbone_features:
+            indices["crepa.teacher_block_index"] = crepa.teacher_block_index
     if layersync.enabled:
-        indices |= {
-            "layersync.student_block": layersync.student_block,
-            "layersync.teacher_block": layersync.teacher_block,
-        }
-    mistakes = []
-    for name, index in indices.items():
-        try:
-            require_index(name, index or 0, family.block_count)
-        except UserError as error:
-            mistakes.append(str(error))
-    return mistakes
+        indices["layersync.student_block"] = layersync.student_block
+        indices["layersync.teacher_block"] = layersync.teacher_block
+    last = family.block_count - 1
+    return [
+        f"{name} = {index}: the transformer of {family.base.name} has {last + 1} blocks; choose one of 0 to {last}"
+        for name, index in indices.items()
+        if index is not None and not 0 <= index <= last
+    ]
 
 
-def _size_mistakes(family: Family, data: Data) -> list[str]:
+def _size_mistakes(family: Family, data: DataSettings) -> list[str]:
     mistakes = []
     for name, size in {"data.width": data.width, "data.height": data.height}.items():
-        if size and size % family.size_multiple:
+        if size % family.size_multiple:
             lower = size // family.size_multiple * family.size_multiple
             mistakes.append(
                 f"{name} = {size}: {family.name} takes multiples of {family.size_multiple}, "
@@ -63,7 +91,7 @@ def _size_mistakes(family: Family, data: Data) -> list[str]:
     return mistakes
 
 
-def image_mistakes(validation: Validation, task: str) -> list[str]:
+def image_mistakes(validation: ValidationSettings, task: str) -> list[str]:
     """Mistakes in the images that validation videos start from."""
     if task == "t2v":
         return ["validation.images: text to video starts from no image; leave them out"] if validation.images else []
@@ -80,7 +108,7 @@ def _unreadable(path: str) -> list[str]:
     return []
 
 
-def export_mistakes(family: Family, adapter: Adapter) -> list[str]:
+def export_mistakes(family: Family, adapter: AdapterSettings) -> list[str]:
     """Layouts of the settings that the adapter cannot be exported in."""
     if "comfyui" not in adapter.export:
         return []

@@ -55,22 +55,30 @@ class RunFolder:
         """Files of trackers that log to disk."""
         return self.path / "trackers"
 
+    @property
+    def tracker_ids(self) -> Path:
+        """The identity of the run in each tracker, by which it is continued."""
+        return self.trackers / "runs.json"
+
     def samples(self, step: int) -> Path:
         """The folder of the validation videos after `step` steps."""
         return self.path / "samples" / f"step-{step:06d}"
 
-    def create(self, profile: Profile) -> None:
-        """Make the folder and write the settings, without the output: repeating the run starts a new folder."""
-        self.path.mkdir(parents=True, exist_ok=True)
+    def sheet(self, step: int) -> Path:
+        """Frames of the validation videos after `step` steps, in one image."""
+        return self.samples(step) / "sheet.png"
+
+    def write_profile(self, profile: Profile) -> None:
+        """Write the settings, without the output: repeating the run starts a new folder."""
         elsewhere = profile.model_copy(update={"train": profile.train.model_copy(update={"output": None})})
         write_whole(self.profile, dump_toml(elsewhere).encode())
 
     @classmethod
-    def new(cls, profile: Profile) -> RunFolder:
-        """The folder of a new run: `train.output`, or the next free one of `runs/<family>-<task>-<number>`.
+    def next(cls, profile: Profile) -> RunFolder:
+        """The folder that a new run would get: `train.output`, or the next of `runs/<family>-<task>-<number>`.
 
         Raises:
-            UserError: if `train.output` holds a run already.
+            UserError: if `train.output` already holds a run.
         """
         if profile.train.output is None:
             stem = f"{profile.model.family}-{profile.model.task}"
@@ -78,8 +86,33 @@ class RunFolder:
             return cls(RUNS / f"{stem}-{max(numbers, default=0) + 1}")
         run = cls(Path(profile.train.output))
         if run.profile.exists():
-            raise UserError(f"{run.path} already holds a run: add --resume to resume it, or choose another --output")
+            raise run._taken()
         return run
+
+    @classmethod
+    def claim(cls, profile: Profile) -> RunFolder:
+        """Make the folder of a new run, with its settings; of several runs that start together, each gets its own.
+
+        Raises:
+            UserError: if `train.output` already holds a run, or the folder cannot be made.
+        """
+        while True:
+            run = cls.next(profile)
+            try:
+                run.path.mkdir(parents=True, exist_ok=profile.train.output is not None)
+                # The file decides between two runs with the same output.
+                run.profile.touch(exist_ok=False)
+            except FileExistsError as error:
+                if profile.train.output is not None:
+                    raise run._taken() from error
+            except OSError as error:
+                raise UserError(f"{run.path} cannot be made: {error.strerror}; choose another --output") from error
+            else:
+                run.write_profile(profile)
+                return run
+
+    def _taken(self) -> UserError:
+        return UserError(f"{self.path} already holds a run: add --resume to resume it, or choose another --output")
 
     @classmethod
     def to_resume(cls, output: str | None) -> RunFolder:
@@ -89,7 +122,7 @@ class RunFolder:
             UserError: if there is no run.
         """
         if output is None:
-            runs = [cls(path.parent) for path in RUNS.glob("*/profile.toml")]
+            runs = [cls(path.parent) for path in RUNS.glob("*/profile.toml") if path.stat().st_size]
             if not runs:
                 raise UserError("nothing to resume: there is no run in runs/; name its folder with --output")
             return max(runs, key=cls._last_written)

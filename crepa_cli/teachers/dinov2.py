@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModel, Dinov2Config, Dinov2Model, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 from crepa_cli.alignment import TokenGrid
 from crepa_cli.errors import UserError
@@ -17,7 +17,7 @@ ENCODERS = {
     for letter, size in {"s": "small", "b": "base", "l": "large", "g": "giant"}.items()
     for suffix, registers in {"": "", "_reg": "with-registers-"}.items()
 }
-"""Names of the encoders and where they are on the Hub."""
+"""Hub ids of the encoders by name."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -61,8 +61,8 @@ class Dinov2Teacher:
         """The encoder of a local folder, in the layout of transformers.
 
         Args:
-            folder: where its files are.
-            device: where it runs; on a GPU in float16, on the CPU in float32.
+            folder: with its files.
+            device: to run on; in float16 on a GPU, in float32 on the CPU.
         """
         dtype = torch.float16 if device.type == "cuda" else torch.float32
         return cls(AutoModel.from_pretrained(folder, dtype=dtype, use_safetensors=True).to(device))
@@ -94,11 +94,3 @@ class Dinov2Teacher:
         rows, columns = size[0] // self.patch_size, size[1] // self.patch_size
         features: Tensor = tokens[:, -rows * columns :].unflatten(1, (rows, columns))
         return features.half().cpu()
-
-
-def write_tiny_dinov2(folder: Path) -> None:
-    """A DINOv2 of two layers and width 48, with random weights, in the published layout."""
-    config = Dinov2Config(
-        hidden_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=56, patch_size=14, layerscale_value=1.0
-    )
-    Dinov2Model(config).save_pretrained(folder)

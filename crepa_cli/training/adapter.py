@@ -17,13 +17,13 @@ from safetensors.torch import save_file
 from crepa_cli.errors import UserError
 from crepa_cli.files import whole_folder
 from crepa_cli.models.family import COMFYUI_FILE, Family, Tensors
-from crepa_cli.profile import Adapter
+from crepa_cli.profile import AdapterSettings
 
 WEIGHTS_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
 """Names of the files that diffusers' `from_pretrained` looks for."""
 
 
-def make_trainable(transformer: ModelMixin, adapter: Adapter) -> None:
+def make_trainable(transformer: ModelMixin, adapter: AdapterSettings) -> None:
     """Add a LoRA, or unfreeze everything; what is trained is in float32.
 
     Raises:
@@ -32,21 +32,22 @@ def make_trainable(transformer: ModelMixin, adapter: Adapter) -> None:
     if adapter.kind == "full":
         transformer.requires_grad_(True)
         return
-    assert adapter.rank is not None, "the family's defaults give a rank"
     config = LoraConfig(
         r=adapter.rank,
-        lora_alpha=adapter.rank if adapter.alpha is None else adapter.alpha,
+        lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
-        target_modules=list(adapter.target_modules or ()),
+        target_modules=list(adapter.target_modules),
     )
     try:
         transformer.add_adapter(config)
     except ValueError as error:
-        raise UserError(f"adapter.target_modules = {list(adapter.target_modules or ())}: {error}") from error
+        raise UserError(f"adapter.target_modules = {list(adapter.target_modules)}: {error}") from error
     cast_training_params(transformer, dtype=torch.float32)
 
 
-def export_weights(family: Family, transformer: ModelMixin, weights: Tensors, adapter: Adapter, folder: Path) -> None:
+def export_weights(
+    family: Family, transformer: ModelMixin, weights: Tensors, adapter: AdapterSettings, folder: Path
+) -> None:
     """Write what was trained in the layouts of the settings, replacing what the folder held; whole or not at all.
 
     A LoRA becomes `pytorch_lora_weights.safetensors`, for `pipeline.load_lora_weights`, and `comfyui_lora.safetensors`;
@@ -70,7 +71,9 @@ def export_weights(family: Family, transformer: ModelMixin, weights: Tensors, ad
             _export_lora(family, transformer, weights, adapter, partial)
 
 
-def _export_lora(family: Family, transformer: ModelMixin, weights: Tensors, adapter: Adapter, folder: Path) -> None:
+def _export_lora(
+    family: Family, transformer: ModelMixin, weights: Tensors, adapter: AdapterSettings, folder: Path
+) -> None:
     layers = get_peft_model_state_dict(transformer, state_dict=weights)
     config = transformer.peft_config["default"]
     if "diffusers" in adapter.export:

@@ -8,8 +8,9 @@ from torch import nn
 
 from crepa_cli.alignment import CoefficientSchedule, Crepa
 from crepa_cli.errors import RunError
+from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
-from crepa_cli.profile import LayerSync, Profile
+from crepa_cli.profile import LayerSyncSettings, Profile
 from crepa_cli.training.adapter import make_trainable
 from crepa_cli.training.aligned import AlignedTransformer, BlockPair
 
@@ -17,9 +18,7 @@ from crepa_cli.training.aligned import AlignedTransformer, BlockPair
 def frozen_dtype(profile: Profile) -> torch.dtype:
     """The dtype that the transformer is loaded in."""
     # What is trained is kept in float32: steps of 1e-5 of a weight are lost in bfloat16.
-    dtype = torch.float32 if profile.adapter.kind == "full" else getattr(torch, profile.model.dtype)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
+    return torch.float32 if profile.adapter.kind == "full" else torch_dtype(profile.model.dtype)
 
 
 def build_model(
@@ -53,7 +52,6 @@ def build_model(
             spatial_align=settings.spatial_align,
             normalize_by_frames=settings.normalize_by_frames,
         )
-    assert settings.block_index is not None, "the family's defaults give a block"
     teacher_block = settings.teacher_block_index if settings.use_backbone_features else None
     return AlignedTransformer(
         transformer,
@@ -65,7 +63,7 @@ def build_model(
     ).train()
 
 
-def layersync_blocks(settings: LayerSync) -> BlockPair | None:
+def layersync_blocks(settings: LayerSyncSettings) -> BlockPair | None:
     """The two blocks of LayerSync, or None where it is off."""
     if not settings.enabled or settings.student_block is None:
         return None
@@ -96,14 +94,13 @@ def coefficient_schedule(profile: Profile) -> CoefficientSchedule:
 
 
 def make_optimizer(
-    name: str, groups: list[list[nn.Parameter]], learning_rate: float | None, weight_decay: float
+    name: str, groups: list[list[nn.Parameter]], learning_rate: float, weight_decay: float
 ) -> torch.optim.Optimizer:
     """The optimizer over groups of parameters, of which some may be empty.
 
     Raises:
         RunError: if its package is not installed.
     """
-    assert learning_rate is not None, "the family's defaults give a learning rate"
     parameters = [{"params": group} for group in groups]
     if name == "adamw":
         return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import re
@@ -24,12 +25,13 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from crepa_cli.errors import UserError
 from crepa_cli.files import remove_folder, remove_leftovers, whole_folder
 from crepa_cli.models.family import Tensors
 
 OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
 SEPARATOR = ":"
-"""Between the name of a parameter and that of its optimizer state, such as `exp_avg`."""
+"""Between the name of a parameter and that of its optimizer state, such as `exp_avg`, which may be a table itself."""
 NAME = re.compile(r"step-(\d{6,})")
 MANIFEST = "manifest.json"
 """Size and CRC-32 of every other file of a checkpoint."""
@@ -84,11 +86,7 @@ def take_snapshot(
         progress: JSON values: the step, the schedules.
     """
     states = cast(dict[str, Any], get_optimizer_state_dict(model, optimizer, options=OPTIONS))
-    values = {
-        f"{parameter}{SEPARATOR}{name}": value
-        for parameter, state in states.get("state", {}).items()
-        for name, value in state.items()
-    }
+    values = dict(_flattened(states.get("state", {})))
     moments = {key: value for key, value in values.items() if isinstance(value, Tensor)}
     averages = {str(index): whole_tensor(tensor).cpu() for index, tensor in enumerate(average or ())}
     state = {
@@ -110,8 +108,7 @@ def write_checkpoint(path: Path, snapshot: Snapshot) -> None:
     with whole_folder(path, size) as partial:
         for name, tensors in files.items():
             if tensors or name != "average":
-                contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
-                save_file(contiguous, partial / f"{name}.safetensors")
+                save_file(_separate(tensors), partial / f"{name}.safetensors")
         (partial / "state.json").write_text(json.dumps(snapshot.state), encoding="utf-8")
         (partial / MANIFEST).write_text(json.dumps(_manifest(partial), indent=2), encoding="utf-8")
 
@@ -158,18 +155,24 @@ def load_checkpoint(
     """Put a checkpoint's weights and optimizer state into objects made as they were for the saved run.
 
     Raises:
-        ValueError: if the checkpoint lacks a trained parameter of the model.
+        UserError: if a trained parameter of the model has another shape in the checkpoint, or is not in it.
     """
     weights = load_file(path / "model.safetensors")
-    missing = {name for name, parameter in model.named_parameters() if parameter.requires_grad} - weights.keys()
-    if missing:
-        raise ValueError(f"{path} lacks {len(missing)} trained parameters, such as {min(missing)}")
+    wanted = {name: parameter.shape for name, parameter in model.named_parameters() if parameter.requires_grad}
+    found = {name: weight.shape for name, weight in weights.items()}
+    if unlike := sorted(name for name, shape in wanted.items() if found.get(name) != shape):
+        name = unlike[0]
+        raise UserError(
+            f"{path} does not fit these settings: {len(unlike)} trained weights differ, such as {name}, which is "
+            f"{tuple(found[name]) if name in found else 'missing'} there and {tuple(wanted[name])} here; resume with "
+            "the settings of the run, or start a new one"
+        )
     set_model_state_dict(model, weights, options=OPTIONS)
     state: dict[str, Any] = {}
     saved = _read_state(path)
     for key, value in {**load_file(path / "optimizer.safetensors"), **saved.get("optimizer", {})}.items():
-        parameter, _, name = key.rpartition(SEPARATOR)
-        state.setdefault(parameter, {})[name] = value
+        *tables, name = key.split(SEPARATOR)
+        functools.reduce(lambda table, part: table.setdefault(part, {}), tables, state)[name] = value
     set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": saved["param_groups"]}, options=OPTIONS)
     _unmap(optimizer)
     if average is not None:
@@ -193,6 +196,26 @@ def remove_old_checkpoints(newest: Path, keep: int) -> None:
 def whole_tensor(tensor: Tensor) -> Tensor:
     """A tensor without its sharding; every process has to call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _separate(tensors: Tensors) -> Tensors:
+    """The tensors contiguous and without shared memory, as safetensors asks; 8-bit optimizers share tables."""
+    separate: Tensors = {}
+    addresses: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.contiguous()
+        separate[name] = tensor.clone() if tensor.numel() and tensor.data_ptr() in addresses else tensor
+        addresses.add(tensor.data_ptr())
+    return separate
+
+
+def _flattened(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested tables with the names that lead to them."""
+    for name, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _flattened(value, f"{prefix}{name}{SEPARATOR}")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _unmap(optimizer: torch.optim.Optimizer) -> None:

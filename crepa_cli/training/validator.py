@@ -80,7 +80,7 @@ class Validator:
             folder.mkdir(parents=True, exist_ok=True)
             for index, path in paths.items():
                 write_video(path, frames[index], self.form.fps)
-            write_sheet(folder / "sheet.png", [frame_row(frames[index]) for index in paths])
+            write_sheet(self.run.sheet(step), [frame_row(frames[index]) for index in paths])
         return ValidationSampled(step, tuple(paths.values()))
 
     def _load_pipeline(self, transformer: nn.Module) -> DiffusionPipeline:
@@ -121,8 +121,7 @@ class Validator:
             _to(self.prompts.validation[index], device), _to(self.prompts.empty, device)
         )
         inputs["num_inference_steps"] = validation.steps
-        if validation.guidance_scale is not None:
-            inputs["guidance_scale"] = validation.guidance_scale
+        inputs["guidance_scale"] = validation.guidance_scale
         if validation.images:
             inputs["image"] = first_frame(validation.images[index], self.form.width, self.form.height)
         generator = torch.Generator().manual_seed(self.seed)

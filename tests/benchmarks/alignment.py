@@ -1,4 +1,4 @@
-"""What alignment costs: `python tests/benchmarks/alignment.py [costs.json]`.
+"""Measures the cost of alignment: `python tests/benchmarks/alignment.py [costs.json]`.
 
 One table for each question, and all figures as JSON. Wall times are ratios of runs taken in turn, so that they hold on
 a busy machine. The mid-size step runs on the CPU and takes some minutes.
@@ -33,10 +33,11 @@ from transformers import Dinov2Config, Dinov2Model
 
 from crepa_cli.alignment import Crepa, TokenGrid
 from crepa_cli.data.online import OnlineTeacher
-from crepa_cli.doctor.live_bytes import LiveBytes
+from crepa_cli.demo import write_tiny
+from crepa_cli.memory.live_bytes import LiveBytes
 from crepa_cli.models import load_family
 from crepa_cli.models.wan import Wan
-from crepa_cli.profile import Crepa as CrepaSettings
+from crepa_cli.profile import CrepaSettings
 from crepa_cli.training.aligned import AlignedTransformer, BlockPair
 
 ENCODER = TokenGrid(frames=1, rows=37, columns=37)
@@ -114,7 +115,7 @@ def published_cases() -> dict[str, Case]:
 
 
 def count_flops() -> list[dict[str, Any]]:
-    """FLOPs of a forward and a backward with and without alignment, on meta tensors.
+    """FLOPs of a forward and backward pass with and without alignment, on meta tensors.
 
     The transformer trains a LoRA: its step is cheaper than that of full tuning, so the ratio is the larger one.
     """
@@ -152,7 +153,7 @@ def _step_flops(case: Case, align: bool) -> int:
 
 
 def time_loss() -> list[dict[str, Any]]:
-    """Time and peak extra memory of the loss and its backward, against distance and clip length."""
+    """Time and peak extra memory of the loss and its backward, by distance and clip length."""
     cases = [(21, distance) for distance in (0, 1, 2, 4, 8)] + [(41, 1), (81, 1)]
     steps = {case: _loss_step(*case) for case in cases}
     times = in_turns(steps, rounds=5)
@@ -183,7 +184,7 @@ def _loss_step(frames: int, distance: int) -> Callable[[], list[Tensor]]:
 
 
 def time_steps() -> list[dict[str, Any]]:
-    """Wall time of a step of a transformer of 50M parameters on 2,016 tokens, against the same step without alignment.
+    """Wall time of a step of a transformer of 50M parameters on 2,016 tokens, with and without alignment.
 
     "without cache" decodes the clip and encodes its frames with a DINOv2 ViT-S in every step.
     """
@@ -208,9 +209,9 @@ def time_steps() -> list[dict[str, Any]]:
         cut_off.drop_alignment()
         models = {"off": mid_size_model(None), "on": mid_size_model(ENCODER_WIDTH), "after the cutoff": cut_off}
         steps: dict[str, Callable[[], Any]] = {
-            "off": lambda: step(models["off"], tuple),
+            "off": lambda: step(models["off"], lambda: ()),
             "on": lambda: step(models["on"], lambda: (features, teacher)),
-            "after the cutoff": lambda: step(models["after the cutoff"], tuple),
+            "after the cutoff": lambda: step(models["after the cutoff"], lambda: ()),
         }
         times = in_turns(steps, rounds=5)
         small = mid_size_model(384)
@@ -240,16 +241,16 @@ def mid_size_model(feature_size: int | None) -> AlignedTransformer:
 
 @contextlib.contextmanager
 def online_teacher(folder: Path) -> Iterator[OnlineTeacher]:
-    """A tiny VAE and a DINOv2 ViT-S with random weights, as `teacher_cache = false` has them."""
-    Wan.write_tiny(folder / "wan", "t2v")
+    """A tiny VAE and a DINOv2 ViT-S with random weights, as used with `teacher_cache = false`."""
+    write_tiny("wan", folder / "wan", "t2v")
     config = Dinov2Config(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518)
     Dinov2Model(config).save_pretrained(folder / "dinov2")
-    settings = CrepaSettings(encoder=str(folder / "dinov2"), teacher_cache=False)
+    settings = CrepaSettings(block_index=8, encoder=str(folder / "dinov2"), teacher_cache=False)
     yield OnlineTeacher(Wan(str(folder / "wan"), "t2v"), settings, torch.device("cpu"))
 
 
 def in_turns(steps: dict[Any, Callable[[], Any]], rounds: int) -> dict[Any, list[float]]:
-    """Seconds of each step, after one that is not counted; the steps are run in turn, round by round."""
+    """Seconds of each step, after an uncounted warmup; the steps take turns, round by round."""
     times: dict[Any, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 1):
         for name, step in steps.items():
@@ -269,7 +270,7 @@ def show(title: str, rows: list[dict[str, Any]], console: Console) -> None:
 
 
 def main() -> None:
-    """Measure, print, and write the figures as JSON if a file is named."""
+    """Measure and print; write the figures as JSON if a file is named."""
     console = Console()
     questions = {
         "FLOPs of a step, and with alignment relative to it": count_flops,

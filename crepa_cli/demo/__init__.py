@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import io
+from importlib import import_module
 from pathlib import Path
 
 from PIL import Image
 
-from crepa_cli.data.demo import FPS, SIZES, write_demo_clips
 from crepa_cli.data.video import decode
+from crepa_cli.demo.clips import FPS, SIZES, write_demo_clips
+from crepa_cli.demo.teacher import write_tiny_dinov2
+from crepa_cli.demo.tiny import write_once
 from crepa_cli.files import write_whole
-from crepa_cli.models import load_family
-from crepa_cli.models.tiny import write_once
 from crepa_cli.profile import Profile
-from crepa_cli.teachers.dinov2 import write_tiny_dinov2
 
 FOLDER = Path("crepa-demo")
 TEACHER = FOLDER / "dinov2"
@@ -22,7 +22,7 @@ FIRST_FRAME = FOLDER / "first-frame.png"
 
 
 def demo_settings(family: str, task: str) -> dict[str, dict[str, object]]:
-    """What the demo sets: its files, and a run of a minute that shows warmup, decay and rising similarity."""
+    """Settings of the demo: its files, and a run of a minute that shows warmup, decay and rising similarity."""
     validation: dict[str, object] = {"every": 30, "prompts": ["a red disc drifts over blue stripes"], "steps": 8}
     if task == "i2v":
         validation["images"] = [str(FIRST_FRAME)]
@@ -38,10 +38,18 @@ def demo_settings(family: str, task: str) -> dict[str, dict[str, object]]:
     }
 
 
+def write_tiny(family: str, folder: Path, task: str) -> None:
+    """Write a tiny checkpoint of a family for a task: random weights in the published layout.
+
+    Each family's is written by `write_tiny(folder, task)` in the module of its name in this package.
+    """
+    import_module(f"crepa_cli.demo.{family}").write_tiny(folder, task)
+
+
 def write_demo(profile: Profile) -> None:
-    """Make the files that the demo's settings name, unless they are there."""
+    """Write the files that the demo's settings name, unless they exist."""
     family, task = profile.model.family, profile.model.task
-    write_once(FOLDER / f"{family}-{task}", lambda folder: load_family(family).write_tiny(folder, task))
+    write_once(FOLDER / f"{family}-{task}", lambda folder: write_tiny(family, folder, task))
     write_once(TEACHER, write_tiny_dinov2)
     write_demo_clips(CLIPS)
     if task == "i2v":

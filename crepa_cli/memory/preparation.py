@@ -1,37 +1,37 @@
-"""Memory of the preparation, whose models are never in memory together: each run on fake tensors for one clip."""
+"""Memory of the preparation: its models, which are never loaded together, each run on fake tensors for one clip."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoConfig, AutoModel
 
 from crepa_cli.alignment import TokenGrid
 from crepa_cli.data.buckets import Bucket
 from crepa_cli.data.prepare import encoder_config
-from crepa_cli.doctor.cache_size import empty_vae_pipeline, without_image_encoder
-from crepa_cli.doctor.step_memory import Clips, fake_memory, make_fake
+from crepa_cli.memory.shapes import Clips
+from crepa_cli.memory.step import fake_memory, make_fake
+from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
-from crepa_cli.profile import Crepa, Profile
+from crepa_cli.profile import CrepaSettings, Profile
 from crepa_cli.teachers.dinov2 import Dinov2Teacher
 
 
 def predict_preparation(profile: Profile, family: Family, bucket: Bucket, clips: Clips) -> dict[str, int]:
-    """Most bytes that each model of the preparation holds, weights and all, as on a GPU.
+    """Peak bytes of each model of the preparation on a GPU, weights included.
 
     Args:
         profile: the resolved settings.
-        family: of the checkpoint, of which configurations alone are read.
+        family: of the checkpoint, of which only configurations are read.
         bucket: the shape of a clip.
-        clips: what clips of this shape become.
+        clips: the tensors of clips of this shape.
 
     Raises:
         UserError: if a configuration cannot be read.
     """
     peaks = {
-        "text encoder": _text_encoders_peak(family, clips, getattr(torch, profile.model.dtype)),
+        "text encoder": _text_encoders_peak(family, clips, torch_dtype(profile.model.dtype)),
         "VAE": _vae_peak(family, bucket),
     }
     if clips.teacher is not None:
@@ -41,9 +41,8 @@ def predict_preparation(profile: Profile, family: Family, bucket: Bucket, clips:
 
 @torch.no_grad()
 def _text_encoders_peak(family: Family, clips: Clips, dtype: torch.dtype) -> int:
-    """The text encoders on the longest caption; the instructions that some pipelines add are a few MB more."""
-    names = [name for name in family.text_components if name.startswith("text_encoder")]
-    encoders = [_empty_model(family, name, dtype) for name in names]
+    """The text encoders on the longest caption; instructions that some pipelines add take a few MB more."""
+    encoders = [family.base.empty_model(name, dtype) for name in family.text_encoders]
     caption = len(clips.tensors["prompt_embeds"])
     with fake_memory() as live:
         for encoder in encoders:
@@ -56,9 +55,9 @@ def _text_encoders_peak(family: Family, clips: Clips, dtype: torch.dtype) -> int
 
 @torch.no_grad()
 def _vae_peak(family: Family, bucket: Bucket) -> int:
-    """The VAE on one clip, and the image encoder on its first frame where the checkpoint has one."""
-    pipeline = empty_vae_pipeline(family)
-    image_encoder = _empty_model(family, "image_encoder", family.vae_dtype) if family.image_components else None
+    """The VAE on one clip, and the image encoder, if there is one, on its first frame."""
+    pipeline = family.empty_vae_pipeline()
+    image_encoder = family.base.empty_model(family.image_encoder, family.vae_dtype) if family.image_encoder else None
     with fake_memory() as live:
         make_fake(pipeline.vae)
         if image_encoder is not None:
@@ -66,11 +65,11 @@ def _vae_peak(family: Family, bucket: Bucket) -> int:
             side = image_encoder.config.image_size
             image_encoder(torch.empty(1, 3, side, side, dtype=family.vae_dtype), output_hidden_states=True)
         video = torch.empty(3, bucket.frames, bucket.height, bucket.width)
-        without_image_encoder(family).encode_clip(pipeline, video)
+        family.without_image_encoder().encode_clip(pipeline, video)
         return live.peak
 
 
-def _teacher_peak(crepa: Crepa, bucket: Bucket, grid: TokenGrid) -> int:
+def _teacher_peak(crepa: CrepaSettings, bucket: Bucket, grid: TokenGrid) -> int:
     """The vision encoder on the frames of one clip, in float16."""
     model = _empty_teacher(crepa)
     patch_size = model.config.patch_size
@@ -81,28 +80,19 @@ def _teacher_peak(crepa: Crepa, bucket: Bucket, grid: TokenGrid) -> int:
         return live.peak
 
 
-def online_teacher_weights(family: Family, crepa: Crepa) -> int:
+def online_teacher_weights(family: Family, crepa: CrepaSettings) -> int:
     """Bytes of the VAE and the vision encoder that `teacher_cache = false` keeps in memory.
 
-    What they hold while they run is gone when the transformer's step begins.
+    Their activations are freed before the transformer's step begins.
     """
-    vae = empty_vae_pipeline(family).vae
+    vae = family.empty_vae_pipeline().vae
     if crepa.drop_vae_encoder:
         vae.encoder = None
     return sum(weight.nbytes for model in (vae, _empty_teacher(crepa)) for weight in model.parameters())
 
 
-def _empty_teacher(crepa: Crepa) -> Any:
+def _empty_teacher(crepa: CrepaSettings) -> Any:
     """The vision encoder in float16, on the meta device."""
     config = AutoConfig.for_model(**encoder_config(crepa))
     with torch.device("meta"):
         return AutoModel.from_config(config, dtype=torch.float16)
-
-
-def _empty_model(family: Family, component: str, dtype: torch.dtype) -> Any:
-    """A component of transformers, on the meta device."""
-    config = AutoConfig.for_model(**family.read_config(f"{component}/config.json"))
-    model_class = getattr(transformers, family.read_config("model_index.json")[component][1])
-    with torch.device("meta"):
-        model = model_class._from_config(config, dtype=dtype)
-    return model.requires_grad_(False).eval()

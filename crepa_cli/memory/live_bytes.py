@@ -16,17 +16,17 @@ READ_DEVICE = torch.ops.prim.device.default
 
 
 class LiveBytes(TorchDispatchMode):
-    """Within this context, counts the bytes that the storages made in it hold, real or fake.
+    """Counts the bytes of the storages, real or fake, that are created within this context.
 
     Attributes:
-        part: what storages that are made now belong to.
-        live: bytes that are held now.
-        peak: the most bytes that were held at one time.
-        peak_parts: these bytes by part.
+        part: the part that new storages are counted under.
+        live: bytes held now.
+        peak: the most bytes held at any time since `reset_peak`.
+        peak_parts: the bytes at that time, by part.
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch has no type here
+        super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
         self.part = ""
         self.live = 0
         self._parts: Counter[str] = Counter()
@@ -34,12 +34,12 @@ class LiveBytes(TorchDispatchMode):
         self.reset_peak()
 
     def reset_peak(self) -> None:
-        """Look for the peak from here on."""
+        """Measure the peak from now on."""
         self.peak = self.live
         self.peak_parts = Counter(self._parts)
 
     def assign(self, part: str, tensors: Iterable[Tensor]) -> None:
-        """Say what the storages of tensors belong to, whatever was said when they were made."""
+        """Count the storages of tensors under another part from now on."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             if (owner := self._owners.get(storage._cdata)) is not None:
@@ -49,7 +49,7 @@ class LiveBytes(TorchDispatchMode):
 
     @contextmanager
     def belonging_to(self, part: str) -> Iterator[None]:
-        """What is made in this context belongs to `part`."""
+        """Within this context, count new storages under `part`."""
         before, self.part = self.part, part
         try:
             yield
@@ -57,9 +57,9 @@ class LiveBytes(TorchDispatchMode):
             self.part = before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count the storages that an operation made."""
+        """Run an operation and count the storages that it creates."""
         if func is READ_DEVICE:
-            # Half of all calls, and the long way through a FakeTensorMode has no other answer.
+            # Half of all calls; FakeTensorMode would give the same answer, only slower.
             return args[0].fake_device
         result = func(*args, **(kwargs or {}))
         new = {tensor.untyped_storage()._cdata: tensor for tensor in _tensors(result)}

@@ -1,4 +1,4 @@
-"""Predictions that are kept for next time, in the user's cache folder."""
+"""Predictions of earlier calls, stored in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 
 
 def kept(facts: object, predict: Callable[[], dict[str, int]]) -> dict[str, int]:
-    """What was predicted from these facts before, or what `predict` gives now, which is kept.
+    """The stored prediction for these facts; without one, call `predict` and store its result.
 
     Args:
-        facts: JSON values of everything that the prediction depends on, but for the versions of libraries.
-        predict: gives bytes by part.
+        facts: JSON values of everything that the prediction depends on, except for the versions of libraries.
+        predict: returns bytes by part.
     """
     versions = {"crepa": __version__, **{name: version(name) for name in LIBRARIES}}
     digest = hashlib.sha256(json.dumps([versions, facts], sort_keys=True, default=str).encode()).hexdigest()
@@ -31,19 +31,19 @@ def kept(facts: object, predict: Callable[[], dict[str, int]]) -> dict[str, int]
     if found is not None:
         return found
     predicted = predict()
-    # A folder that cannot be written costs time alone.
+    # If the folder cannot be written, the next call only takes longer.
     with suppress(UserError):
         write_whole(file, json.dumps(predicted).encode())
     return predicted
 
 
 def folder() -> Path:
-    """Where predictions are."""
+    """The folder of stored predictions."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "crepa" / "memory"
 
 
 def _read(file: Path) -> dict[str, int] | None:
-    """What a file holds; None for one that is not there or damaged."""
+    """The prediction in a file; None if the file is missing or damaged."""
     try:
         content = json.loads(file.read_bytes())
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Generated clips for demos and tests: textured shapes that move and turn over moving textured backgrounds."""
+"""Generated clips for demos and tests: textured shapes that drift and turn over moving textured backgrounds."""
 
 import math
 import random
@@ -46,12 +46,12 @@ TEXTURES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def write_demo_clips(folder: Path, *, count: int = 8, seed: int = 0) -> None:
-    """Write `count` clips of 24 frames at 16 per second into `folder`, each with its caption in a `.txt` beside.
+    """Write `count` clips of 24 frames at 16 frames per second, each with its caption in a `.txt` file next to it.
 
-    The same seed gives the same files, in three aspect ratios. Clips that are there already are kept.
+    The clips have three aspect ratios, and the same seed gives the same files. Existing clips are kept.
 
     Raises:
-        UserError: the disk is full or the folder cannot be written.
+        UserError: if the disk is full or the folder is not writable.
     """
     for index in range(count):
         video = folder / f"clip-{index:02d}.mp4"
@@ -63,8 +63,8 @@ def write_demo_clips(folder: Path, *, count: int = 8, seed: int = 0) -> None:
 
 
 def _scene(index: int, randomness: random.Random) -> tuple[str, Tensor]:
-    """A caption, and the frames that show it: uint8 [F, 3, height, width]."""
-    # Sizes, shapes and directions take turns, so that a handful of clips shows them all.
+    """A caption and the frames it describes: uint8 [F, 3, height, width]."""
+    # Sizes, shapes and directions alternate, so that a handful of clips shows them all.
     size, shape = SIZES[index % len(SIZES)], list(SHAPES)[index % len(SHAPES)]
     direction = list(DIRECTIONS)[index % len(DIRECTIONS)]
     color, back_color = randomness.sample(list(COLORS), 2)
@@ -75,7 +75,7 @@ def _scene(index: int, randomness: random.Random) -> tuple[str, Tensor]:
     across = ((torch.arange(size.width) + 0.5 - size.width / 2) / min(size)).expand(FRAMES, size.height, -1)
     down = ((torch.arange(size.height) + 0.5 - size.height / 2) / min(size))[:, None].expand(FRAMES, -1, size.width)
     backdrop = TEXTURES[back_texture](across * 3 + 0.6 * drift * moment, down * 3 + 0.3 * moment)
-    # From here on in units of the shape's radius, seen from its middle.
+    # From here on, coordinates are in units of the shape's radius, relative to its center.
     x = (across - DIRECTIONS[direction][0] * 0.6 * moment) / 0.3
     y = (down - DIRECTIONS[direction][1] * 0.6 * moment) / 0.3
     x, y = _turned(x, y, 0.6 * drift * moment)
@@ -91,7 +91,7 @@ def _scene(index: int, randomness: random.Random) -> tuple[str, Tensor]:
 
 
 def _paint(color: str, level: float, brightness: Tensor) -> Tensor:
-    """A color made lighter and darker: [F, 3, height, width], mostly between 0 and 1, for [F, height, width]."""
+    """A color modulated by brightness [F, height, width]: [F, 3, height, width], mostly between 0 and 1."""
     return torch.tensor(COLORS[color])[:, None, None] * level + brightness[:, None]
 
 
@@ -101,5 +101,5 @@ def _turned(x: Tensor, y: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _soft(wave: Tensor) -> Tensor:
-    """Steeper edges, without the aliasing of hard ones."""
+    """The wave with steep edges, but without the aliasing of hard ones."""
     return torch.tanh(4 * wave)

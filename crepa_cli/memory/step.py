@@ -1,8 +1,8 @@
-"""Memory of a training, predicted by running its step on fake tensors: no formulas, no weights, no GPU.
+"""Memory of training, predicted by running its step on fake tensors: no formulas, no weights, no GPU.
 
-The tensors are fake, but the code that runs is the one that trains: model, adapter, projector, optimizer, forward,
-backward. They are fake tensors of the CPU, whose fused attention keeps what the GPU's keeps, and which every build of
-torch has.
+The tensors are fake, but the code is the code that trains: model, adapter, projector, optimizer, forward, backward.
+They are fake CPU tensors, because every build of torch has them, and fused attention on the CPU keeps the same tensors
+as on a GPU.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import gc
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +19,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from crepa_cli.alignment import Alignment, TokenGrid
-from crepa_cli.doctor.live_bytes import LiveBytes
+from crepa_cli.memory.live_bytes import LiveBytes
+from crepa_cli.memory.shapes import Clips
 from crepa_cli.models.family import Family, Tensors
 from crepa_cli.profile import Profile
 from crepa_cli.training.aligned import AlignedTransformer
@@ -30,32 +30,17 @@ from crepa_cli.training.step import Teaching, step_losses
 WEIGHTS, ADAPTER, GRADIENTS, OPTIMIZER = "weights", "adapter", "gradients", "optimizer"
 ACTIVATIONS, ALIGNMENT = "activations", "alignment"
 PARTS = (WEIGHTS, ADAPTER, GRADIENTS, OPTIMIZER, ACTIVATIONS, ALIGNMENT)
-"""What is in memory while it trains."""
-
-
-@dataclass(frozen=True)
-class Clips:
-    """What a batch of prepared clips is, by shape.
-
-    Attributes:
-        tensors: of one clip and one caption, without a batch dimension, on torch's meta device.
-        teacher: grid of an encoder's features; None where none are read.
-        feature_size: width of the features; of the hidden states where a block teaches.
-    """
-
-    tensors: Tensors
-    teacher: TokenGrid | None
-    feature_size: int
+"""The parts of memory in training."""
 
 
 def predict_training(profile: Profile, family: Family, clips: Clips, *, on_gpu: bool = True) -> dict[str, int]:
-    """Bytes by part at the moment of a training step at which most is held.
+    """Bytes by part at the peak of a training step.
 
     Args:
         profile: the resolved settings.
-        family: of the checkpoint, of which the configuration alone is read.
-        clips: what is trained on.
-        on_gpu: whether the optimizer works on all parameters at once, as it does there.
+        family: of the checkpoint, of which only the configuration is read.
+        clips: the clips of a batch.
+        on_gpu: whether the optimizer updates all parameters at once, as on a GPU.
     """
     with torch.device("meta"):
         transformer = family.empty_transformer(frozen_dtype(profile))
@@ -81,7 +66,7 @@ def predict_training(profile: Profile, family: Family, clips: Clips, *, on_gpu: 
 def _optimizer_with_state(profile: Profile, model: AlignedTransformer, on_gpu: bool) -> torch.optim.Optimizer:
     """The optimizer as it is after its first step."""
     train = profile.train
-    # bitsandbytes does not run on fake tensors: what it takes is less than what AdamW does.
+    # bitsandbytes does not run on fake tensors; it takes less than AdamW.
     groups = [trainable(model.transformer), trainable(model.crepa) if model.crepa else []]
     optimizer = make_optimizer("adamw", groups, train.learning_rate, train.weight_decay)
     for group in optimizer.param_groups:
@@ -104,7 +89,7 @@ def _step(
 ) -> None:
     """One optimizer step of the trainer."""
     live.part = ACTIVATIONS
-    # A length on the CPU is read, so it stays what it is.
+    # Tensors on the CPU, such as lengths, are read by the model, so they stay real.
     tensors = {name: _like(tensor) if tensor.is_meta else tensor for name, tensor in batch.items()}
     noise, sigmas = torch.empty(batch["latents"].shape), torch.full((profile.train.batch_size,), 0.5)
     with live.belonging_to(ALIGNMENT):
@@ -118,7 +103,7 @@ def _step(
 
 
 def _features(clips: Clips, batch_size: int) -> tuple[Tensor | None, TokenGrid | None]:
-    """Features of an encoder, as the cache has them, and their grid."""
+    """Features of an encoder, as read from the cache, and their grid."""
     grid = clips.teacher
     if grid is None:
         return None, None
@@ -126,7 +111,7 @@ def _features(clips: Clips, batch_size: int) -> tuple[Tensor | None, TokenGrid |
 
 
 def _watch(model: AlignedTransformer, live: LiveBytes) -> None:
-    """Tell what gradients, and what the alignment's passes make, belong to."""
+    """Count gradients, and tensors of the alignment's forward and backward, under their parts."""
     for parameter in trainable(model):
         parameter.register_post_accumulate_grad_hook(lambda one: live.assign(GRADIENTS, [one.grad]))
     if model.crepa is None:
@@ -138,7 +123,7 @@ def _watch(model: AlignedTransformer, live: LiveBytes) -> None:
 
     def before(_crepa: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         belong_to(ALIGNMENT)
-        # Its gradient is there as soon as the backward of the alignment ends.
+        # Its gradient is complete when the backward of the alignment ends.
         hidden = arguments[0].view_as(arguments[0])
         hidden.register_hook(lambda _: belong_to(ACTIVATIONS))
         return hidden, *arguments[1:]
@@ -153,8 +138,8 @@ def _watch(model: AlignedTransformer, live: LiveBytes) -> None:
 
 @contextmanager
 def fake_memory() -> Iterator[LiveBytes]:
-    """Tensors made in this context are fake, and counted."""
-    # Collecting garbage takes a fifth of the time; what is counted is freed by its last reference.
+    """Within this context, new tensors are fake and counted."""
+    # Garbage collection takes a fifth of the time; tensors here are freed by their last reference.
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -166,9 +151,9 @@ def fake_memory() -> Iterator[LiveBytes]:
 
 
 def make_fake(module: nn.Module) -> None:
-    """Replace the parameters and buffers of a module on the meta device by fake ones of the CPU.
+    """Replace the parameters and buffers of a module on the meta device with fake CPU tensors.
 
-    A model is built on the meta device, because libraries convert modules in place, which fake parameters refuse.
+    Models are built on the meta device because libraries convert modules in place, which fake parameters refuse.
     """
     fakes = {one: nn.Parameter(_like(one), one.requires_grad) for one in module.parameters()}
     for part in module.modules():

@@ -1,4 +1,4 @@
-"""Checkpoints: where their files are, what their configuration says, and what identifies their content."""
+"""Repositories on the Hub and local folders: fetching them, reading their configurations, identifying them."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ HUB_TIMEOUT = 5.0
 
 
 def read_config(checkpoint: str, filename: str, revision: str | None = None) -> dict[str, Any]:
-    """A JSON file of a checkpoint, of which nothing else is downloaded.
+    """A JSON file of a checkpoint; nothing else is downloaded.
 
-    Without network, what this package knows of published checkpoints stands in for their files.
+    Without network, the configurations of published checkpoints in this package are used.
 
     Args:
         checkpoint: a local folder or a Hub id.
@@ -36,7 +36,7 @@ def read_config(checkpoint: str, filename: str, revision: str | None = None) -> 
         revision: branch, tag or commit on the Hub.
 
     Raises:
-        UserError: if the checkpoint or the file is not there, not reachable or not JSON.
+        UserError: if the checkpoint or the file does not exist, cannot be fetched or is not JSON.
     """
     if Path(checkpoint).is_dir():
         path = Path(checkpoint, filename)
@@ -61,14 +61,14 @@ def _config_from_hub(repository: str, filename: str, revision: str | None) -> Pa
         raise
 
 
-def hub_answers() -> bool:
-    """Whether the Hub can be reached; where it cannot, this process asks it no more.
+def go_offline_without_hub() -> bool:
+    """Whether the Hub can be reached; if not, this process makes no further requests to it.
 
-    Otherwise each request would be tried again for half a minute.
+    Each request would otherwise be retried for half a minute.
     """
     try:
         get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
-    except Exception:  # whatever networks and proxies come up with
+    except Exception:  # networks and proxies raise many kinds
         constants.HF_HUB_OFFLINE = True
         return False
     return True
@@ -80,10 +80,10 @@ def fetch(checkpoint: str, revision: str | None = None, folders: Iterable[str] |
     Args:
         checkpoint: a local folder or a Hub id.
         revision: branch, tag or commit on the Hub.
-        folders: the sub-folders that are needed beside the JSON files at the top; without it, the top is all.
+        folders: the sub-folders that are needed beside the JSON files at the top; without it, only those at the top.
 
     Raises:
-        UserError: if the checkpoint is not there or not reachable.
+        UserError: if the checkpoint does not exist or cannot be fetched.
     """
     if Path(checkpoint).is_dir():
         return Path(checkpoint)
@@ -116,7 +116,7 @@ def _from_hub(download: Any, repository: str, **arguments: Any) -> str:
         ) from error
     except (RepositoryNotFoundError, EntryNotFoundError) as error:
         raise UserError(f"no folder {repository!r}, and the Hub does not have it either: {error}") from error
-    except Exception as error:  # The Hub's client lets the errors of its HTTP library through, which no base joins.
+    except Exception as error:  # The client passes on errors of its HTTP library, which share no base class.
         raise UserError(f"{repository} could not be fetched from the Hub: {error}") from error
 
 
@@ -139,20 +139,8 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:32]
 
 
-def require_index(name: str, index: int, blocks: int) -> None:
-    """Check a block index of the settings against this very checkpoint.
-
-    Raises:
-        UserError: if there is no such block.
-    """
-    if not 0 <= index < blocks:
-        raise UserError(
-            f"{name} = {index}: this checkpoint's transformer has {blocks} blocks; choose one of 0 to {blocks - 1}"
-        )
-
-
 def require_class(checkpoint: str, config: Mapping[str, Any], expected: str, family: str) -> None:
-    """Check that a checkpoint is of the family it is used for.
+    """Check that a base model belongs to the family.
 
     Raises:
         UserError: if its transformer is of another class.

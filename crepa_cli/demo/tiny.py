@@ -27,7 +27,7 @@ SEED = 0
 
 
 def write_once(folder: Path, write: Callable[[Path], None]) -> Path:
-    """Make a folder with `write` unless it is there; it appears whole or not at all.
+    """Create a folder with `write` unless it exists; it appears whole or not at all.
 
     Weights are drawn from a fixed seed, and the global random state is left as it was.
     """

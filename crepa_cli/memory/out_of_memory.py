@@ -1,20 +1,20 @@
-"""What to say when memory was not enough."""
+"""The message for a run that ran out of memory."""
 
 from __future__ import annotations
 
 from rich.filesize import decimal
 
-from crepa_cli.doctor.fit import form_bucket
-from crepa_cli.doctor.memory import memory_advice
+from crepa_cli.memory.savings import memory_advice
+from crepa_cli.memory.shapes import form_bucket
 from crepa_cli.models.family import Family
 from crepa_cli.profile import Profile
 
 
 def out_of_memory_message(error: BaseException, profile: Profile, family: Family) -> str:
-    """What a training holds, by part, and the settings that lower it most, largest first: both predicted.
+    """The allocator's error, the predicted memory by part, and the settings that reduce it most, largest saving first.
 
     Args:
-        error: what the allocator said.
+        error: raised by the allocator.
         profile: the resolved settings.
         family: of the checkpoint.
     """
@@ -25,10 +25,10 @@ def out_of_memory_message(error: BaseException, profile: Profile, family: Family
     return "\n".join(
         [
             f"out of memory: {str(error).splitlines()[0]}",
-            f"A step at {bucket.width}x{bucket.height}, {bucket.frames} frames holds at its peak:",
+            f"A step at {bucket.width}x{bucket.height}, {bucket.frames} frames needs at its peak:",
             *held,
-            "What lowers it most:" if advice else "No single setting lowers it: take a smaller checkpoint.",
+            "Settings that reduce it most:" if advice else "No single setting reduces it: use a smaller checkpoint.",
             *advice,
-            "Then go on with --resume.",
+            "Then resume with --resume.",
         ]
     )

@@ -1,0 +1,89 @@
+"""The memory that a run takes in training and in its preparation: predicted, not measured."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from crepa_cli.data.buckets import Bucket
+from crepa_cli.data.prepare import encoder_config
+from crepa_cli.memory.kept import kept
+from crepa_cli.memory.preparation import online_teacher_weights, predict_preparation
+from crepa_cli.memory.shapes import clips_of
+from crepa_cli.memory.step import predict_training
+from crepa_cli.models.family import Family
+from crepa_cli.profile import Profile
+
+IRRELEVANT: Any = {
+    "data": True,
+    "validation": True,
+    "checkpoints": True,
+    "report": True,
+    "train": {"steps", "learning_rate", "lr_scheduler", "lr_warmup_steps", "seed", "output", "gradient_accumulation"},
+}
+"""Settings that memory does not depend on, or only through the shape of the clips."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Predicted bytes of training and its preparation.
+
+    Attributes:
+        training: bytes by part at the peak of a training step.
+        preparation: peak of each of its models; they are never in memory together.
+    """
+
+    training: dict[str, int]
+    preparation: dict[str, int]
+
+    @property
+    def peak(self) -> int:
+        """Bytes that a device must have free."""
+        return max(sum(self.training.values()), *self.preparation.values())
+
+
+def predict(profile: Profile, family: Family, bucket: Bucket) -> Prediction:
+    """Predict the memory of a run; predictions are stored and reused.
+
+    Args:
+        profile: the resolved settings.
+        family: of the checkpoint, of which only configurations are read.
+        bucket: the largest shape of its clips.
+
+    Raises:
+        UserError: if a configuration cannot be read.
+    """
+    return Prediction(training_memory(profile, family, bucket), preparation_memory(profile, family, bucket))
+
+
+def training_memory(profile: Profile, family: Family, bucket: Bucket) -> dict[str, int]:
+    """Bytes by part at the peak of a training step; see `predict`."""
+    crepa = profile.crepa
+
+    def predict_parts() -> dict[str, int]:
+        parts = predict_training(profile, family, clips_of(profile, family, bucket))
+        if crepa.encoder_teaches and not crepa.teacher_cache:
+            parts["teacher"] = online_teacher_weights(family, crepa)
+        return parts
+
+    return kept(["training", *_facts(profile, family, bucket)], predict_parts)
+
+
+def preparation_memory(profile: Profile, family: Family, bucket: Bucket) -> dict[str, int]:
+    """Bytes of each model of the preparation at its own peak; see `predict`."""
+    facts = ["preparation", *_facts(profile, family, bucket)]
+    return kept(facts, lambda: predict_preparation(profile, family, bucket, clips_of(profile, family, bucket)))
+
+
+def _facts(profile: Profile, family: Family, bucket: Bucket) -> list[object]:
+    """Everything that a prediction depends on, as JSON values."""
+    crepa = profile.crepa
+    encoder = encoder_config(crepa) if crepa.encoder_teaches else None
+    settings = profile.model_dump(mode="json", by_alias=True, exclude=IRRELEVANT)
+    return [
+        settings,
+        asdict(bucket),
+        family.config,
+        *(family.base.read_config(name) for name in family.encoder_configs),
+        encoder,
+    ]

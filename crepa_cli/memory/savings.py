@@ -1,0 +1,165 @@
+"""Settings that reduce the memory of training, and the largest clips that fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from crepa_cli.data.buckets import Bucket, Size
+from crepa_cli.memory.prediction import preparation_memory, training_memory
+from crepa_cli.models.family import Family
+from crepa_cli.models.hub import go_offline_without_hub
+from crepa_cli.profile import Profile
+from crepa_cli.teachers.dinov2 import ENCODERS
+
+Item = TypeVar("Item")
+
+LIGHT_ENCODER = "dinov2_vits14"
+LIGHT_IMAGE_SIZE = 224
+SMALLEST_RANK = 4
+
+
+@dataclass(frozen=True)
+class Saving:
+    """A setting in the form that `--set` takes, and the bytes it saves during training."""
+
+    setting: str
+    saved: int
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """The most frames and the largest size that fit a device with the other settings unchanged; None if none do."""
+
+    frames: int | None
+    width: int | None
+    height: int | None
+
+
+def memory_advice(profile: Profile, family: Family, bucket: Bucket) -> tuple[dict[str, int], list[Saving]]:
+    """The memory of training by part, and the settings that reduce it most, largest saving first.
+
+    Each saving is predicted by running a step on fake tensors with one setting changed. A setting takes about ten
+    seconds the first time; predictions are stored.
+
+    Args:
+        profile: the resolved settings.
+        family: of the checkpoint.
+        bucket: the shape of the clips.
+
+    Raises:
+        UserError: if a configuration cannot be read.
+    """
+    # Lighter encoders are looked up too, which must not take minutes without network.
+    go_offline_without_hub()
+    parts = training_memory(profile, family, bucket)
+    return parts, savings(profile, family, bucket, report=lambda _: None)
+
+
+def savings(profile: Profile, family: Family, bucket: Bucket, report: Callable[[str], None]) -> list[Saving]:
+    """The settings that reduce the peak of training, largest saving first.
+
+    Args:
+        profile: the resolved settings.
+        family: of the checkpoint.
+        bucket: the shape of the clips.
+        report: receives each setting before it is tried.
+    """
+    before = sum(training_memory(profile, family, bucket).values())
+    found = []
+    for table, key, value in lighter_settings(profile, family):
+        setting = f"{table}.{key}={_shown(value)}"
+        report(setting)
+        lighter = with_setting(profile, table, key, value)
+        frames = value if key == "frames" and isinstance(value, int) else bucket.frames
+        after = training_memory(lighter, family, Bucket(frames, bucket.height, bucket.width))
+        found.append(Saving(setting, before - sum(after.values())))
+    return sorted((one for one in found if one.saved > 0), key=lambda one: -one.saved)
+
+
+def lighter_settings(profile: Profile, family: Family) -> list[tuple[str, str, object]]:
+    """Table, key and value of the settings that may save memory and that the profile does not have yet."""
+    crepa, train, adapter = profile.crepa, profile.train, profile.adapter
+    # A local encoder was chosen for a reason, and finding another needs the network.
+    heavy_encoder = crepa.encoder_teaches and crepa.encoder in ENCODERS and crepa.encoder != LIGHT_ENCODER
+    frames, rank, side = profile.data.frames, adapter.rank, crepa.encoder_image_size
+    step = family.frame_multiple
+    half = (frames // 2 - 1) // step * step + 1
+    candidates: list[tuple[bool, str, str, object]] = [
+        (not train.activation_checkpointing, "train", "activation_checkpointing", True),
+        (half > step, "data", "frames", half),
+        (train.batch_size > 1, "train", "batch_size", 1),
+        (profile.model.dtype == "float32", "model", "dtype", "bfloat16"),
+        (adapter.kind == "full", "adapter", "kind", "lora"),
+        (adapter.kind == "lora" and rank > SMALLEST_RANK, "adapter", "rank", rank // 2),
+        (train.ema > 0, "train", "ema", 0.0),
+        (crepa.enabled and crepa.spatial_align, "crepa", "spatial_align", False),
+        (heavy_encoder, "crepa", "encoder", LIGHT_ENCODER),
+        (
+            crepa.encoder_teaches and isinstance(side, int) and side > LIGHT_IMAGE_SIZE,
+            "crepa",
+            "encoder_image_size",
+            LIGHT_IMAGE_SIZE,
+        ),
+    ]
+    return [(table, key, value) for applies, table, key, value in candidates if applies]
+
+
+def with_setting(profile: Profile, table: str, key: str, value: object) -> Profile:
+    """The profile with one setting replaced."""
+    tables = profile.model_dump(by_alias=True)
+    tables[table][key] = value
+    return Profile.model_validate(tables)
+
+
+def largest_that_fits(
+    profile: Profile, family: Family, bucket: Bucket, limit: int, report: Callable[[str], None]
+) -> Fitting:
+    """The most frames at this size, and the largest size at this length, that need at most `limit` bytes.
+
+    Args:
+        profile: the resolved settings.
+        family: of the checkpoint.
+        bucket: a shape that does not fit.
+        limit: bytes that a device has free.
+        report: receives each shape before it is tried.
+    """
+
+    def fits(frames: int, size: Size) -> bool:
+        report(f"{size.width}x{size.height}, {frames} frames")
+        tried = Bucket(frames, size.height, size.width)
+        # The preparation matters only if training fits.
+        if sum(training_memory(profile, family, tried).values()) > limit:
+            return False
+        return max(preparation_memory(profile, family, tried).values()) <= limit
+
+    size = Size(bucket.width, bucket.height)
+    lengths = range(1 + family.frame_multiple, bucket.frames, family.frame_multiple)
+    sizes = smaller_sizes(size, family.size_multiple)
+    frames = last_that_holds(lengths, lambda frames: fits(frames, size))
+    width, height = last_that_holds(sizes, lambda one: fits(bucket.frames, one)) or (None, None)
+    return Fitting(frames, width, height)
+
+
+def smaller_sizes(size: Size, multiple: int) -> list[Size]:
+    """Sizes below `size` with about the same aspect ratio, smallest first."""
+    heights = range(multiple, size.height, multiple)
+    widths = [max(1, round(height * size.width / size.height / multiple)) * multiple for height in heights]
+    return [Size(*one) for one in zip(widths, heights, strict=True)]
+
+
+def last_that_holds(items: Sequence[Item], holds: Callable[[Item], bool]) -> Item | None:
+    """The last item that holds, by bisection; None if none does. No item may hold after one that does not."""
+    low, high = 0, len(items)
+    while low < high:
+        middle = (low + high) // 2
+        if holds(items[middle]):
+            low = middle + 1
+        else:
+            high = middle
+    return items[low - 1] if low else None
+
+
+def _shown(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,127 @@
+"""The shapes of what a run reads and trains on, known without reading weights or encoding anything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from crepa_cli.alignment import TokenGrid
+from crepa_cli.alignment.grid import matching_frames
+from crepa_cli.data.buckets import Bucket, valid_frames
+from crepa_cli.data.prepare import ClipForm, encoder_config
+from crepa_cli.models.dtypes import torch_dtype
+from crepa_cli.models.family import Family, Tensors
+from crepa_cli.profile import CrepaSettings, Profile
+from crepa_cli.teachers.dinov2 import input_size
+
+
+def form_bucket(profile: Profile, family: Family) -> Bucket:
+    """The shape of clips given by the settings."""
+    form = ClipForm.of(profile.data)
+    frames = valid_frames(form.frames, form.frames, family.frame_multiple)
+    return Bucket(frames or form.frames, form.height, form.width)
+
+
+@dataclass(frozen=True)
+class Clips:
+    """The shapes of a batch of prepared clips.
+
+    Attributes:
+        tensors: of one clip and one caption, without a batch dimension, on torch's meta device.
+        teacher: grid of an encoder's features; None if no features are read.
+        feature_size: width of the features, or of the hidden states if a block is the teacher.
+    """
+
+    tensors: Tensors
+    teacher: TokenGrid | None
+    feature_size: int
+
+
+def clips_of(profile: Profile, family: Family, bucket: Bucket) -> Clips:
+    """The tensors of clips of a shape, without content."""
+    crepa = profile.crepa
+    latents = measure_clip(family).empty_latents(family, bucket)
+    with torch.device("meta"):
+        tensors = {"latents": latents, "fps": torch.empty(())}
+        tensors |= family.longest_prompt(torch_dtype(profile.model.dtype))
+    if not crepa.encoder_teaches:
+        return Clips(tensors, None, family.hidden_size)
+    encoder = encoder_config(crepa)
+    grid = teacher_grid(family, latents, bucket, crepa, encoder["patch_size"])
+    return Clips(tensors, grid, encoder["hidden_size"])
+
+
+@dataclass(frozen=True)
+class ClipSize:
+    """The size of a clip's tensors: a part for the first frame, and a part for each further frame.
+
+    Attributes:
+        first: bytes per pixel of the first frame.
+        further: bytes per pixel of each further frame.
+        image: bytes of the first frame's embedding; 0 if the checkpoint has no image encoder.
+        channels: of the latents.
+        pixels: side of a latent in pixels.
+    """
+
+    first: float
+    further: float
+    image: int
+    channels: int
+    pixels: int
+
+    def bytes(self, bucket: Bucket) -> int:
+        """Bytes of one clip's latents and of the tensors stored with them."""
+        area = bucket.height * bucket.width
+        return round(area * (self.first + (bucket.frames - 1) * self.further)) + self.image
+
+    def empty_latents(self, family: Family, bucket: Bucket) -> Tensor:
+        """Latents `[C, T, h, w]` of one clip on the meta device."""
+        frames = (bucket.frames - 1) // family.frame_multiple + 1
+        shape = self.channels, frames, bucket.height // self.pixels, bucket.width // self.pixels
+        return torch.empty(shape, device="meta")
+
+
+def measure_clip(family: Family) -> ClipSize:
+    """Measure the family's encoding of two small clips without content, on torch's meta device."""
+    side, step = 2 * family.size_multiple, family.frame_multiple
+    short, long = (_encoded(family, frames, side) for frames in (1 + step, 1 + 2 * step))
+    further = (total_bytes(long) - total_bytes(short)) / (step * side**2)
+    latents = short["latents"]
+    return ClipSize(
+        first=total_bytes(short) / side**2 - step * further,
+        further=further,
+        image=family.image_embedding_bytes,
+        channels=latents.shape[0],
+        pixels=side // latents.shape[-1],
+    )
+
+
+def teacher_grid(family: Family, latents: Tensor, bucket: Bucket, crepa: CrepaSettings, patch_size: int) -> TokenGrid:
+    """The grid of one clip's features.
+
+    Args:
+        family: of the checkpoint.
+        latents: of the clip, `[C, T, h, w]`.
+        bucket: shape of the clip.
+        crepa: the encoder's settings.
+        patch_size: of the encoder, in pixels.
+    """
+    grid = family.token_grid(latents[None])
+    height, width = input_size(crepa.encoder_image_size, grid, patch_size)
+    frames = len(matching_frames(bucket.frames, grid.frames))
+    return TokenGrid(frames, height // patch_size, width // patch_size)
+
+
+@torch.no_grad()
+def _encoded(family: Family, frames: int, side: int) -> Tensors:
+    """The tensors of a clip without content, except for the embedding of its first frame, which needs pixels."""
+    return family.without_image_encoder().encode_clip(
+        family.empty_vae_pipeline(), torch.empty(3, frames, side, side, device="meta")
+    )
+
+
+def total_bytes(tensors: dict[str, Tensor]) -> int:
+    """Bytes of all tensors together."""
+    return sum(tensor.nbytes for tensor in tensors.values())

@@ -1,0 +1,88 @@
+"""The base model: a checkpoint in the layout of diffusers, and how its components are loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import DiffusionPipeline, ModelMixin
+from transformers import AutoConfig
+
+from crepa_cli.models import hub
+
+
+class BaseCheckpoint:
+    """A base model on the Hub or in a local folder.
+
+    Creating one reads nothing.
+
+    Args:
+        name: a local folder in the layout of diffusers, or a Hub id.
+        revision: branch, tag or commit on the Hub.
+    """
+
+    def __init__(self, name: str, revision: str | None = None) -> None:
+        self.name = name
+        self.revision = revision
+        self._configs: dict[str, dict[str, Any]] = {}
+
+    def read_config(self, filename: str) -> dict[str, Any]:
+        """A JSON file of the checkpoint, such as `vae/config.json`, read once.
+
+        Raises:
+            UserError: if it cannot be found, fetched or parsed.
+        """
+        if filename not in self._configs:
+            self._configs[filename] = hub.read_config(self.name, filename, self.revision)
+        return self._configs[filename]
+
+    @property
+    def components(self) -> list[str]:
+        """The folders that `model_index.json` names."""
+        index = self.read_config("model_index.json")
+        return [name for name, library in index.items() if isinstance(library, list) and library[0]]
+
+    def component_class(self, component: str) -> str:
+        """The class of a component in `model_index.json`."""
+        return str(self.read_config("model_index.json")[component][1])
+
+    def fetch(self) -> Path:
+        """The local folder; of a repository on the Hub only the components are downloaded.
+
+        Raises:
+            UserError: if it cannot be found or fetched.
+        """
+        return hub.fetch(self.name, self.revision, self.components)
+
+    def load_model(self, class_name: str, component: str, dtype: torch.dtype) -> ModelMixin:
+        """A component by its class in diffusers, on the CPU."""
+        model_class = getattr(diffusers, class_name)
+        return model_class.from_pretrained(self.fetch(), subfolder=component, dtype=dtype, use_safetensors=True)
+
+    def empty_model(self, component: str, dtype: torch.dtype) -> Any:
+        """A component of transformers by its configuration alone, on the meta device."""
+        config = AutoConfig.for_model(**self.read_config(f"{component}/config.json"))
+        model_class = getattr(transformers, self.component_class(component))
+        with torch.device("meta"):
+            model = model_class._from_config(config, dtype=dtype)
+        return model.requires_grad_(False).eval()
+
+    def load_pipeline(
+        self, class_name: str, *, dtype: torch.dtype, without: tuple[str, ...], **components: Any
+    ) -> DiffusionPipeline:
+        """A pipeline of diffusers by its class.
+
+        Args:
+            class_name: of the pipeline.
+            dtype: of the components that are loaded.
+            without: components that are not loaded.
+            components: components that are loaded already.
+        """
+        given = dict.fromkeys(without) | components
+        pipeline_class = getattr(diffusers, class_name)
+        pipeline = pipeline_class.from_pretrained(self.fetch(), dtype=dtype, use_safetensors=True, **given)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
