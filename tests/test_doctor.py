@@ -262,6 +262,15 @@ def test_a_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [check.status for check in devices.check_devices()] == ["failure"]
 
 
+def test_a_torch_for_windows_without_cuda_comes_with_the_command_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(sys, "platform", "win32")
+    (check,) = devices.check_devices()
+    assert "pip install --force-reinstall --no-deps torch --index-url https://download.pytorch.org" in check.advice
+
+
 def test_room_on_the_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=20 * 10**9))
     assert check_folder("cache", folder / "new/cache", needed=10**9).status == "fine"

@@ -403,6 +403,12 @@ def test_a_profile_that_is_no_file_is_refused(folder: Path, name: str):
     [
         (b"[crepa]\nlambda = \n", "crepa.toml: not valid TOML: Invalid value (at line 2, column 10)"),
         (b"[crepa]\nlambda = 1\nlambda = 2\n", "at line 3"),
+        (
+            b'[data]\npath = "C:\\Users\\me\\clips"',
+            "at line 2, column 13); in double quotes a backslash starts an escape",
+        ),
+        (b'[data]\npath = "D:\\new\\train"', 'crepa.toml: data.path = "D:\\new\\train" is not a path; in double'),
+        (b'[validation]\nimages = ["a.png", "b\\two.png"]', "single quotes ('D:\\clips')"),
         (b"\xff\xfe\x00", "crepa.toml: is not UTF-8 text"),
         (b"#" * (2**20 + 1), "crepa.toml: is larger than 1 MiB"),
         (b"x = " + b"[" * 10_000, "too deeply nested"),
@@ -416,6 +422,12 @@ def test_an_unreadable_crepa_toml_is_explained_without_blaming_the_missing_famil
     (folder / "crepa.toml").write_bytes(content)
     assert message in mistakes(folder)[0]
     assert len(mistakes(folder)) == 1
+
+
+@pytest.mark.parametrize("path", ["'D:\\new\\train'", '"D:/new/train"', '"D:\\\\new\\\\train"'])
+def test_a_path_of_windows_is_taken_in_single_quotes_with_slashes_or_escaped(folder: Path, path: str):
+    (folder / "crepa.toml").write_text(f"[data]\npath = {path}\n[validation]\nprompts = ['a\\b']")
+    assert str(resolve(folder).profile.data.path).replace("\\", "/").endswith("D:/new/train")
 
 
 def test_a_folder_named_crepa_toml_is_explained(folder: Path):

@@ -51,7 +51,7 @@ def doctor(
     with Console(stderr=True).status("checking this machine") as status:
         report = _examine(settings, demo, vram, status)
     if as_json:
-        typer.echo(json.dumps(report.to_json(), indent=2, ensure_ascii=False))
+        typer.echo(json.dumps(report.to_json(), indent=2))
     else:
         report.show(Console())
     raise typer.Exit(report.exit_code)

@@ -69,7 +69,7 @@ def probe_blocks(
 
         write_whole(plot, draw_measurement(answer))
     if as_json:
-        typer.echo(json.dumps(answer.to_json(), indent=2, ensure_ascii=False))
+        typer.echo(json.dumps(answer.to_json(), indent=2))
     else:
         from crepa_cli.probe.show import show
 

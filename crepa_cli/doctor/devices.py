@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 
@@ -26,6 +27,8 @@ NO_BFLOAT16 = (
     "training in bf16 needs a GPU of the Ampere generation or later (RTX 30, A10, L4, A100); "
     "model.dtype=float32 works here, at twice the memory: only for small models"
 )
+TORCH_WITH_CUDA = "pip install --force-reinstall --no-deps torch --index-url https://download.pytorch.org/whl/cu130"
+"""`--force-reinstall`, because pip is content with the build for the CPU that is already there."""
 
 
 def check_devices() -> Iterator[Check]:
@@ -75,9 +78,14 @@ def _cpu(reasons: list[str]) -> Check:
     facts = [f"{decimal(memory.available)} of {decimal(memory.total)} free", "bf16 yes", f"attention: {kernels}"]
     no_gpu = "no GPU is usable" if torch.version.cuda or torch.version.hip else "this torch was built without CUDA"
     message = f"{', '.join(facts)}; {'; '.join([no_gpu, *reasons])}"
-    return Check(
-        "cpu", "warning", message, "enough for --demo; for real training, install torch for your GPU and its driver"
-    )
+    return Check("cpu", "warning", message, f"enough for --demo; for real training, {_gpu_advice()}")
+
+
+def _gpu_advice() -> str:
+    """How to make a GPU usable. On Windows, the torch that pip installs by itself knows the CPU alone."""
+    if sys.platform == "win32" and torch.version.cuda is None:
+        return f"install torch for an NVIDIA GPU: {TORCH_WITH_CUDA}"
+    return "install torch for your GPU and its driver"
 
 
 def attention_kernels(device: torch.device) -> list[str]:

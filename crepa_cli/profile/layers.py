@@ -23,6 +23,8 @@ from crepa_cli.profile.describe import (
     unknown_table,
 )
 from crepa_cli.profile.files import (
+    PATHS,
+    PATHS_OR_NAMES,
     RESOLVED_MARK,
     exists,
     find_profile,
@@ -44,8 +46,6 @@ TASK: Key = ("model", "task")
 FLAGS = {"model.family": "--model", "data.path": "--data"}
 NO_FAMILY = "no model family is set: choose one with --model; `crepa init` lists them"
 LARGEST_INTEGER = 2**63 - 1
-PATHS = {("data", "path"), ("data", "cache"), ("train", "output"), ("validation", "images")}
-PATHS_OR_NAMES = {("model", "checkpoint"), ("crepa", "encoder")}
 
 
 class Setting(NamedTuple):

@@ -55,19 +55,19 @@ def _usage(family: Family, profile: Profile) -> str:
 
 def loading_code(family: Family, profile: Profile, weights: str = "weights") -> str:
     """The diffusers code that loads a run's weights, by default from inside its folder."""
-    pipeline = family.pipeline_class
+    pipeline, checkpoint = family.pipeline_class, Path(family.base.name).as_posix()
     head = "import torch\n" + f"from diffusers import {pipeline}"
     if profile.adapter.kind == "full":
         return (
             f"{head}, {family.transformer_class}\n\n"
             f'transformer = {family.transformer_class}.from_pretrained("{weights}/transformer", dtype=torch.bfloat16)\n'
-            f'pipeline = {pipeline}.from_pretrained(\n    "{family.base.name}", {family.component}=transformer, '
+            f'pipeline = {pipeline}.from_pretrained(\n    "{checkpoint}", {family.component}=transformer, '
             "dtype=torch.bfloat16\n)"
         )
     arguments = "".join(f", {name}={value}" for name, value in family.lora_loading_arguments.items())
     return (
         f"{head}\n\n"
-        f'pipeline = {pipeline}.from_pretrained("{family.base.name}", dtype=torch.bfloat16)\n'
+        f'pipeline = {pipeline}.from_pretrained("{checkpoint}", dtype=torch.bfloat16)\n'
         f'pipeline.load_lora_weights("{weights}", weight_name="pytorch_lora_weights.safetensors"{arguments})'
     )
 
