@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
 from accelerate.utils.memory import should_reduce_batch_size
 
-from crepa_cli.data.cache import Cache, cache_folder
+from crepa_cli.data.cache import Cache, cache_folder, check_writable
 from crepa_cli.data.clips import clips_folder
 from crepa_cli.data.dataset import ClipDataset
 from crepa_cli.data.online import OnlineTeacher
@@ -45,6 +45,7 @@ from crepa_cli.runs.resume import resume_mistakes
 from crepa_cli.settings import resolve
 from crepa_cli.signals import stop_signals
 from crepa_cli.training.batches import Batches
+from crepa_cli.training.build import coefficient_schedule
 from crepa_cli.training.checkpointer import Checkpointer
 from crepa_cli.training.checkpoints import newest_checkpoint, read_progress
 from crepa_cli.training.learner import build_learner
@@ -82,7 +83,7 @@ def check(profile: Profile, *, resume: bool = False) -> Family:
 
 
 def _opened(profile: Profile) -> Family:
-    clips_folder(profile.data)
+    check_writable(cache_folder(profile.data), clips_folder(profile.data))
     return open_family(profile)
 
 
@@ -243,7 +244,8 @@ def _prepared(profile: Profile, family: Family, accelerator: Accelerator) -> Gen
     )
     dtype = torch_dtype(profile.model.dtype)
     texts = [*profile.validation.prompts, ""]
-    stored = crepa if crepa.encoder_teaches and crepa.teacher_cache else None
+    reads_features = crepa.encoder_teaches and crepa.teacher_cache and not coefficient_schedule(profile).finished(0)
+    stored = crepa if reads_features else None
     folder = clips_folder(profile.data)
     clips = yield from prepare(family, folder, form, stored, texts, cache, accelerator.device, dtype)
     for message in damaged:
@@ -261,12 +263,11 @@ def _build_trainer(
     checkpoint: Path | None,
 ) -> Trainer:
     crepa = profile.crepa
-    encoder_teaches = crepa.encoder_teaches
     progress = read_progress(checkpoint) if checkpoint else {}
-    teacher_size = encoder_config(crepa)["hidden_size"] if encoder_teaches else family.hidden_size
+    teacher_size = encoder_config(crepa)["hidden_size"] if crepa.encoder_teaches else family.hidden_size
     empty_key = prompt_key(family, "", torch_dtype(profile.model.dtype))
     learner = build_learner(profile, family, teacher_size, accelerator, checkpoint, progress)
-    online = encoder_teaches and not crepa.teacher_cache and learner.aligns
+    online = crepa.encoder_teaches and not crepa.teacher_cache and learner.aligns
     # Checkpoints of earlier versions counted the skipped steps of the run alone.
     skipped = progress.get("skipped", {RUN: progress.get("skipped_in_a_row", 0)})
     return Trainer(
@@ -274,7 +275,7 @@ def _build_trainer(
         family,
         run,
         learner,
-        Batches(ClipDataset(prepared.clips, prepared.cache, empty_key), profile, accelerator),
+        Batches(ClipDataset(prepared.clips, prepared.cache, empty_key), profile, accelerator, learner.aligns),
         Checkpointer(run, profile.checkpoints.keep, accelerator),
         Validator(profile, family, prepared.prompts, prepared.form, run, accelerator),
         accelerator,

@@ -194,3 +194,14 @@ def test_runs_that_start_together_get_folders_of_their_own(tmp_path: Path, monke
     assert {run.path.name for run in runs} == {f"wan-t2v-{number}" for number in (1, 2, 3, 4)}
     with pytest.raises(UserError, match="already holds a run"):
         RunFolder.claim(api.resolve("t2v", {"model.family": "wan", "train.output": str(runs[0].path)}).profile)
+
+
+@pytest.mark.usefixtures("in_demo", "fresh_accelerate")
+def test_a_lambda_that_stays_0_costs_nothing(tmp_path: Path) -> None:
+    """No features are computed, no projector is trained."""
+    sets = [*SETS, "train.steps=1", "crepa.lambda=0", "crepa.lambda_end=0", f"data.cache={tmp_path / 'cache'}"]
+    run = api.train(api.resolve("t2v", {"model.family": "wan"}, sets, demo=True).profile, output=tmp_path / "run")
+    assert not (tmp_path / "cache/features").exists()
+    (line,) = read_metrics(run.metrics)
+    assert line["crepa_loss"] is line["projector_grad_norm"] is None
+    assert line["crepa_cutoff"]

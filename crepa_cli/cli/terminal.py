@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,6 +19,51 @@ def interactive(console: Console) -> bool:
     Both of them may have a pseudo-terminal, but nobody types into it.
     """
     return console.file.isatty() and not in_notebook() and not os.environ.get("CI")
+
+
+class LastingOutput(io.TextIOBase):
+    """A stream that falls silent once it cannot be written to, so that a training outlives its reader.
+
+    Args:
+        stream: receives the text, until its pipe is closed or its disk is full.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Write a text, or drop it."""
+        try:
+            return self.stream.write(text)
+        except OSError:
+            self._fall_silent()
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush the stream."""
+        try:
+            self.stream.flush()
+        except OSError:
+            self._fall_silent()
+
+    def isatty(self) -> bool:
+        """Whether the stream is a terminal."""
+        return self.stream.isatty()
+
+    def fileno(self) -> int:
+        """The descriptor of the stream."""
+        return self.stream.fileno()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]  # io's own is read-only too, whatever its type says
+        """The encoding of the stream."""
+        return self.stream.encoding
+
+    def _fall_silent(self) -> None:
+        # The interpreter flushes what is left when it exits, which would fail again.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.stream.fileno())
+        os.close(nowhere)
 
 
 def in_notebook() -> bool:

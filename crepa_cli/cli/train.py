@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+import sys
+from typing import TYPE_CHECKING, Annotated, TextIO, cast
 
 import typer
 
 from crepa_cli.cli.flags import CheckpointFlag, DataFlag, ModelFlag, ProfileFlag, SetFlag, TaskFlag
 from crepa_cli.cli.launch import check_processes, launch, launched
+from crepa_cli.cli.terminal import LastingOutput
 from crepa_cli.cli.view import LogLevel, View, open_view, silence_libraries
 
 if TYPE_CHECKING:
@@ -57,7 +59,8 @@ def train(
         "train.output": output,
     }
     resolved = resolve(profile, flags, sets or [], demo=demo and not resume)
-    console = Console()
+    # Python has no standard output if the caller closed it.
+    console = Console(file=cast(TextIO, LastingOutput(sys.stdout))) if sys.stdout else Console()
     if print_profile:
         _print_profile(resolved, console)
     elif processes > 1 and not launched():

@@ -7,6 +7,7 @@ the same tensors, and the later rename wins.
 
 import hashlib
 import json
+import tempfile
 import time
 import zlib
 from collections.abc import Callable, Mapping
@@ -34,6 +35,32 @@ def cache_folder(data: DataSettings) -> Path:
         UserError: if the settings name neither a cache nor a folder of clips.
     """
     return Path(data.cache) if data.cache else clips_folder(data) / CACHE_FOLDER
+
+
+def check_writable(root: Path, clips: Path) -> None:
+    """Check that a cache can be made, by writing there; one that exists may be complete, and is not checked.
+
+    Args:
+        root: the folder of the cache.
+        clips: the folder of the clips.
+
+    Raises:
+        UserError: if nothing can be written there; it names the setting to change.
+    """
+    if root.is_dir() and any(root.iterdir()):
+        return
+    place = next(path for path in (root.absolute(), *root.absolute().parents) if path.is_dir())
+    try:
+        with tempfile.TemporaryDirectory(dir=place):
+            pass
+    except OSError as error:
+        if root != clips / CACHE_FOLDER:
+            raise UserError(f"data.cache = {root}: {place} cannot be written ({error.strerror})") from error
+        other = Path.home() / ".cache/crepa" / clips.absolute().name
+        raise UserError(
+            f"the folder of clips {clips} cannot be written ({error.strerror}), so the cache cannot be there: set "
+            f"data.cache, for example with --set data.cache={other.as_posix()}"
+        ) from error
 
 
 def cache_key(**parts: object) -> str:

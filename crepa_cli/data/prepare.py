@@ -19,7 +19,7 @@ from torch import Tensor
 
 from crepa_cli.alignment.grid import matching_frames
 from crepa_cli.data.buckets import Bucket, bucket_sizes, nearest_bucket, valid_frames
-from crepa_cli.data.cache import Cache, cache_key, not_finite
+from crepa_cli.data.cache import Cache, cache_key, check_writable, not_finite
 from crepa_cli.data.clips import Clip, ClipError, file_digest, find_clips
 from crepa_cli.data.video import decode, frames_available, probe
 from crepa_cli.errors import UserError, counted
@@ -83,8 +83,9 @@ def prepare(
         dtype: dtype of the text encoder.
 
     Raises:
-        UserError: if no clip is usable, or a prompt of `prompts` cannot be encoded.
+        UserError: if the cache cannot be written, no clip is usable, or a prompt of `prompts` cannot be encoded.
     """
+    check_writable(cache.root, folder)
     cache.remove_leftovers()
     clips = yield from scan(family, folder, form)
     clips = yield from _prepare_prompts(family, clips, prompts, cache, device, dtype)

@@ -7,11 +7,13 @@ from importlib import import_module
 from pathlib import Path
 
 from PIL import Image
+from safetensors import SafetensorError
 
 from crepa_cli.data.video import decode
 from crepa_cli.demo.clips import FPS, SIZES, write_demo_clips
 from crepa_cli.demo.teacher import write_tiny_dinov2
 from crepa_cli.demo.tiny import write_once
+from crepa_cli.errors import UserError
 from crepa_cli.files import write_whole
 from crepa_cli.profile import Profile
 
@@ -47,10 +49,21 @@ def write_tiny(family: str, folder: Path, task: str) -> None:
 
 
 def write_demo(profile: Profile) -> None:
-    """Write the files that the demo's settings name, unless they exist."""
+    """Write the files that the demo's settings name, unless they exist.
+
+    Raises:
+        UserError: if they cannot be written.
+    """
     family, task = profile.model.family, profile.model.task
-    write_once(FOLDER / f"{family}-{task}", lambda folder: write_tiny(family, folder, task))
-    write_once(TEACHER, write_tiny_dinov2)
+    try:
+        write_once(FOLDER / f"{family}-{task}", lambda folder: write_tiny(family, folder, task))
+        write_once(TEACHER, write_tiny_dinov2)
+    except (OSError, SafetensorError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise UserError(
+            f"the files of the demo cannot be written to {FOLDER.absolute()}: {reason}. Run the command in a new "
+            "folder of your own, such as after mkdir ~/crepa-demo and cd ~/crepa-demo"
+        ) from error
     write_demo_clips(CLIPS)
     if task == "i2v":
         _write_first_frame()

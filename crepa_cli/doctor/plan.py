@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from rich.filesize import decimal
 
-from crepa_cli.data.cache import cache_folder
+from crepa_cli.data.cache import cache_folder, check_writable
 from crepa_cli.data.clips import clips_folder, find_clips
 from crepa_cli.data.prepare import ClipForm, PreparedClip, encoder_config, scan
 from crepa_cli.demo import write_demo
@@ -62,8 +62,9 @@ def check_plan(
     teacher_known = teacher is None or _check_teacher(plan, teacher)
     optimizer_known = _check_packages(plan, profile)
     _check_run_folder(plan, profile)
+    cache_known = _check_cache_folder(plan, profile)
     clips = _check_clips(plan, family, profile, listener)
-    if family and teacher_known and clips:
+    if family and teacher_known and clips and cache_known:
         _check_cache(plan, family, profile, clips)
     if family and teacher_known and optimizer_known:
         check_memory(plan, family, profile, limit, report)
@@ -122,6 +123,14 @@ def _check_run_folder(plan: Plan, profile: Profile) -> None:
     folder = plan.attempt("run folder", lambda: RunFolder.next(profile))
     if folder:
         plan.checks.append(check_folder("run folder", folder.path))
+
+
+def _check_cache_folder(plan: Plan, profile: Profile) -> bool:
+    """Whether the cache can be written."""
+    data, failures = profile.data, len(plan.checks)
+    if data.path is not None:
+        plan.attempt("cache", lambda: check_writable(cache_folder(data), clips_folder(data)))
+    return len(plan.checks) == failures
 
 
 def _check_clips(plan: Plan, family: Family | None, profile: Profile, listener: Listener) -> list[PreparedClip] | None:

@@ -24,12 +24,10 @@ class Batches:
         dataset: the prepared clips.
         profile: the resolved settings.
         accelerator: the processes.
-
-    Attributes:
         with_features: whether teacher features are read; turned off once alignment is dropped.
     """
 
-    def __init__(self, dataset: ClipDataset, profile: Profile, accelerator: Accelerator) -> None:
+    def __init__(self, dataset: ClipDataset, profile: Profile, accelerator: Accelerator, with_features: bool) -> None:
         train = profile.train
         self.dataset = dataset
         self.accelerator = accelerator
@@ -40,7 +38,7 @@ class Batches:
         self.order = BatchOrder(
             dataset.buckets(), batch_size=train.batch_size, seed=train.seed, repeats=profile.data.repeats
         )
-        self.with_features = profile.crepa.enabled
+        self.with_features = with_features
 
     @property
     def samples_per_step(self) -> int:
