@@ -12,7 +12,7 @@ import pytest
 from crepa_cli.report.metrics import read_metrics
 
 CREPA = [sys.executable, str(Path(__file__).with_name("windows_rules.py"))]
-FEW_STEPS = ["--steps", "2", "--output", "run", "--set", "validation.every=2", "--set", "validation.steps=1"]
+FEW_STEPS = ["--steps", "2", "--output", "run", "--set", "validation.every=2", "--set", "validation.steps=2"]
 KEEP_ONE = ["--set", "checkpoints.every=1", "--set", "checkpoints.keep=1"]
 
 
