@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import OpenTiny
+from conftest import OpenTiny, moving_pattern
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiler
@@ -25,7 +26,7 @@ from crepa_cli.memory.kept import folder, kept
 from crepa_cli.memory.live_bytes import LiveBytes
 from crepa_cli.memory.prediction import predict
 from crepa_cli.memory.savings import last_that_holds, lighter_settings, memory_advice, smaller_sizes, with_setting
-from crepa_cli.memory.shapes import Clips, clips_of
+from crepa_cli.memory.shapes import Clips, clips_of, encoded_clip
 from crepa_cli.memory.step import PARTS, predict_training
 from crepa_cli.models import FAMILIES, load_family
 from crepa_cli.models.dtypes import torch_dtype
@@ -151,6 +152,27 @@ def test_what_needs_no_formula_is_exact(open_tiny: OpenTiny) -> None:
     assert parts["optimizer"] == pytest.approx(moments, rel=0.01)
     off = settings(family, crepa={"enabled": False})
     assert predict_training(off, family, clips_of(off, family, Bucket(17, 64, 64)))["alignment"] == 0
+
+
+def test_image_to_video_is_predicted_with_its_first_frame(open_tiny: OpenTiny) -> None:
+    family = shallow(open_tiny("wan", "i2v"))
+    profile = settings(family, model={"task": "i2v"})
+    clips = small_clips(family, profile)
+    clips = replace(clips, tensors=clips.tensors | encoded_clip(family, Bucket(17, 96, 96)))
+    predicted = sum(predict_training(profile, family, clips, on_gpu=False).values())
+    assert predicted == pytest.approx(measured_step(family, profile, clips), rel=0.1)
+
+
+@pytest.mark.parametrize("task", ["t2v", "i2v"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_clips_without_content_have_the_tensors_of_encoded_ones(name: str, task: str, open_tiny: OpenTiny) -> None:
+    family = open_tiny(name, task)
+    tensors = family.encode_clip(family.load_vae_pipeline(), moving_pattern(17, 64, 96))
+    encoded, empty = (
+        {key: (one.shape, one.dtype) for key, one in clip.items()}
+        for clip in (tensors, encoded_clip(family, Bucket(17, 64, 96)))
+    )
+    assert encoded == empty
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:
