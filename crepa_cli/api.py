@@ -137,7 +137,7 @@ def train(
             run.write_profile(profile)
         curves = CurvesFile(run, profile.crepa.similarity_threshold)
         listeners = [MetricsFile(run.metrics), curves, Trackers(accelerator, profile), *listeners]
-    with _advice_on_memory(profile, family):
+    with _advice_on_memory(profile, family, accelerator.device):
         last = _follow(
             lambda should_stop: _run(profile, family, run, accelerator, resume=resume, should_stop=should_stop),
             listeners,
@@ -304,7 +304,7 @@ def _device_memory(device: torch.device) -> int:
 
 
 @contextmanager
-def _advice_on_memory(profile: Profile, family: Family) -> Iterator[None]:
+def _advice_on_memory(profile: Profile, family: Family, device: torch.device) -> Iterator[None]:
     """Say what would lower memory if it was not enough."""
     from crepa_cli.memory.out_of_memory import out_of_memory_message
 
@@ -313,7 +313,7 @@ def _advice_on_memory(profile: Profile, family: Family) -> Iterator[None]:
     except Exception as error:
         if not should_reduce_batch_size(error):
             raise
-        failure = RunError(out_of_memory_message(error, profile, family))
+        failure = RunError(out_of_memory_message(error, profile, family, device))
         for note in getattr(error, "__notes__", ()):
             failure.add_note(note)
         raise failure from error
