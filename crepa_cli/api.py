@@ -12,14 +12,14 @@ print(run.weights)
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
+from accelerate.utils import GradientAccumulationPlugin
 from accelerate.utils.memory import should_reduce_batch_size
 
 from crepa_cli.data.cache import Cache, cache_folder
@@ -38,8 +38,8 @@ from crepa_cli.report.card import loading_lines, write_model_card
 from crepa_cli.report.metrics import MetricsFile
 from crepa_cli.report.plot import CurvesFile
 from crepa_cli.report.trackers import Trackers
-from crepa_cli.runs.capabilities import attention_mistakes, compile_mistakes
-from crepa_cli.runs.checks import open_family
+from crepa_cli.runs.capabilities import attention_mistakes, compile_mistakes, dtype_mistakes
+from crepa_cli.runs.checks import open_family, require_packages
 from crepa_cli.runs.folder import RunFolder
 from crepa_cli.runs.resume import resume_mistakes
 from crepa_cli.settings import resolve
@@ -72,6 +72,7 @@ def check(profile: Profile, *, resume: bool = False) -> Family:
     Raises:
         UserError: says what is wrong and what to do.
     """
+    require_packages(profile)
     family = _opened(profile)
     if resume:
         _run_to_resume(profile)
@@ -123,21 +124,24 @@ def train(
     """
     profile = _with_output(profile, output)
     state = start_processes()
+    require_packages(profile)
     family = _opened(profile)
     if mistakes := [
+        *dtype_mistakes(profile, state.device),
         *compile_mistakes(profile, state.device),
         *attention_mistakes(profile, family, state.device),
     ]:
         raise UserError("\n".join(mistakes))
     # One process decides: once it has made the folder, the others would find a run in it.
     run = from_main(lambda: _run_to_resume(profile) if resume else RunFolder.claim(profile))
-    accelerator = _accelerator(profile, run)
-    if state.is_main_process:
-        if resume:
-            run.write_profile(profile)
-        curves = CurvesFile(run, profile.crepa.similarity_threshold)
-        listeners = [MetricsFile(run.metrics), curves, Trackers(accelerator, profile), *listeners]
-    with _advice_on_memory(profile, family, accelerator.device):
+    accelerator = _accelerator(profile)
+    with ExitStack() as stack, _advice_on_memory(profile, family, accelerator.device):
+        if state.is_main_process:
+            if resume:
+                run.write_profile(profile)
+            curves = CurvesFile(run, profile.crepa.similarity_threshold)
+            trackers = stack.enter_context(closing(Trackers(profile, run, listeners)))
+            listeners = [MetricsFile(run.metrics), curves, trackers, *listeners]
         last = _follow(
             lambda should_stop: _run(profile, family, run, accelerator, resume=resume, should_stop=should_stop),
             listeners,
@@ -285,14 +289,12 @@ def _with_output(profile: Profile, output: Path | str | None) -> Profile:
     return profile.model_copy(update={"train": profile.train.model_copy(update={"output": str(output)})})
 
 
-def _accelerator(profile: Profile, run: RunFolder) -> Accelerator:
-    """Device, precision, processes and trackers."""
+def _accelerator(profile: Profile) -> Accelerator:
+    """Device, precision and processes."""
     return Accelerator(
         mixed_precision=PRECISION[profile.model.dtype],
         # The trainer accumulates by itself; without the plugin an environment variable would divide the gradients.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        log_with=list(profile.report.trackers) or None,
-        project_config=ProjectConfiguration(project_dir=str(run.path), logging_dir=str(run.trackers)),
     )
 
 

@@ -22,11 +22,11 @@ class Published:
     clip: Shapes
 
 
-LTX_CLIP = {"latents": (128, 3, 2, 4), "prompt_embeds": (8, 4096), "prompt_attention_mask": (8,)}
-SANA_PROMPT = {"prompt_embeds": (300, 2304), "prompt_attention_mask": (300,)}
-WAN_PROMPT = {"prompt_embeds": (512, 4096)}
-WAN_FIRST_FRAME = {"condition": (20, 3, 4, 8)}
-KANDINSKY_CLIP = {"latents": (16, 3, 4, 8), "prompt_embeds": (512, 3584), "pooled_embeds": (768,)}
+LTX_CLIP: Shapes = {"latents": (128, 3, 2, 4), "prompt_embeds": (8, 4096), "prompt_attention_mask": (8,)}
+SANA_PROMPT: Shapes = {"prompt_embeds": (300, 2304), "prompt_attention_mask": (300,)}
+WAN_PROMPT: Shapes = {"prompt_embeds": (512, 4096)}
+WAN_FIRST_FRAME: Shapes = {"condition": (20, 3, 4, 8)}
+KANDINSKY_CLIP: Shapes = {"latents": (16, 3, 4, 8), "prompt_embeds": (512, 3584), "pooled_embeds": (768,)}
 
 
 def wan(task: str, blocks: int, hidden_size: int, clip: Shapes) -> Published:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import OpenTiny
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from crepa_cli.alignment import Crepa, TokenGrid
@@ -71,6 +72,7 @@ def test_gradients_are_the_same_with_activation_checkpointing(family: Family, te
     plain = aligned_transformer(family, teacher_block=teacher_block)
     expected = gradients(plain, family)
     assert expected["crepa.projector.1.weight"].norm() > 0
+    assert isinstance(plain.transformer, ModelMixin)
     plain.transformer.enable_gradient_checkpointing()
     assert_close(gradients(plain, family), expected, 1e-5)
     # The recomputation of the first backward must leave nothing for a second step to trip over.
@@ -137,9 +139,11 @@ def test_bf16_autocast_keeps_the_loss_in_float32(family: Family) -> None:
     aligned = aligned_transformer(family)
     with torch.autocast("cpu", torch.bfloat16):
         output = aligned(inputs(family), GRID, features(), TEACHER_GRID)
+    assert output.alignment is not None
     assert output.alignment.loss.dtype == torch.float32
     output.alignment.loss.backward()
-    gradient = aligned.crepa.projector[1].weight.grad
+    gradient = aligned.get_parameter("crepa.projector.1.weight").grad
+    assert gradient is not None
     assert gradient.dtype == torch.float32
     assert gradient.isfinite().all()
 

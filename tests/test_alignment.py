@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ SETTINGS = st.fixed_dictionaries(
         "normalize_by_frames": st.booleans(),
     }
 )
-CASES = {"max_examples": 50, "deadline": None, "derandomize": True}
+CASES = settings(max_examples=50, deadline=None, derandomize=True)
 
 
 def case(
@@ -58,15 +58,15 @@ def test_compared_positions_are_less_than_half_a_patch_apart(
     def compared(grid: TokenGrid) -> Tensor:
         rows, columns = (torch.arange(size, dtype=torch.float64) + 0.5 for size in (grid.rows, grid.columns))
         places = torch.stack(torch.meshgrid(rows / grid.rows, columns / grid.columns, indexing="ij"), dim=-1)
-        resampling, rows = loss._Resampling(grid, target), slice(0, target.rows)
-        return resampling(places[None, resampling.window(rows)], rows, torch.float64)[0]
+        resampling, whole = loss._Resampling(grid, target), slice(0, target.rows)
+        return resampling(places[None, resampling.window(whole)], whole, torch.float64)[0]
 
     misplaced = (compared(student) - compared(teacher)) * torch.tensor([target.rows, target.columns])
     assert misplaced.norm(dim=-1).mean() < 0.5
 
 
 @given(source=st.integers(1, 60), target=st.integers(1, 60))
-@settings(**CASES)
+@CASES
 def test_interpolation_is_that_of_torch(source: int, target: int) -> None:
     values = torch.randn(1, 3, source, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     expected = F.interpolate(values, size=target, mode="linear", align_corners=False)
@@ -84,7 +84,7 @@ def test_a_latent_frame_meets_the_video_frame_it_begins_with(student: int, facto
 
 
 @given(seed=st.integers(0, 99), options=SETTINGS, frames=st.integers(1, 6), student=GRIDS, teacher=GRIDS)
-@settings(**CASES)
+@CASES
 def test_similarities_lie_between_minus_one_and_one(seed, options, frames, student, teacher) -> None:
     student_grid, teacher_grid = TokenGrid(frames, *student), TokenGrid(frames, *teacher)
     crepa, hidden, features = case(seed, options, student_grid, teacher_grid)
@@ -99,7 +99,7 @@ def test_similarities_lie_between_minus_one_and_one(seed, options, frames, stude
 
 
 @given(seed=st.integers(0, 99), options=SETTINGS, student=GRIDS, scale=st.floats(1e-3, 1e3))
-@settings(**CASES)
+@CASES
 def test_scaled_features_give_the_same_loss(seed, options, student, scale) -> None:
     grid, teacher_grid = TokenGrid(4, *student), TokenGrid(7, 3, 3)
     crepa, hidden, features = case(seed, options, grid, teacher_grid)
@@ -107,7 +107,7 @@ def test_scaled_features_give_the_same_loss(seed, options, student, scale) -> No
 
 
 @given(seed=st.integers(0, 99), options=SETTINGS, frames=st.integers(1, 6))
-@settings(**CASES)
+@CASES
 def test_cumulative_is_adjacent_at_distance_one(seed, options, frames) -> None:
     grid = TokenGrid(frames, 2, 3)
     crepa, hidden, features = case(seed, options | {"adjacent_distance": 1}, grid, grid)
@@ -117,7 +117,7 @@ def test_cumulative_is_adjacent_at_distance_one(seed, options, frames) -> None:
 
 
 @given(seed=st.integers(0, 99), options=SETTINGS)
-@settings(**CASES)
+@CASES
 def test_a_clip_of_one_frame_has_no_neighbors(seed, options) -> None:
     grid = TokenGrid(1, 3, 2)
     crepa, hidden, features = case(seed, options, grid, grid)
@@ -127,7 +127,7 @@ def test_a_clip_of_one_frame_has_no_neighbors(seed, options) -> None:
 
 
 @given(seed=st.integers(0, 99), options=SETTINGS, student=GRIDS, teacher=GRIDS, size=st.integers(1, 200))
-@settings(**CASES)
+@CASES
 def test_the_chunk_size_changes_nothing_beyond_rounding(seed, options, student, teacher, size) -> None:
     student_grid, teacher_grid = TokenGrid(4, *student), TokenGrid(4, *teacher)
     crepa, hidden, features = case(seed, options, student_grid, teacher_grid)
@@ -146,7 +146,7 @@ def test_the_chunk_size_changes_nothing_beyond_rounding(seed, options, student, 
 
 
 @given(seed=st.integers(0, 99), options=SETTINGS, order=st.permutations(range(3)))
-@settings(**CASES)
+@CASES
 def test_permuted_clips_permute_their_gradients_and_nothing_else(seed, options, order) -> None:
     grid, teacher_grid = TokenGrid(3, 3, 4), TokenGrid(5, 2, 2)
     crepa, hidden, features = case(seed, options, grid, teacher_grid, clips=3)
@@ -191,10 +191,23 @@ def test_wrong_shapes_are_refused_with_what_is_needed() -> None:
         crepa(hidden, features, TokenGrid(2, 4, 4), grid)
     with pytest.raises(ValueError, match="features has shape"):
         crepa(hidden, hidden, grid, grid)
-    with pytest.raises(ValueError, match="adjacent_tau"):
-        Crepa(8, 6, adjacent_tau=0.0)
+    with pytest.raises(ValueError, match="hidden has 1 clips and features has 2"):
+        crepa(hidden, features.expand(2, -1, -1, -1), grid, grid)
+    for tau in (0.0, math.nan):
+        with pytest.raises(ValueError, match="adjacent_tau"):
+            Crepa(8, 6, adjacent_tau=tau)
     with pytest.raises(ValueError, match="at least 1"):
         TokenGrid(0, 1, 1)
+
+
+def test_a_missing_tensor_is_refused_by_name() -> None:
+    crepa, grid, nothing = Crepa(8, 6), TokenGrid(2, 3, 4), cast(Any, None)
+    with pytest.raises(TypeError, match="hidden must be a tensor, got NoneType"):
+        crepa(nothing, torch.randn(1, 2, 12, 6), grid, grid)
+    with pytest.raises(TypeError, match="features must be a tensor, got NoneType"):
+        crepa(torch.randn(1, 2, 12, 8), nothing, grid, grid)
+    with pytest.raises(TypeError, match="teacher must be a tensor, got NoneType"):
+        layersync_loss(torch.randn(1, 2, 8), nothing)
 
 
 def test_layersync_is_minus_the_mean_cosine_and_leaves_the_teacher_alone() -> None:

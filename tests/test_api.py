@@ -38,6 +38,8 @@ def test_a_training_in_ten_lines(tmp_path: Path) -> None:
     assert (run.weights / LORA).is_file()
     assert run.card.is_file()
     assert [line["step"] for line in read_metrics(run.metrics)] == [0, 1, 2, 3]
+    table = [line.split("|")[1].strip() for line in run.card.read_text().splitlines() if line.startswith("|")]
+    assert table == ["step", "---", "0", "1", "2", "3"]
     assert isinstance(events[0], RunOpened)
     assert isinstance(events[-1], TrainingEnded)
 

@@ -78,6 +78,7 @@ def test_tensors_of_any_layout_can_be_stored_and_changing_what_was_read_changes_
 
 def test_a_key_depends_on_every_value_and_on_nothing_else() -> None:
     assert cache_key(a=1, b=["x", None]) == cache_key(b=("x", None), a=1)
+    variants: list[dict[str, object]]
     variants = [{}, {"a": 1}, {"a": 2}, {"a": "1"}, {"a": 1.5}, {"a": [1]}, {"a": {"b": 1}}, {"b": 1}, {"a": "\ud800"}]
     assert len({cache_key(**parts) for parts in variants}) == len(variants)
     with pytest.raises(ValueError, match="JSON"):

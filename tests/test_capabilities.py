@@ -12,7 +12,7 @@ import torch
 
 from crepa_cli.cli.launch import check_processes
 from crepa_cli.errors import UserError
-from crepa_cli.runs.capabilities import compile_mistakes
+from crepa_cli.runs.capabilities import compile_mistakes, dtype_mistakes
 from crepa_cli.settings import resolve
 
 CHECK = """
@@ -66,3 +66,20 @@ def test_several_processes_need_a_gpu_each_and_nccl(monkeypatch: pytest.MonkeyPa
     check_processes(1)
     with pytest.raises(UserError, match=r"--processes 2: this torch has no NCCL.*one process.*WSL2"):
         check_processes(2)
+
+
+def test_a_gpu_without_bfloat16_is_refused_with_what_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A T4 has compute capability 7.5, an RTX 3090 has 8.6."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    profile = resolve("t2v", {"model.family": "wan"}).profile
+    full = resolve("t2v", {"model.family": "wan"}, ["model.dtype=float32"]).profile
+    gpu = torch.device("cuda")
+    for capability, mistakes in {(7, 5): 1, (8, 6): 0}.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        assert len(dtype_mistakes(profile, gpu)) == mistakes
+        assert not dtype_mistakes(full, gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    (message,) = dtype_mistakes(profile, gpu)
+    assert "Tesla T4" in message
+    assert "Ampere generation or later" in message
+    assert not dtype_mistakes(profile, torch.device("cpu"))

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from crepa_cli.cli.completion import json_files, settings
 
 COMPLETE = (
     "import sys\n"
@@ -44,3 +47,25 @@ def test_families_and_presets_are_completed(shell: str, command: str) -> None:
 def test_what_is_typed_narrows_the_names() -> None:
     assert completed("bash", "crepa train --model w") == ["wan"]
     assert completed("bash", "crepa train --profile sol") == ["solid-background"]
+
+
+@pytest.mark.parametrize("command", ["train", "init", "doctor", "probe-blocks wan"])
+def test_tasks_are_completed(command: str) -> None:
+    assert completed("bash", f"crepa {command} --task ") == ["t2v", "i2v"]
+
+
+def test_settings_and_their_values_are_completed() -> None:
+    assert completed("bash", "crepa train --set crepa.enc") == ["crepa.encoder=", "crepa.encoder_image_size="]
+    assert settings("crepa.scheduler=c") == ["crepa.scheduler=constant", "crepa.scheduler=cosine"]
+    assert settings("crepa.enabled=") == ["crepa.enabled=true", "crepa.enabled=false"]
+    assert settings("crepa.lambda=") == settings("crepa.nothing=") == []
+
+
+def test_json_files_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    for name in ("configs/wan.json", "config.json", "clip.mp4"):
+        (tmp_path / name).touch()
+    assert completed("bash", "crepa init --to co") == ["config.json", "configs/"]
+    assert json_files("configs/") == ["configs/wan.json"]
+    assert json_files("nowhere/") == []

@@ -21,6 +21,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from crepa_cli.alignment import CoefficientSchedule
+from crepa_cli.alignment.schedule import Scheduler
 from crepa_cli.events import (
     AlignmentDropped,
     CheckpointSaved,
@@ -47,7 +48,7 @@ RUN = Path("runs/wan-t2v-1")
 LOADING = 'pipeline = WanPipeline.from_pretrained("checkpoint")\npipeline.load_lora_weights("weights")'
 
 
-def schedule(scheduler: str, threshold: float | None = 0.85, **settings: object) -> CoefficientSchedule:
+def schedule(scheduler: Scheduler, threshold: float | None = 0.85, **settings: object) -> CoefficientSchedule:
     return CoefficientSchedule(
         peak=0.5,
         total_steps=5000,

@@ -190,7 +190,7 @@ def test_no_features_where_no_encoder_teaches(doctor: Any) -> None:
 
 
 def test_an_optimizer_that_is_not_installed(doctor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("crepa_cli.doctor.plan.find_spec", lambda _: None)
+    monkeypatch.setattr("crepa_cli.runs.checks.find_spec", lambda _: None)
     report = doctor(*DEMO, "--set", "train.optimizer=adamw8bit", exit_code=2)
     assert failures(report) == {"optimizer": "adamw8bit needs bitsandbytes"}
 
@@ -260,6 +260,15 @@ def test_a_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", busy)
     assert [check.status for check in devices.check_devices()] == ["failure"]
+
+
+def test_a_torch_for_windows_without_cuda_comes_with_the_command_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(sys, "platform", "win32")
+    (check,) = devices.check_devices()
+    assert "pip install --force-reinstall --no-deps torch --index-url https://download.pytorch.org" in check.advice
 
 
 def test_room_on_the_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

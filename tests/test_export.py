@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import pytest
@@ -17,10 +17,12 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from test_wan import two_experts
 
-from crepa_cli.models.family import Family, Tensors
+from crepa_cli.models.family import COMFYUI_FILE, Family, Tensors
 from crepa_cli.models.wan import Wan
 from crepa_cli.profile import AdapterSettings
-from crepa_cli.training.adapter import COMFYUI_FILE, export_weights, make_trainable
+from crepa_cli.report import card
+from crepa_cli.settings import resolve
+from crepa_cli.training.adapter import export_weights, make_trainable
 from crepa_cli.training.checkpoints import trained_weights
 
 READERS: dict[str, Any] = {
@@ -126,3 +128,12 @@ def test_what_comfyui_does_not_run_is_said_before_training(
     assert run_crepa("train", "--profile", "t2v", "--model", family, "--demo", "--plain", *sets) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_code_of_the_card_has_slashes(open_tiny: OpenTiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder of a checkpoint on Windows, whose paths stand in for those of this system."""
+    family = open_tiny("wan", "t2v")
+    monkeypatch.setattr(card, "Path", PureWindowsPath)
+    monkeypatch.setattr(family.base, "name", r"D:\new\wan")
+    profile = resolve("t2v", {"model.family": "wan"}, []).profile
+    assert 'from_pretrained("D:/new/wan", ' in card.loading_code(family, profile)

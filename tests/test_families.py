@@ -17,10 +17,10 @@ from published_configs import PUBLISHED
 from torch import Tensor
 
 from crepa_cli.models import FAMILIES, load_family
+from crepa_cli.models.capture import HiddenStateCapture
 from crepa_cli.models.family import Family, Tensors
 from crepa_cli.profile import AdapterSettings
 from crepa_cli.training.adapter import export_weights, make_trainable
-from crepa_cli.training.aligned import HiddenStateCapture
 from crepa_cli.training.checkpoints import trained_weights
 from crepa_cli.training.flow import diffusion_loss, sample_sigmas
 
@@ -102,6 +102,7 @@ def sampled_similarity(family: Family, video: Tensor, tensors: Tensors, **transf
     return float(torch.cosine_similarity(sampled.flatten(), tensors["latents"].flatten(), dim=0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "task"), TASKS)
 def test_an_overfitted_transformer_gives_its_clip_back(name: str, task: str, open_tiny: OpenTiny) -> None:
     """Noise, target, timesteps, normalization and conditions agree with the published pipeline, or this fails."""
@@ -195,6 +196,7 @@ def test_the_default_block_of_a_published_checkpoint_is_captured(
     assert (family.frame_multiple, family.size_multiple) == (published.frame_multiple, published.size_multiple)
 
     index = family.settings["crepa"]["block_index"]
+    assert isinstance(index, int)
     with torch.device("meta"), torch.no_grad():
         transformer = family.empty_transformer(torch.float32)
         batch = {key: torch.zeros(1, *shape) for key, shape in published.clip.items()} | {"fps": torch.ones(1)}

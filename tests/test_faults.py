@@ -17,11 +17,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from conftest import RunCrepa
+from conftest import CREPA, RunCrepa
 from safetensors.torch import load_file
 
 from crepa_cli.data.cache import Cache
-from crepa_cli.events import StepDone
+from crepa_cli.events import StepDone, TrainingStarted
 from crepa_cli.report.metrics import MetricsFile, read_metrics
 from crepa_cli.training.checkpoints import checkpoints_in, newest_checkpoint
 from crepa_cli.training.skipped import SkippedSteps
@@ -47,6 +47,20 @@ def finite(path: Path) -> bool:
     return all(bool(tensor.isfinite().all()) for tensor in load_file(path).values())
 
 
+def spoil_at_start(
+    monkeypatch: pytest.MonkeyPatch, cache: Path, kind: str, name: str, value: float, *, entries: int
+) -> None:
+    """Spoil cached tensors once the preparation has checked them."""
+    write = MetricsFile.__call__
+
+    def spoil_first(self: MetricsFile, event: Any) -> None:
+        write(self, event)
+        if isinstance(event, TrainingStarted):
+            spoil(cache, kind, name, value, entries=entries)
+
+    monkeypatch.setattr(MetricsFile, "__call__", spoil_first)
+
+
 def spoil(cache: Path, kind: str, name: str, value: float, *, entries: int) -> None:
     """Put a value into the tensor `name` of the first entries of a kind, with a correct checksum."""
     store = Cache(cache)
@@ -65,12 +79,12 @@ SPOILED = {
 @pytest.mark.usefixtures("in_demo")
 @pytest.mark.parametrize("term", SPOILED)
 def test_a_step_that_is_not_finite_is_skipped_and_names_term_and_clip(
-    term: str, tmp_path: Path, run_crepa: RunCrepa
+    term: str, tmp_path: Path, run_crepa: RunCrepa, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two of eight clips are corrupt; no non-finite number reaches weights, averages or schedule."""
     cache = shutil.copytree("crepa-demo/clips/.crepa-cache", tmp_path / "cache")
     kind, name, value = SPOILED[term]
-    spoil(cache, kind, name, value, entries=2)
+    spoil_at_start(monkeypatch, cache, kind, name, value, entries=2)
     run = tmp_path / "run"
     flags = ["--steps", 10, "--set", f"data.cache={cache}", "--set", "train.ema=0.9", "--set", "checkpoints.every=1"]
     flags += ["--set", "checkpoints.keep=10", "--set", "crepa.similarity_threshold=0.9", "--output", run]
@@ -103,7 +117,9 @@ def test_a_gradient_that_overflows_is_not_taken(
         steps.append(parameters)
         # The projector's gradient is clipped after the adapter's in each step.
         if len(steps) == 5:
-            parameters[0].grad.view(-1)[0] = math.inf
+            gradient = parameters[0].grad
+            assert gradient is not None
+            gradient.view(-1)[0] = math.inf
         return clip(self, parameters, max_norm)
 
     monkeypatch.setattr(Accelerator, "clip_grad_norm_", overflow)
@@ -117,10 +133,10 @@ def test_a_gradient_that_overflows_is_not_taken(
 
 @pytest.mark.usefixtures("in_demo")
 def test_too_many_steps_that_are_not_finite_end_the_run(
-    tmp_path: Path, run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = shutil.copytree("crepa-demo/clips/.crepa-cache", tmp_path / "cache")
-    spoil(cache, "latents", "latents", math.nan, entries=1000)
+    spoil_at_start(monkeypatch, cache, "latents", "latents", math.nan, entries=1000)
     flags = ["--set", f"data.cache={cache}", "--set", "train.max_skipped_steps=2", "--output", tmp_path / "run"]
     assert run_crepa(*DEMO, *flags) == 1
     message = capsys.readouterr().err
@@ -239,7 +255,7 @@ def test_a_full_disk_leaves_the_checkpoints_before_it(demo: Path, stopped_run: P
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     before = {path: path.read_bytes() for path in (stopped_run / "checkpoints").rglob("*.*")}
-    command = [sys.executable, "-m", "crepa_cli", "train", "--resume", "--output", stopped_run, "--steps", "41"]
+    command = [sys.executable, "-m", "crepa_cli", "train", "--resume", "--output", str(stopped_run), "--steps", "41"]
     command += ["--set", "crepa.decay_steps=50", "--plain"]
     done = subprocess.run(command, cwd=demo, capture_output=True, text=True, check=False, preexec_fn=limited)
     assert done.returncode == 2, done.stderr
@@ -329,3 +345,22 @@ def test_a_damaged_checkpoint_does_not_make_new_ones_disappear(
     flags = ["--steps", 22, "--set", "validation.every=0", "--set", "checkpoints.keep=1", "--plain"]
     assert run_crepa("train", "--resume", "--output", stopped_run, *flags) == 0
     assert [path.name for path in checkpoints_in(stopped_run / "checkpoints")] == ["step-000022"]
+
+
+def test_an_error_that_nobody_expects_ends_with_the_name_of_the_checkpoint(demo: Path, tmp_path: Path) -> None:
+    """The metrics file becomes a folder in the middle of a run."""
+    run = tmp_path / "run"
+    flags = ["--steps", "1000", "--set", "report.every=1", "--output", str(run)]
+    with subprocess.Popen(
+        [*CREPA, *DEMO, *flags], cwd=demo, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert any(line.startswith("step 2 ") for line in process.stdout)
+        process.send_signal(signal.SIGSTOP)
+        (run / "metrics.jsonl").unlink()
+        (run / "metrics.jsonl").mkdir()
+        process.send_signal(signal.SIGCONT)
+        printed = process.stdout.read()
+    (checkpoint,) = checkpoints_in(run / "checkpoints")
+    assert process.returncode == 1
+    assert printed.splitlines()[-1] == f"A checkpoint was saved first: {checkpoint}"

@@ -31,13 +31,8 @@ def test_loss_similarities_and_gradients_equal_the_worked_case(name: str, dtype:
         case = {key.removeprefix(f"{name}/"): file.get_tensor(key) for key in file.keys() if key.startswith(f"{name}/")}  # noqa: SIM118 (safe_open has keys() alone)
     hidden = case["hidden"].to(dtype).requires_grad_()
     crepa = Crepa(hidden.shape[-1], case["features"].shape[-1], **settings).to(dtype)
-    norm, linear = crepa.projector
-    parameters = {
-        "norm.weight": norm.weight,
-        "norm.bias": norm.bias,
-        "linear.weight": linear.weight,
-        "linear.bias": linear.bias,
-    }
+    names = ("norm.weight", "norm.bias", "linear.weight", "linear.bias")
+    parameters = dict(zip(names, crepa.projector.parameters(), strict=True))
     with torch.no_grad():
         for key, parameter in parameters.items():
             parameter.copy_(case[key])
@@ -45,8 +40,12 @@ def test_loss_similarities_and_gradients_equal_the_worked_case(name: str, dtype:
     alignment = crepa(hidden, case["features"].to(dtype), student_grid, teacher_grid)
     alignment.loss.backward()
 
-    for key in ("loss", "similarity", "self_similarity"):
-        assert relative_error(getattr(alignment, key), case[f"expected/{key}"]) <= TOLERANCE[dtype], key
+    assert relative_error(alignment.loss, case["expected/loss"]) <= TOLERANCE[dtype]
+    for key in ("similarity", "self_similarity"):
+        expected = case[f"expected/{key}"]
+        # Cosines that cancel to a mean near 0 leave it their own rounding, in which processors differ.
+        scale = expected.abs().clamp(min=0.01)
+        assert ((getattr(alignment, key).double() - expected).abs() / scale).item() <= TOLERANCE[dtype], key
     for key, tensor in {"hidden": hidden, **parameters}.items():
         assert tensor.grad is not None
         assert relative_error(tensor.grad, case[f"grad/{key}"]) <= TOLERANCE[dtype], key

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from crepa_cli.demo.kandinsky5_video import tiny_transformer
+from crepa_cli.models.capture import HiddenStateCapture
 from crepa_cli.models.family import Tensors
 from crepa_cli.models.kandinsky5_video import Kandinsky5Video, rotary_scale
 from crepa_cli.runs.capabilities import attention_mistakes
 from crepa_cli.settings import resolve
-from crepa_cli.training.aligned import HiddenStateCapture
 
 NABLA = {"attention_type": "nabla", "attention_P": 0.9, "attention_wT": 3, "attention_wH": 3, "attention_wW": 3}
 

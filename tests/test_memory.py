@@ -85,6 +85,7 @@ def measured_step(family: Family, profile: Profile, clips: Clips) -> int:
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True, mixed_precision=PRECISION[profile.model.dtype])
     model = build_model(profile, family, family.empty_transformer(frozen_dtype(profile)), clips.feature_size)
+    assert model.crepa is not None
     groups = [trainable(model.transformer), trainable(model.crepa)]
     optimizer = make_optimizer("adamw", groups, 1e-4, 0.01)
     batch = {name: torch.stack([filled(tensor)] * 2) for name, tensor in clips.tensors.items()}
@@ -196,6 +197,7 @@ def test_a_transformer_without_weights_has_the_dtypes_of_a_loaded_one(
 
 def test_a_model_of_14_billion_parameters_takes_no_memory() -> None:
     family = load_family("wan")(WAN_14B, "t2v")
+    tables: dict[str, dict[str, object]]
     tables = {"model": {"dtype": "bfloat16"}, "adapter": {"target_modules": ["to_q"]}}
     profile = settings(family, **tables, train={"batch_size": 1, "activation_checkpointing": False})
     clips = clips_of(profile, family, Bucket(81, 720, 1280))
@@ -232,7 +234,8 @@ def test_the_largest_clips_that_fit(open_tiny: OpenTiny, tiny_dinov2: Path) -> N
     )
     peaks = {frames: predict(profile, family, Bucket(frames, 96, 96), GPU).peak for frames in (17, 25, 33)}
     assert peaks[17] < peaks[25] < peaks[33]
-    plan, lines = Plan(buckets=[BucketCount(33, 96, 96, clips=2)]), []
+    plan = Plan(buckets=[BucketCount(33, 96, 96, clips=2)])
+    lines: list[str] = []
     check_memory(plan, family, profile, Target(GPU, peaks[17]), lines.append)
     assert lines[0] == "predicting memory"
     assert plan.memory is not None
@@ -260,7 +263,7 @@ def test_bisection() -> None:
     for count in range(8):
         items = list(range(count))
         for limit in range(-1, count):
-            assert last_that_holds(items, lambda item, limit=limit: item <= limit) == (None if limit < 0 else limit)
+            assert last_that_holds(items, limit.__ge__) == (None if limit < 0 else limit)
 
 
 def test_smaller_sizes_keep_the_aspect_ratio() -> None:

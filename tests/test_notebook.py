@@ -11,6 +11,7 @@ import pytest
 from conftest import RunCrepa
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from nbclient.util import ensure_async
 
 from crepa_cli.report.metrics import read_metrics
 
@@ -26,7 +27,7 @@ def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def notebook(folder: Path, *cells: str) -> NotebookClient:
     """A notebook in a folder, with a time limit for each cell."""
     content = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    return NotebookClient(content, timeout=300, resources={"metadata": {"path": str(folder)}})
+    return NotebookClient(content, timeout=120, resources={"metadata": {"path": str(folder)}})
 
 
 def test_commands_in_a_cell_write_plain_text_and_ask_nothing(demo: Path, tmp_path: Path) -> None:
@@ -62,7 +63,8 @@ def test_an_interrupted_cell_leaves_a_checkpoint_to_resume_from(
         cell = asyncio.ensure_future(client.async_execute())
         while not cell.done() and len(read_metrics(run / "metrics.jsonl")) < 2:
             await asyncio.sleep(0.05)
-        await client.km.interrupt_kernel()
+        assert client.km is not None
+        await ensure_async(client.km.interrupt_kernel())
         with pytest.raises(CellExecutionError, match="stopped by SIGINT"):
             await cell
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -12,7 +13,7 @@ from PIL import Image
 
 from crepa_cli.data.sheet import COLUMNS, LARGEST, frame_row, write_sheet
 from crepa_cli.report.metrics import read_metrics
-from crepa_cli.report.plot import draw_metrics
+from crepa_cli.report.plot import curve_points, draw_metrics
 
 
 def metrics(steps: int) -> list[dict[str, float | None]]:
@@ -66,7 +67,8 @@ def test_a_sheet_shows_frames_of_each_video_from_first_to_last(tmp_path: Path) -
     levels = torch.arange(15, dtype=torch.uint8).view(-1, 1, 1, 1) * 10
     row = frame_row(levels.expand(-1, 3, 4, 6))
     assert row.size == (6 * COLUMNS, 4)
-    assert [row.getpixel((6 * column + 3, 2))[0] for column in range(COLUMNS)] == [0, 20, 40, 60, 80, 100, 120, 140]
+    reds = row.getchannel("R")
+    assert [reds.getpixel((6 * column + 3, 2)) for column in range(COLUMNS)] == [0, 20, 40, 60, 80, 100, 120, 140]
     write_sheet(tmp_path / "sheet.png", [row, frame_row(levels[:1].expand(-1, 3, 4, 6))])
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.size == (6 * COLUMNS, 8)
@@ -80,3 +82,15 @@ def test_large_frames_are_made_smaller() -> None:
 def test_validation_leaves_a_sheet(demo: Path) -> None:
     with Image.open(demo / "runs" / "wan-t2v-1" / "samples" / "step-000030" / "sheet.png") as sheet:
         assert sheet.size == (8 * 96, 64)
+
+
+def test_curves_of_long_runs_start_and_end_with_exact_values() -> None:
+    """The coefficient of a warmup starts at 0, whatever the mean of the first stretch is."""
+    values: list[tuple[int, float | None]] = [(step, min(step / 1000, 0.5)) for step in range(10_000)]
+    points = curve_points(values)
+    assert [points[0], points[-1]] == [(0, 0.0), (9_999, 0.5)]
+    assert len(points) < 600
+    assert all(before[0] < after[0] for before, after in itertools.pairwise(points))
+    assert all(abs(value - min(step / 1000, 0.5)) < 1e-2 for step, value in points)
+    assert curve_points([(step, None if step > 5 else 1.0) for step in range(2_000)])[-1] == (5, 1.0)
+    assert curve_points([(step, None) for step in range(2_000)]) == []

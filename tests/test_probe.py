@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +184,7 @@ def features_by_prompt(clips: Path, checkpoint: str, dinov2: Path) -> list[tuple
     return [
         (
             cache.read("prompts", clip.prompt_key)["prompt_embeds"],
-            cache.read("features", clip.features_key)["features"].flatten(0, 2).float(),
+            cache.read("features", str(clip.features_key))["features"].flatten(0, 2).float(),
         )
         for clip in drained(events, lambda _: None)
     ]
@@ -204,7 +204,7 @@ def plant(transformer: nn.Module, block: int, known: list[tuple[Tensor, Tensor]]
         return 0.3 * output + features @ carried
 
     transformer.register_forward_pre_hook(recognize, with_kwargs=True)
-    transformer.blocks[block].register_forward_hook(carry)
+    transformer.get_submodule(f"blocks.{block}").register_forward_hook(carry)
     return transformer
 
 
@@ -264,6 +264,15 @@ def test_a_bar_for_each_block_and_curves_over_depth(
     assert all(label in drawn for label in ("CKNNA", "linear CKA", "drift", "sigma 0.8", "recommended, block 8"))
 
 
+@pytest.fixture
+def ctrl_c_interrupts() -> Iterator[None]:
+    """Ctrl-C as in a terminal. A shell script starts its background jobs, and so their tests, with SIGINT ignored."""
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, inherited)
+
+
+@pytest.mark.usefixtures("ctrl_c_interrupts")
 def test_a_stopped_measurement_goes_on_and_ends_with_the_same_numbers(
     run_crepa: RunCrepa,
     probe: Callable[..., Any],

@@ -50,6 +50,7 @@ def largest_difference(ours: Path, theirs: Path) -> float:
     return max(float((first[name] - second[name]).abs().max()) for name in first)
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does_and_go_on_after_the_cutoff(
     demo: Path, tmp_path: Path, run_crepa: RunCrepa, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -76,6 +77,7 @@ def test_two_processes_learn_what_one_does_and_go_on_after_the_cutoff(
     assert all(largest_difference(cache / path, by_one / path) == 0 for path in filled)
 
 
+@pytest.mark.slow
 def test_sharded_processes_save_what_one_process_does(demo: Path, tmp_path: Path) -> None:
     """With accumulation; a single process also resumes from their checkpoint, with the same result."""
     settings = ["adapter.kind=full", "train.learning_rate=1e-3", "checkpoints.every=2", "train.ema=0.9"]
@@ -128,6 +130,7 @@ def test_a_mistake_is_told_once(demo: Path) -> None:
     assert done.stderr.count("99") == 1
 
 
+@pytest.mark.slow
 def test_sigterm_saves_a_checkpoint_of_all_processes(demo: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = [*CREPA, *DEMO, "--processes", "2", "--output", str(run)]

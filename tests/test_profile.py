@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from crepa_cli.errors import UserError
 from crepa_cli.models import FAMILIES, load_family
 from crepa_cli.models import family_defaults as real_defaults
+from crepa_cli.models.flavours import FLAVOURS
 from crepa_cli.profile import (
     Profile,
     ResolvedProfile,
@@ -383,7 +384,7 @@ def test_another_encoder_may_have_another_patch_size(folder: Path):
 
 
 def test_a_missing_family_points_to_its_flag(folder: Path):
-    assert mistakes(folder, flags={}) == ["no model family is set; use --model, for example --model wan"]
+    assert mistakes(folder, flags={}) == ["no model family is set: choose one with --model; `crepa init` lists them"]
 
 
 def test_an_unknown_profile_names_the_presets_and_the_nearest(folder: Path):
@@ -402,6 +403,12 @@ def test_a_profile_that_is_no_file_is_refused(folder: Path, name: str):
     [
         (b"[crepa]\nlambda = \n", "crepa.toml: not valid TOML: Invalid value (at line 2, column 10)"),
         (b"[crepa]\nlambda = 1\nlambda = 2\n", "at line 3"),
+        (
+            b'[data]\npath = "C:\\Users\\me\\clips"',
+            "at line 2, column 13); in double quotes a backslash starts an escape",
+        ),
+        (b'[data]\npath = "D:\\new\\train"', 'crepa.toml: data.path = "D:\\new\\train" is not a path; in double'),
+        (b'[validation]\nimages = ["a.png", "b\\two.png"]', "single quotes ('D:\\clips')"),
         (b"\xff\xfe\x00", "crepa.toml: is not UTF-8 text"),
         (b"#" * (2**20 + 1), "crepa.toml: is larger than 1 MiB"),
         (b"x = " + b"[" * 10_000, "too deeply nested"),
@@ -415,6 +422,12 @@ def test_an_unreadable_crepa_toml_is_explained_without_blaming_the_missing_famil
     (folder / "crepa.toml").write_bytes(content)
     assert message in mistakes(folder)[0]
     assert len(mistakes(folder)) == 1
+
+
+@pytest.mark.parametrize("path", ["'D:\\new\\train'", '"D:/new/train"', '"D:\\\\new\\\\train"'])
+def test_a_path_of_windows_is_taken_in_single_quotes_with_slashes_or_escaped(folder: Path, path: str):
+    (folder / "crepa.toml").write_text(f"[data]\npath = {path}\n[validation]\nprompts = ['a\\b']")
+    assert str(resolve(folder).profile.data.path).replace("\\", "/").endswith("D:/new/train")
 
 
 def test_a_folder_named_crepa_toml_is_explained(folder: Path):
@@ -509,7 +522,7 @@ def test_none_in_a_json_configuration_gives_the_default_of_the_family(folder: Pa
     names = {f"{table}.{key}" for table, key in family_keys()} & by_setting.keys()
     assert "crepa.block_index" in names
     config = {"model_family": "wan", **{by_setting[name]: none for name in names}}
-    imported = import_config(config, "config.json").settings
+    imported = import_config(config, "config.json", FLAVOURS).settings
     write_project(
         project_settings(profile=None, vram=None, imported=imported, flags={}, folder=folder, families=FAMILIES), folder
     )

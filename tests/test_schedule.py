@@ -88,7 +88,44 @@ def test_a_restored_schedule_goes_on_as_if_never_interrupted(values: list[float]
         assert part.coefficient(index + 1) == whole.coefficient(index + 1)
 
 
-@pytest.mark.parametrize("wrong", [{"power": 0.0}, {"similarity_ema_decay": 1.0}, {"warmup_steps": -1}])
-def test_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"at least 0|above 0"):
+@pytest.mark.parametrize("scheduler", CURVES)
+@pytest.mark.parametrize("warmup_steps", [0, 20])
+def test_a_schedule_that_is_0_throughout_is_finished_before_it_starts(scheduler: Any, warmup_steps: int) -> None:
+    schedule = CoefficientSchedule(peak=0.0, total_steps=100, scheduler=scheduler, warmup_steps=warmup_steps)
+    assert schedule.finished(0)
+    assert {schedule.coefficient(step) for step in range(110)} == {0.0}
+
+
+def test_a_schedule_that_rises_from_0_is_not_finished() -> None:
+    schedule = CoefficientSchedule(peak=0.0, total_steps=100, scheduler="linear", end=0.2)
+    assert not schedule.finished(0)
+    assert schedule.coefficient(50) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_similarity_that_is_not_finite_is_refused_and_changes_nothing(value: float) -> None:
+    schedule = CoefficientSchedule(peak=0.5, total_steps=10, similarity_threshold=0.8)
+    schedule.observe(0.5)
+    with pytest.raises(ValueError, match="similarity must be finite"):
+        schedule.observe(value)
+    assert schedule.state_dict() == {"similarity_ema": 0.5, "cut_off": False}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"power": 0.0}, "power"),
+        ({"similarity_ema_decay": 1.0}, "similarity_ema_decay"),
+        ({"warmup_steps": -1}, "step counts"),
+        ({"peak": math.nan}, "peak"),
+        ({"end": math.inf}, "end"),
+        ({"power": math.nan}, "power"),
+        ({"similarity_threshold": 85}, "similarity_threshold"),
+        ({"similarity_threshold": math.nan}, "similarity_threshold"),
+        ({"scheduler": "cos"}, "scheduler must be one of constant, linear, cosine, polynomial, got 'cos'"),
+        ({"threshold_mode": "foo"}, "threshold_mode must be one of permanent, recoverable, got 'foo'"),
+    ],
+)
+def test_settings_out_of_range_are_refused_by_name(wrong: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
         CoefficientSchedule(**{"peak": 0.5, "total_steps": 10, **wrong})

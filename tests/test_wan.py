@@ -60,6 +60,7 @@ def two_experts(open_tiny: OpenTiny, folder: Path, task: str) -> str:
     return str(write_once(folder / f"wan-experts-{task}", write))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["t2v", "i2v"])
 def test_one_checkpoint_with_timesteps_per_token_has_both_tasks(task: str, ti2v: str) -> None:
     torch.manual_seed(0)
@@ -77,6 +78,7 @@ def test_one_checkpoint_with_timesteps_per_token_has_both_tasks(task: str, ti2v:
     assert sampled_similarity(family, video, tensors, transformer=transformer) >= 0.8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["t2v", "i2v"])
 def test_each_expert_learns_its_own_noise_levels(task: str, open_tiny: OpenTiny, checkpoints: Path) -> None:
     torch.manual_seed(0)

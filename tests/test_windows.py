@@ -1,7 +1,8 @@
-"""The commands under the rules of Windows, which `windows_rules` enforces."""
+"""The commands under the rules of Windows, which `windows_rules` enforces, with output in its cp1252."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,13 +18,20 @@ KEEP_ONE = ["--set", "checkpoints.every=1", "--set", "checkpoints.keep=1"]
 
 def run(folder: Path, *arguments: str) -> str:
     """What a command prints that has to end well."""
-    done = subprocess.run([*CREPA, *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    command = [*CREPA, *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, encoding="cp1252", check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def train_and_resume(folder: Path, family: str) -> None:
-    run(folder, "train", "--profile", "t2v", "--model", family, "--demo", "--plain", *FEW_STEPS, *KEEP_ONE)
+    """With a clip that cannot be read, whose name cp1252 lacks."""
+    unreadable = folder / "crepa-demo/clips/клип.mp4"
+    unreadable.parent.mkdir(parents=True)
+    unreadable.touch()
+    told = run(folder, "train", "--profile", "t2v", "--model", family, "--demo", "--plain", *FEW_STEPS, *KEEP_ONE)
+    assert r"skipped \u043a\u043b\u0438\u043f.mp4: " in told
     run(folder, "train", "--resume", "--output", "run", "--plain", "--steps", "3")
     assert [path.name for path in (folder / "run/checkpoints").iterdir()] == ["step-000003"]
     assert [line["step"] for line in read_metrics(folder / "run/metrics.jsonl")] == [0, 1, 2]

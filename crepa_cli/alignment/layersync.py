@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from crepa_cli.alignment.loss import CHUNK_TOKENS, full_precision
+from crepa_cli.alignment.loss import CHUNK_TOKENS, check_tensor, full_precision
 
 
 def layersync_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -18,8 +18,11 @@ def layersync_loss(student: Tensor, teacher: Tensor) -> Tensor:
         teacher: `[B, S, H]`, hidden states of the deeper block; they get no gradient.
 
     Raises:
+        TypeError: if `student` or `teacher` is not a tensor.
         ValueError: if the shapes differ.
     """
+    check_tensor("student", student)
+    check_tensor("teacher", teacher)
     if student.shape != teacher.shape:
         raise ValueError(f"both blocks must have the same shape, got {list(student.shape)} and {list(teacher.shape)}")
     size = max(1, CHUNK_TOKENS // len(student))

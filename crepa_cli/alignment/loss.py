@@ -75,7 +75,7 @@ class Crepa(nn.Module):
         normalize_by_frames: bool = True,
     ) -> None:
         super().__init__()
-        if adjacent_distance < 0 or adjacent_tau <= 0:
+        if adjacent_distance < 0 or not adjacent_tau > 0:
             raise ValueError(
                 "adjacent_distance must be at least 0 and adjacent_tau above 0, "
                 f"got {adjacent_distance} and {adjacent_tau}"
@@ -99,11 +99,15 @@ class Crepa(nn.Module):
             teacher_grid: grid of the features, T' frames of N' tokens.
 
         Raises:
-            ValueError: if a tensor's shape does not match its grid or the widths of the projector.
+            TypeError: if `hidden` or `features` is not a tensor.
+            ValueError: if a tensor's shape does not match its grid or the widths of the projector, or if the two have
+                different numbers of clips.
         """
         norm, linear = cast(tuple[nn.LayerNorm, nn.Linear], tuple(self.projector))
         _check_shape("hidden", hidden, student_grid, norm.normalized_shape[0])
         _check_shape("features", features, teacher_grid, linear.out_features)
+        if len(hidden) != len(features):
+            raise ValueError(f"hidden has {len(hidden)} clips and features has {len(features)}")
         weights = neighbor_weights(
             student_grid.frames, self.adjacent_distance, self.adjacent_tau, self.cumulative_neighbors
         ).to(hidden.device, linear.weight.dtype)
@@ -147,7 +151,14 @@ def pooled(features: Tensor, frames: list[int], dtype: torch.dtype) -> Tensor:
     return torch.stack([features[:, frame].to(dtype).mean(1, keepdim=True) for frame in frames], dim=1)
 
 
+def check_tensor(name: str, value: object) -> None:
+    """Raise a TypeError if an argument is not a tensor, such as features that were never computed."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
 def _check_shape(name: str, tensor: Tensor, grid: TokenGrid, width: int) -> None:
+    check_tensor(name, tensor)
     expected = (grid.frames, grid.tokens, width)
     if tensor.ndim != 4 or tuple(tensor.shape[1:]) != expected:
         raise ValueError(f"{name} has shape {list(tensor.shape)}; {grid} and width {width} need [B, {expected}]")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, TypedDict
+from typing import Literal, TypedDict, get_args
 
 Scheduler = Literal["constant", "linear", "cosine", "polynomial"]
 ThresholdMode = Literal["permanent", "recoverable"]
@@ -46,12 +46,18 @@ class CoefficientSchedule:
         similarity_ema_decay: float = 0.99,
         threshold_mode: ThresholdMode = "permanent",
     ) -> None:
-        if min(peak, end, total_steps, warmup_steps, decay_steps, cutoff_step) < 0:
-            raise ValueError("peak, end and the step counts of a CoefficientSchedule must be at least 0")
-        if power <= 0 or not 0 <= similarity_ema_decay < 1:
+        _check_choice("scheduler", scheduler, get_args(Scheduler))
+        _check_choice("threshold_mode", threshold_mode, get_args(ThresholdMode))
+        if not (0 <= peak < math.inf and 0 <= end < math.inf):
+            raise ValueError(f"peak and end must be finite and at least 0, got {peak} and {end}")
+        if min(total_steps, warmup_steps, decay_steps, cutoff_step) < 0:
+            raise ValueError("the step counts of a CoefficientSchedule must be at least 0")
+        if not 0 < power < math.inf or not 0 <= similarity_ema_decay < 1:
             raise ValueError(
                 f"power must be above 0 and similarity_ema_decay in [0, 1), got {power} and {similarity_ema_decay}"
             )
+        if similarity_threshold is not None and not -1 <= similarity_threshold <= 1:
+            raise ValueError(f"similarity_threshold must be a cosine in [-1, 1], got {similarity_threshold}")
         self.peak = peak
         self.scheduler = scheduler
         self.end = end
@@ -89,7 +95,13 @@ class CoefficientSchedule:
         return 0.0 if self.cut_off else self.planned(step)
 
     def observe(self, similarity: float) -> None:
-        """Update the moving average with a step's similarity, and the cutoff, which takes effect at the next step."""
+        """Update the moving average with a step's similarity, and the cutoff, which takes effect at the next step.
+
+        Raises:
+            ValueError: if it is not finite, which would spoil the average for good.
+        """
+        if not math.isfinite(similarity):
+            raise ValueError(f"similarity must be finite, got {similarity}")
         decay = self.similarity_ema_decay
         previous = similarity if self.similarity_ema is None else self.similarity_ema
         self.similarity_ema = decay * previous + (1 - decay) * similarity
@@ -103,8 +115,10 @@ class CoefficientSchedule:
             return True
         if self.cutoff_step and step >= self.cutoff_step:
             return True
+        if self.peak == 0 and (self.scheduler == "constant" or self.end == 0):
+            return True
         if self.scheduler == "constant":
-            return self.peak == 0
+            return False
         return self.end == 0 and step >= self.warmup_steps + self.decay_steps
 
     def state_dict(self) -> ScheduleState:
@@ -115,3 +129,8 @@ class CoefficientSchedule:
         """Restore a saved state."""
         self.similarity_ema = state["similarity_ema"]
         self.cut_off = state["cut_off"]
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

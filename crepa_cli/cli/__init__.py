@@ -11,6 +11,7 @@ from rich.console import Console
 
 from crepa_cli import __version__
 from crepa_cli.cli.doctor import doctor
+from crepa_cli.cli.encoding import print_any_text
 from crepa_cli.cli.init import init
 from crepa_cli.cli.probe import probe_blocks
 from crepa_cli.cli.terminal import in_notebook, write_plain_text
@@ -46,6 +47,7 @@ def _crepa(
 
 def main() -> None:
     """Run the command line; a user's mistake exits with code 2, a failure of the run with 1."""
+    print_any_text()
     if in_notebook():
         write_plain_text()
     try:

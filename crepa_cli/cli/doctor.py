@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from crepa_cli.cli.completion import family_names, preset_names
+from crepa_cli.cli.flags import CheckpointFlag, DataFlag, ModelFlag, ProfileFlag, SetFlag, TaskFlag
 
 if TYPE_CHECKING:
     from rich.status import Status
@@ -23,16 +23,16 @@ Flag = typer.Option
 
 
 def doctor(
-    profile: Annotated[str | None, Flag(help="Name of a preset, or a TOML file.", autocompletion=preset_names)] = None,
-    model: Annotated[str | None, Flag(help="Model family, such as wan.", autocompletion=family_names)] = None,
-    checkpoint: Annotated[str | None, Flag(help="Hub id or local folder of a checkpoint.")] = None,
-    task: Annotated[str | None, Flag(help="t2v (text to video) or i2v (image to video).")] = None,
-    data: Annotated[str | None, Flag(help="Folder of clips with captions.")] = None,
+    profile: ProfileFlag = None,
+    model: ModelFlag = None,
+    checkpoint: CheckpointFlag = None,
+    task: TaskFlag = None,
+    data: DataFlag = None,
     vram: Annotated[
         float | None, Flag(help="Memory of the GPU to plan for, in GB (10^9 bytes); default: this machine's.", min=0)
     ] = None,
     demo: Annotated[bool, Flag("--demo", help="Check a tiny model and generated clips; downloads nothing.")] = False,
-    sets: Annotated[list[str] | None, Flag("--set", help="Any setting, as table.key=value; repeatable.")] = None,
+    sets: SetFlag = None,
     as_json: Annotated[bool, Flag("--json", help="Print one JSON object, for scripts.")] = False,
 ) -> None:
     """Check whether training would start here, and say what to do if it would not.
@@ -52,7 +52,7 @@ def doctor(
     with Console(stderr=True).status("checking this machine") as status:
         report = _examine(settings, demo, vram, status)
     if as_json:
-        typer.echo(json.dumps(report.to_json(), indent=2, ensure_ascii=False))
+        typer.echo(json.dumps(report.to_json(), indent=2))
     else:
         report.show(Console())
     raise typer.Exit(report.exit_code)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from crepa_cli.cli.completion import family_names, preset_names
+from crepa_cli.cli.completion import family_names, json_files, preset_names, task_names
 from crepa_cli.cli.terminal import interactive
 from crepa_cli.errors import UserError
 
@@ -35,7 +35,10 @@ def init(
     model: Annotated[
         str | None, typer.Option(help="Model family.", metavar="FAMILY", autocompletion=family_names)
     ] = None,
-    task: Annotated[str | None, typer.Option(help="Text to video or image to video.", metavar="t2v|i2v")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help="Text to video or image to video.", metavar="t2v|i2v", autocompletion=task_names),
+    ] = None,
     profile: Annotated[
         str | None,
         typer.Option(help="Preset or TOML file to start from.", metavar="NAME|FILE", autocompletion=preset_names),
@@ -45,11 +48,19 @@ def init(
         float | None, typer.Option(min=1, help="Memory of the GPU in GiB, to choose settings that fit.", metavar="GIB")
     ] = None,
     from_json: Annotated[
-        Path | None, typer.Option("--from", help="Start from SimpleTuner's JSON configuration.", metavar="FILE")
+        Path | None,
+        typer.Option(
+            "--from", help="Start from SimpleTuner's JSON configuration.", metavar="FILE", autocompletion=json_files
+        ),
     ] = None,
     to_json: Annotated[
         Path | None,
-        typer.Option("--to", help="Write the crepa_* keys of this folder's settings as JSON.", metavar="FILE"),
+        typer.Option(
+            "--to",
+            help="Write the crepa_* keys of this folder's settings as JSON.",
+            metavar="FILE",
+            autocompletion=json_files,
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
     list_presets: Annotated[bool, typer.Option("--list", help="List the presets and their purposes.")] = False,

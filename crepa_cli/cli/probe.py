@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from crepa_cli.cli.completion import family_names, preset_names
+from crepa_cli.cli.completion import family_names
+from crepa_cli.cli.flags import CheckpointFlag, ProfileFlag, SetFlag, TaskFlag
 from crepa_cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,12 +31,12 @@ def probe_blocks(
     family: Annotated[
         str, typer.Argument(metavar="FAMILY", help="Model family, such as wan.", autocompletion=family_names)
     ],
-    profile: Annotated[str | None, Flag(help="Name of a preset, or a TOML file.", autocompletion=preset_names)] = None,
-    checkpoint: Annotated[str | None, Flag(help="Hub id or local folder of a checkpoint.")] = None,
-    task: Annotated[str | None, Flag(help="t2v (text to video) or i2v (image to video).")] = None,
+    profile: ProfileFlag = None,
+    checkpoint: CheckpointFlag = None,
+    task: TaskFlag = None,
     data: Annotated[str | None, Flag(help="Folder of clips with captions to measure on.")] = None,
     demo: Annotated[bool, Flag("--demo", help="Measure a tiny model on generated clips; downloads nothing.")] = False,
-    sets: Annotated[list[str] | None, Flag("--set", help="Any setting, as table.key=value; repeatable.")] = None,
+    sets: SetFlag = None,
     write: Annotated[bool, Flag("--write", help="Write the recommended block to crepa.toml.")] = False,
     plot: Annotated[Path | None, Flag(metavar="FILE.svg", help="Plot the measurement over depth.")] = None,
     as_json: Annotated[bool, Flag("--json", help="Print one JSON object, for scripts.")] = False,
@@ -68,7 +69,7 @@ def probe_blocks(
 
         write_whole(plot, draw_measurement(answer))
     if as_json:
-        typer.echo(json.dumps(answer.to_json(), indent=2, ensure_ascii=False))
+        typer.echo(json.dumps(answer.to_json(), indent=2))
     else:
         from crepa_cli.probe.show import show
 

@@ -65,7 +65,8 @@ class Cache:
     def has(self, kind: str, key: str) -> bool:
         """Whether a complete, undamaged entry exists: every byte is read and verified against the checksum.
 
-        A damaged entry counts as missing; writing it again repairs it.
+        A damaged entry counts as missing, and so does one with values that are not finite, which earlier versions
+        stored; writing it again repairs it.
         """
         path = self.path(kind, key)
         try:
@@ -121,7 +122,14 @@ def _damage(path: Path, key: str) -> str | None:
         return "contains another entry"
     if metadata.get("crc32") != _checksum(tensors):
         return "its content does not match its checksum"
+    if names := not_finite(tensors):
+        return f"{', '.join(names)}: not finite"
     return None
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of the tensors that contain NaN or infinity."""
+    return [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
 
 
 def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from crepa_cli.alignment.grid import matching_frames
 from crepa_cli.data.buckets import Bucket, bucket_sizes, nearest_bucket, valid_frames
-from crepa_cli.data.cache import Cache, cache_key
+from crepa_cli.data.cache import Cache, cache_key, not_finite
 from crepa_cli.data.clips import Clip, ClipError, file_digest, find_clips
 from crepa_cli.data.video import decode, frames_available, probe
 from crepa_cli.errors import UserError, counted
@@ -83,7 +83,7 @@ def prepare(
         dtype: dtype of the text encoder.
 
     Raises:
-        UserError: if no clip is usable.
+        UserError: if no clip is usable, or a prompt of `prompts` cannot be encoded.
     """
     cache.remove_leftovers()
     clips = yield from scan(family, folder, form)
@@ -178,24 +178,39 @@ def _prepare_prompts(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Generator[Event, None, list[PreparedClip]]:
-    texts = sorted({clip.clip.caption for clip in clips} | set(prompts))
+    prompts = set(prompts)
+    texts = sorted({clip.clip.caption for clip in clips} | prompts)
     keys = {text: prompt_key(family, text, dtype) for text in texts}
     missing = from_main(lambda: [text for text in texts if not cache.has("prompts", keys[text])])
+    reasons: dict[str, str] = {}
     if missing:
-        yield from _encode_prompts(family, {text: keys[text] for text in missing}, cache, device, dtype)
+        reasons = yield from _encode_prompts(family, {text: keys[text] for text in missing}, cache, device, dtype)
         free_memory()
-    return [replace(clip, prompt_key=keys[clip.clip.caption]) for clip in clips]
+    for text in sorted(reasons.keys() & prompts):
+        where = f"the validation prompt {text!r}" if text else "the empty prompt"
+        raise UserError(f"{where} cannot be used: {reasons[text]}. Try another model.dtype")
+    for clip in clips:
+        if clip.clip.caption in reasons:
+            yield ClipSkipped(_clip_name(clip), f"its caption: {reasons[clip.clip.caption]}")
+    usable = [clip for clip in clips if clip.clip.caption not in reasons]
+    return [replace(clip, prompt_key=keys[clip.clip.caption]) for clip in usable]
 
 
 def _encode_prompts(
     family: Family, keys: dict[str, str], cache: Cache, device: torch.device, dtype: torch.dtype
-) -> Generator[Event, None, None]:
+) -> Generator[Event, None, dict[str, str]]:
+    """Encode the texts, and return why some of them cannot be used."""
     pipeline = family.load_text_pipeline(dtype).to(device)
 
-    def encode(text: str) -> None:
-        cache.write("prompts", keys[text], _to_cpu(family.encode_prompt(pipeline, text)))
+    def encode(text: str) -> tuple[str, str] | None:
+        try:
+            _store(cache, "prompts", keys[text], family.encode_prompt(pipeline, text))
+        except ClipError as error:
+            return text, str(error)
+        return None
 
-    yield from _each("prompts", list(keys), encode, name=repr)
+    failed = yield from _each("prompts", list(keys), encode, name=repr)
+    return dict(one for one in failed if one is not None)
 
 
 def _prepare_latents(
@@ -223,7 +238,7 @@ def _encode_latents(
     def encode(clip: PreparedClip) -> PreparedClip:
         video = clip_pixels(clip, fps).transpose(0, 1).float() / 127.5 - 1
         tensors = family.encode_clip(pipeline, video) | {"fps": torch.tensor(fps)}
-        cache.write("latents", clip.latents_key, _to_cpu(tensors))
+        _store(cache, "latents", clip.latents_key, tensors)
         return clip
 
     return (yield from _each("latents", clips, encode, name=_clip_name))
@@ -265,7 +280,7 @@ def _encode_features(
     def encode(clip: PreparedClip) -> PreparedClip:
         frames, size = inputs[str(clip.features_key)]
         features = teacher.features(clip_pixels(clip, fps)[frames], size)
-        cache.write("features", str(clip.features_key), {"features": features})
+        _store(cache, "features", str(clip.features_key), {"features": features})
         return clip
 
     return (yield from _each("features", clips, encode, name=_clip_name))
@@ -330,5 +345,12 @@ def _digests(components: Iterable[str], family: Family) -> list[str]:
     return [fingerprint(folder / name) for name in components]
 
 
-def _to_cpu(tensors: Tensors) -> Tensors:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+def _store(cache: Cache, kind: str, key: str, tensors: Tensors) -> None:
+    """Cache tensors that can be trained on.
+
+    Raises:
+        ClipError: if they are not finite; every step with them would be skipped.
+    """
+    if names := not_finite(tensors):
+        raise ClipError(f"{', '.join(names)}: computed, and not finite (NaN or infinity)")
+    cache.write(kind, key, tensors)

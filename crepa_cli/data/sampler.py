@@ -14,8 +14,10 @@ class BatchOrder:
     There is no state from batch to batch, so a resumed run continues exactly where it stopped. Batches are numbered
     over all epochs; with several processes, the caller splits the numbers among them.
 
-    `buckets` are lists of clip indices; a batch never mixes buckets. Each epoch visits every clip `repeats` times. The
-    last batch of a bucket is filled up with other clips of the bucket, so that every batch is complete.
+    `buckets` are lists of clip indices; a batch never mixes buckets and is always complete. An epoch is the shortest
+    stretch of such batches in which every clip is visited equally often: `repeats` times if the batch size divides the
+    visits of every bucket, and otherwise up to `batch_size` times as often. A single clip in a bucket of its own, at
+    batch size 4, thus fills one batch in an epoch in which every other clip is visited 4 times too.
     """
 
     def __init__(self, buckets: Sequence[Sequence[int]], *, batch_size: int, seed: int, repeats: int = 1) -> None:
@@ -24,9 +26,10 @@ class BatchOrder:
             raise ValueError("there are no clips to train on")
         self._batch_size = batch_size
         self._seed = seed
-        self._repeats = repeats
+        rounds = math.lcm(*(batch_size // math.gcd(batch_size, len(bucket) * repeats) for bucket in self._buckets))
+        self._visits = rounds * repeats
         self._latest: tuple[int, list[list[int]]] = (-1, [])
-        self.batches_per_epoch = sum(math.ceil(len(bucket) * repeats / batch_size) for bucket in self._buckets)
+        self.batches_per_epoch = sum(len(bucket) * self._visits // batch_size for bucket in self._buckets)
 
     def epoch(self, index: int) -> int:
         """The epoch, counted from 0, that batch number `index` belongs to."""
@@ -41,16 +44,20 @@ class BatchOrder:
 
     def _epoch_batches(self, epoch: int) -> list[list[int]]:
         randomness = random.Random(f"{self._seed}/{epoch}")
-        batches: list[list[int]] = []
+        size = self._batch_size
+        batches: list[tuple[float, list[int]]] = []
         for bucket in self._buckets:
-            visits = [clip for _ in range(self._repeats) for clip in _shuffled(bucket, randomness)]
+            visits = [clip for _ in range(self._visits) for clip in _shuffled(bucket, randomness)]
+            # One random place in each of the bucket's equal parts of the epoch: its batches stay in order and spread
+            # out, so that the shares are nearly right in a run that ends within an epoch.
+            count = len(visits) // size
             batches.extend(
-                [visits[i % len(visits)] for i in range(start, start + self._batch_size)]
-                for start in range(0, len(visits), self._batch_size)
+                ((number + randomness.random()) / count, visits[number * size : (number + 1) * size])
+                for number in range(count)
             )
-        return _shuffled(batches, randomness)
+        return [batch for _, batch in sorted(batches)]
 
 
 def _shuffled(items: Sequence[T], randomness: random.Random) -> list[T]:
-    # Python guarantees that random() gives the same numbers in every version, but not that shuffle() does.
+    # Python guarantees the same values of random() in every version, but not the same order from shuffle().
     return sorted(items, key=lambda _: randomness.random())

@@ -127,8 +127,10 @@ def write_video(path: Path, frames: Tensor, fps: float) -> None:
     pictures = frames.permute(0, 2, 3, 1).contiguous().cpu().numpy()
     content = io.BytesIO()
     with av.open(content, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "17"})
-        stream.thread_count = 1  # x264's output depends on the number of threads; the same frames, the same file
+        # x264's output depends on the number of threads, and on some processors its assembly code is not deterministic.
+        options = {"crf": "17", "x264-params": "cpu-independent=1"}
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
+        stream.thread_count = 1
         stream.height, stream.width = pictures.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.colorspace = stream.color_primaries = stream.color_trc = BT709

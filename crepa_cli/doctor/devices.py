@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 
@@ -13,6 +14,7 @@ from rich.filesize import decimal
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from crepa_cli.doctor.findings import Check
+from crepa_cli.runs.capabilities import has_bfloat16
 
 KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -20,6 +22,13 @@ KERNELS = {
     "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
     "plain": SDPBackend.MATH,
 }
+
+NO_BFLOAT16 = (
+    "training in bf16 needs a GPU of the Ampere generation or later (RTX 30, A10, L4, A100); "
+    "model.dtype=float32 works here, at twice the memory: only for small models"
+)
+TORCH_WITH_CUDA = "pip install --force-reinstall --no-deps torch --index-url https://download.pytorch.org/whl/cu130"
+"""`--force-reinstall`, because pip is content with the build for the CPU that is already there."""
 
 
 def check_devices() -> Iterator[Check]:
@@ -41,7 +50,7 @@ def _cuda(index: int) -> Check:
     name = f"{device}: {properties.name}"
     try:
         free, total = torch.cuda.mem_get_info(device)
-        bf16 = torch.cuda.get_device_capability(device) >= (8, 0) or torch.version.hip is not None
+        bf16 = has_bfloat16(device)
         kernels = attention_kernels(device)
     except RuntimeError as error:
         return Check(
@@ -50,7 +59,7 @@ def _cuda(index: int) -> Check:
     facts = [f"{decimal(free)} of {decimal(total)} free", f"driver {_driver(index)}", f"CUDA {torch.version.cuda}"]
     message = ", ".join([*facts, f"bf16 {'yes' if bf16 else 'no'}", f"attention: {', '.join(kernels)}"])
     if not bf16:
-        return Check(name, "warning", message, "bf16 is emulated, which is slow: --set model.dtype=float32")
+        return Check(name, "warning", message, NO_BFLOAT16)
     if "flash" not in kernels:
         return Check(name, "warning", message, "without flash attention, long clips train slowly: update torch")
     return Check(name, "fine", message)
@@ -69,9 +78,14 @@ def _cpu(reasons: list[str]) -> Check:
     facts = [f"{decimal(memory.available)} of {decimal(memory.total)} free", "bf16 yes", f"attention: {kernels}"]
     no_gpu = "no GPU is usable" if torch.version.cuda or torch.version.hip else "this torch was built without CUDA"
     message = f"{', '.join(facts)}; {'; '.join([no_gpu, *reasons])}"
-    return Check(
-        "cpu", "warning", message, "enough for --demo; for real training, install torch for your GPU and its driver"
-    )
+    return Check("cpu", "warning", message, f"enough for --demo; for real training, {_gpu_advice()}")
+
+
+def _gpu_advice() -> str:
+    """How to make a GPU usable. On Windows, the torch that pip installs by itself knows the CPU alone."""
+    if sys.platform == "win32" and torch.version.cuda is None:
+        return f"install torch for an NVIDIA GPU: {TORCH_WITH_CUDA}"
+    return "install torch for your GPU and its driver"
 
 
 def attention_kernels(device: torch.device) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 
 from rich.filesize import decimal
 
@@ -22,7 +21,7 @@ from crepa_cli.events import ClipSkipped, Event, drained
 from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
 from crepa_cli.profile import CrepaSettings, Profile, ResolvedProfile
-from crepa_cli.runs.checks import open_family
+from crepa_cli.runs.checks import missing_optimizer, missing_trackers, open_family
 from crepa_cli.runs.folder import RunFolder
 from crepa_cli.teachers.dinov2 import ENCODERS
 
@@ -61,7 +60,7 @@ def check_plan(
     if family:
         _check_checkpoint(plan, family, profile)
     teacher_known = teacher is None or _check_teacher(plan, teacher)
-    optimizer_known = _check_optimizer(plan, profile)
+    optimizer_known = _check_packages(plan, profile)
     _check_run_folder(plan, profile)
     clips = _check_clips(plan, family, profile, listener)
     if family and teacher_known and clips:
@@ -110,12 +109,13 @@ def _check_teacher(plan: Plan, crepa: CrepaSettings) -> bool:
     return True
 
 
-def _check_optimizer(plan: Plan, profile: Profile) -> bool:
-    """Whether the optimizer is installed."""
-    installed = profile.train.optimizer != "adamw8bit" or find_spec("bitsandbytes") is not None
-    if not installed:
-        plan.add("optimizer", "failure", "adamw8bit needs bitsandbytes", "pip install 'crepa[bnb]'")
-    return installed
+def _check_packages(plan: Plan, profile: Profile) -> bool:
+    """Whether the optimizer is installed; the trackers are checked as well."""
+    optimizer = missing_optimizer(profile)
+    for name, missing in {"optimizer": optimizer, "tracker": missing_trackers(profile)}.items():
+        for message, command in missing.items():
+            plan.add(name, "failure", message, command)
+    return not optimizer
 
 
 def _check_run_folder(plan: Plan, profile: Profile) -> None:

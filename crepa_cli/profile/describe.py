@@ -91,6 +91,18 @@ def allowed_values(table: str, key: str) -> str:
     return _allowed(_or_none(schema) if NONE_MEANS in schema else schema)
 
 
+def listed_values(table: str, key: str) -> list[str]:
+    """The values of a setting that takes one of a list; empty for numbers and free text."""
+    return _listed(_properties(table)[key])
+
+
+def _listed(schema: Mapping[str, Any]) -> list[str]:
+    if schema.get("type") == "boolean":
+        return ["true", "false"]
+    options = [value for option in schema.get("anyOf", ()) for value in _listed(option)]
+    return [str(value) for value in schema.get("enum", ())] + options
+
+
 def _allowed(schema: Mapping[str, Any]) -> str:
     if "anyOf" in schema:
         *others, last = (_allowed(option) for option in schema["anyOf"])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 
 import tomli_w
@@ -13,6 +15,13 @@ from crepa_cli.profile.describe import shown
 from crepa_cli.profile.settings import Profile
 
 PROJECT_FILE = "crepa.toml"
+PATHS = {("data", "path"), ("data", "cache"), ("train", "output"), ("validation", "images")}
+PATHS_OR_NAMES = {("model", "checkpoint"), ("crepa", "encoder")}
+CONTROL = re.compile(r"[\x00-\x1f]")
+BACKSLASHES = (
+    'in double quotes a backslash starts an escape: write the path with slashes ("D:/clips") or in single quotes '
+    "('D:\\clips')"
+)
 LARGEST_FILE = 2**20
 RESOLVED_MARK = "# All settings of a run, resolved."
 RESOLVED_HEADER = f"{RESOLVED_MARK} As --profile, this file alone decides: no crepa.toml is read beside it.\n\n"
@@ -91,11 +100,29 @@ def parse_toml(text: str, label: str) -> dict[str, object]:
         UserError: if the text is not valid TOML. The message names `label`, the line and the column.
     """
     try:
-        return tomllib.loads(text)
+        tables = tomllib.loads(text)
     except ValueError as error:
-        raise UserError(f"{label}: not valid TOML: {error}") from error
+        raise UserError(f"{label}: not valid TOML: {error}{_backslash_hint(text, str(error))}") from error
     except RecursionError as error:
         raise UserError(f"{label}: not valid TOML: too deeply nested") from error
+    _refuse_broken_paths(tables, label)
+    return tables
+
+
+def _backslash_hint(text: str, error: str) -> str:
+    """How to write a path, if the line of a TOML error has a backslash in double quotes."""
+    found = re.search(r"at line (\d+)", error)
+    line = text.splitlines()[int(found[1]) - 1] if found else ""
+    return f"; {BACKSLASHES}" if re.search(r'"[^"]*\\', line) else ""
+
+
+def _refuse_broken_paths(tables: Mapping[str, object], label: str) -> None:
+    """Refuse paths with control characters: TOML reads a backslash before n or t as a line break or a tab."""
+    for table, keys in tables.items():
+        for key, value in keys.items() if isinstance(keys, dict) else ():
+            texts = value if isinstance(value, list) else [value]
+            if (table, key) in PATHS | PATHS_OR_NAMES and any(CONTROL.search(str(text)) for text in texts):
+                raise UserError(f"{label}: {table}.{key} = {shown(value)} is not a path; {BACKSLASHES}")
 
 
 def dump_toml(profile: Profile) -> str:

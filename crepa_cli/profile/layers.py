@@ -23,6 +23,8 @@ from crepa_cli.profile.describe import (
     unknown_table,
 )
 from crepa_cli.profile.files import (
+    PATHS,
+    PATHS_OR_NAMES,
     RESOLVED_MARK,
     exists,
     find_profile,
@@ -42,10 +44,8 @@ RANK: Key = ("adapter", "rank")
 ALPHA: Key = ("adapter", "alpha")
 TASK: Key = ("model", "task")
 FLAGS = {"model.family": "--model", "data.path": "--data"}
-NO_FAMILY = "no model family is set; use --model, for example --model wan"
+NO_FAMILY = "no model family is set: choose one with --model; `crepa init` lists them"
 LARGEST_INTEGER = 2**63 - 1
-PATHS = {("data", "path"), ("data", "cache"), ("train", "output"), ("validation", "images")}
-PATHS_OR_NAMES = {("model", "checkpoint"), ("crepa", "encoder")}
 
 
 class Setting(NamedTuple):

@@ -115,7 +115,8 @@ def refuse_to_overwrite(folder: Path) -> None:
         UserError: if there is a crepa.toml or another schema.
     """
     schema = folder / SCHEMA_FILE
-    changed = schema.exists() and read_text(schema, SCHEMA_FILE) != _schema_text()
+    # git on Windows may have given it CRLF.
+    changed = schema.exists() and read_text(schema, SCHEMA_FILE).replace("\r\n", "\n") != _schema_text()
     existing = [PROJECT_FILE] * (folder / PROJECT_FILE).exists() + [SCHEMA_FILE] * changed
     if existing:
         raise UserError(f"{' and '.join(existing)}: already exists; use --force to overwrite it")

@@ -34,7 +34,7 @@ class ModelSettings(Table):
     )
     checkpoint: Text = resolved_later(
         FAMILY_DEFAULT,
-        example="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        example="owner/model",
         description="Hub id or local folder of the base model.",
     )
     revision: Text | None = Field(

@@ -55,19 +55,19 @@ def _usage(family: Family, profile: Profile) -> str:
 
 def loading_code(family: Family, profile: Profile, weights: str = "weights") -> str:
     """The diffusers code that loads a run's weights, by default from inside its folder."""
-    pipeline = family.pipeline_class
+    pipeline, checkpoint = family.pipeline_class, Path(family.base.name).as_posix()
     head = "import torch\n" + f"from diffusers import {pipeline}"
     if profile.adapter.kind == "full":
         return (
             f"{head}, {family.transformer_class}\n\n"
             f'transformer = {family.transformer_class}.from_pretrained("{weights}/transformer", dtype=torch.bfloat16)\n'
-            f'pipeline = {pipeline}.from_pretrained(\n    "{family.base.name}", {family.component}=transformer, '
+            f'pipeline = {pipeline}.from_pretrained(\n    "{checkpoint}", {family.component}=transformer, '
             "dtype=torch.bfloat16\n)"
         )
     arguments = "".join(f", {name}={value}" for name, value in family.lora_loading_arguments.items())
     return (
         f"{head}\n\n"
-        f'pipeline = {pipeline}.from_pretrained("{family.base.name}", dtype=torch.bfloat16)\n'
+        f'pipeline = {pipeline}.from_pretrained("{checkpoint}", dtype=torch.bfloat16)\n'
         f'pipeline.load_lora_weights("{weights}", weight_name="pytorch_lora_weights.safetensors"{arguments})'
     )
 
@@ -77,7 +77,7 @@ def _results(run: RunFolder) -> str:
     if not metrics:
         return ""
     columns = ("step", "loss", "diffusion_loss", "crepa_similarity", "crepa_similarity_ema", "crepa_coefficient")
-    chosen = [metrics[index * (len(metrics) - 1) // 4] for index in range(5)]
+    chosen = [metrics[index] for index in sorted({part * (len(metrics) - 1) // 4 for part in range(5)})]
     rows = [[_cell(line[column]) for column in columns] for line in chosen]
     lines = [columns, ["---"] * len(columns), *rows]
     curves = f"![losses, lambda (the coefficient) and similarity over the steps]({run.curves.name})\n\n"

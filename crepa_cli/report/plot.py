@@ -66,11 +66,20 @@ def draw_metrics(metrics: Sequence[dict[str, Any]], threshold: float | None) -> 
 
 def _draw_line(axes: Axes, metrics: Sequence[dict[str, Any]], key: str, label: str) -> None:
     """Draw the values that exist; long runs are averaged so that the file stays small."""
-    curve = Curve()
-    for line in metrics:
-        curve.add(line[key])
-    first = metrics[0]["step"] if metrics else 0
-    steps = [first + index * curve.steps_per_bucket for index in range(len(curve.buckets))]
-    points = [(step, value) for step, value in zip(steps, curve.columns(BUCKETS), strict=True) if value is not None]
+    points = curve_points([(line["step"], line[key]) for line in metrics])
     if points:
         axes.plot(*zip(*points, strict=True), label=label, linewidth=1.2)
+
+
+def curve_points(values: Sequence[tuple[int, float | None]]) -> list[tuple[float, float]]:
+    """Steps and values to draw: means over equal stretches, each at the middle of its stretch, between exact ends."""
+    if len(values) <= BUCKETS:
+        return [(step, value) for step, value in values if value is not None]
+    curve = Curve()
+    for _, value in values:
+        curve.add(value)
+    middle = values[0][0] + (curve.steps_per_bucket - 1) / 2
+    means = [(middle + index * curve.steps_per_bucket, mean) for index, mean in enumerate(curve.columns(BUCKETS))]
+    exact = [(step, value) for step, value in values if value is not None]
+    inner = [(step, mean) for step, mean in means if mean is not None and exact[0][0] < step < exact[-1][0]]
+    return [exact[0], *inner, exact[-1]] if exact else []

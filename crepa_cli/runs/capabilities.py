@@ -12,6 +12,8 @@ from torch.utils._triton import has_triton, has_triton_package
 from crepa_cli.models.family import Family
 from crepa_cli.profile import Profile
 
+BFLOAT16_CAPABILITY = (8, 0)
+"""Compute capability of the first NVIDIA GPUs with bfloat16: Ampere."""
 ON_WINDOWS = sys.platform == "win32"
 
 
@@ -22,6 +24,23 @@ def attention_mistakes(profile: Profile, family: Family, device: torch.device) -
     return [
         f"train.compile: the attention of {family.base.name} would hold every score, hundreds of gigabytes for a long "
         "clip, unless it is compiled; set train.compile = true"
+    ]
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16; NVIDIA's GPUs before Ampere only emulate it, many times slower."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return True
+    return torch.cuda.get_device_capability(device) >= BFLOAT16_CAPABILITY
+
+
+def dtype_mistakes(profile: Profile, device: torch.device) -> list[str]:
+    """Whether the settings ask for bfloat16 on a device that lacks it."""
+    if profile.model.dtype != "bfloat16" or has_bfloat16(device):
+        return []
+    return [
+        f"model.dtype = 'bfloat16': {torch.cuda.get_device_name(device)} cannot compute in it; use a GPU of the Ampere "
+        "generation or later (RTX 30, A10, L4, A100), or, if crepa doctor says that it fits, model.dtype = 'float32'"
     ]
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
+from accelerate.tracking import get_available_trackers
 from PIL import Image
 
 from crepa_cli.data.images import first_frame
@@ -9,6 +12,34 @@ from crepa_cli.errors import UserError
 from crepa_cli.models import FAMILIES, load_family
 from crepa_cli.models.family import Family
 from crepa_cli.profile import AdapterSettings, DataSettings, Profile, ValidationSettings
+
+
+def require_packages(profile: Profile) -> None:
+    """Check that the packages of the optimizer and of the trackers are installed.
+
+    Raises:
+        UserError: names those that are missing, with the commands that install them.
+    """
+    missing = missing_optimizer(profile) | missing_trackers(profile)
+    if mistakes := [f"{mistake}: {command}" for mistake, command in missing.items()]:
+        raise UserError("\n".join(mistakes))
+
+
+def missing_optimizer(profile: Profile) -> dict[str, str]:
+    """The mistake in the settings, with the command that installs the optimizer; empty if it is installed."""
+    if profile.train.optimizer != "adamw8bit" or find_spec("bitsandbytes") is not None:
+        return {}
+    return {"adamw8bit needs bitsandbytes": "pip install 'crepa[bnb]'"}
+
+
+def missing_trackers(profile: Profile) -> dict[str, str]:
+    """The trackers of the settings that are not installed, with the commands that install them."""
+    available = [str(tracker) for tracker in get_available_trackers()]
+    return {
+        f"report.trackers: {name} is not installed": f"pip install {name}"
+        for name in profile.report.trackers
+        if name not in available
+    }
 
 
 def open_family(profile: Profile) -> Family:

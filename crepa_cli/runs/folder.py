@@ -55,9 +55,18 @@ class RunFolder:
         """Files of trackers that log to disk."""
         return self.path / "trackers"
 
+    @property
+    def tracker_ids(self) -> Path:
+        """The identity of the run in each tracker, by which it is continued."""
+        return self.trackers / "runs.json"
+
     def samples(self, step: int) -> Path:
         """The folder of the validation videos after `step` steps."""
         return self.path / "samples" / f"step-{step:06d}"
+
+    def sheet(self, step: int) -> Path:
+        """Frames of the validation videos after `step` steps, in one image."""
+        return self.samples(step) / "sheet.png"
 
     def write_profile(self, profile: Profile) -> None:
         """Write the settings, without the output: repeating the run starts a new folder."""

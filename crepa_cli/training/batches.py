@@ -49,7 +49,7 @@ class Batches:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in which every clip is seen about once."""
+        """Optimizer steps in an epoch of `BatchOrder`, in which every clip is seen equally often."""
         return math.ceil(self.order.batches_per_epoch * self.size / self.samples_per_step)
 
     def starting_at(self, step: int) -> Iterator[Batch]:

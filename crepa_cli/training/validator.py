@@ -80,7 +80,7 @@ class Validator:
             folder.mkdir(parents=True, exist_ok=True)
             for index, path in paths.items():
                 write_video(path, frames[index], self.form.fps)
-            write_sheet(folder / "sheet.png", [frame_row(frames[index]) for index in paths])
+            write_sheet(self.run.sheet(step), [frame_row(frames[index]) for index in paths])
         return ValidationSampled(step, tuple(paths.values()))
 
     def _load_pipeline(self, transformer: nn.Module) -> DiffusionPipeline:

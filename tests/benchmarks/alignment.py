@@ -209,9 +209,9 @@ def time_steps() -> list[dict[str, Any]]:
         cut_off.drop_alignment()
         models = {"off": mid_size_model(None), "on": mid_size_model(ENCODER_WIDTH), "after the cutoff": cut_off}
         steps: dict[str, Callable[[], Any]] = {
-            "off": lambda: step(models["off"], tuple),
+            "off": lambda: step(models["off"], lambda: ()),
             "on": lambda: step(models["on"], lambda: (features, teacher)),
-            "after the cutoff": lambda: step(models["after the cutoff"], tuple),
+            "after the cutoff": lambda: step(models["after the cutoff"], lambda: ()),
         }
         times = in_turns(steps, rounds=5)
         small = mid_size_model(384)
