@@ -216,6 +216,7 @@ def _run(
     yield RunOpened(run.path, _device_memory(accelerator.device), loading_lines(family, profile, run.weights))
     checkpoint = (yield from _newest_checkpoint(run)) if resume else None
     prepared = yield from _prepared(profile, family, accelerator)
+    yield Progress("loading", 0, 1, "the transformer")
     trainer = _build_trainer(profile, family, run, accelerator, prepared, checkpoint)
     yield from trainer.train(should_stop)
 

@@ -14,6 +14,7 @@ import typer
 
 from crepa_cli.cli.completion import family_names
 from crepa_cli.cli.flags import CheckpointFlag, ProfileFlag, SetFlag, TaskFlag
+from crepa_cli.cli.terminal import interactive
 from crepa_cli.errors import UserError
 
 if TYPE_CHECKING:
@@ -121,15 +122,27 @@ def _open_family(profile: Profile) -> Family:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[Event], None]]:
-    """A listener that shows a bar for each stage and a line for each skipped clip, on stderr: scripts read stdout."""
+    """A listener that shows progress and skipped clips on stderr, because scripts read stdout.
+
+    In a terminal each stage has a bar; elsewhere plain lines appear.
+    """
     from rich.console import Console
     from rich.progress import Progress as ProgressBars
+    from rich.progress import TimeElapsedColumn
+    from rich.text import Text
 
     from crepa_cli.events import ClipSkipped, Notice, Progress
+    from crepa_cli.report.plain import PlainLines, item_text
 
     stages: dict[str, TaskID] = {}
     console = Console(stderr=True)
-    with ProgressBars(console=console, transient=True) as bars:
+    if not interactive(console):
+        with PlainLines(console, every=1) as lines:
+            yield lines
+        return
+    with ProgressBars(
+        *ProgressBars.get_default_columns(), TimeElapsedColumn(), console=console, transient=True
+    ) as bars:
 
         def listen(event: Event) -> None:
             if isinstance(event, ClipSkipped):
@@ -139,7 +152,8 @@ def _progress() -> Iterator[Callable[[Event], None]]:
             elif isinstance(event, Progress):
                 if event.stage not in stages:
                     stages[event.stage] = bars.add_task(event.stage, total=event.total)
-                bars.update(stages[event.stage], completed=event.done)
+                what = Text(f"{event.stage} {item_text(event.item)}").markup
+                bars.update(stages[event.stage], completed=event.done, description=what)
 
         yield listen
 

@@ -44,7 +44,7 @@ def open_view(
             stack.enter_context(records_as_notices(errors, logging.ERROR))
             yield []
         elif plain or console.is_dumb_terminal or not interactive(console):
-            lines = PlainLines(console, profile.report.every)
+            lines = stack.enter_context(PlainLines(console, profile.report.every))
             stack.enter_context(records_as_notices(lines, level))
             yield [lines]
         else:

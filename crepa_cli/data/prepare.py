@@ -6,7 +6,7 @@ in memory together. A stage whose entries are all cached loads no model. The pro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
@@ -200,6 +200,7 @@ def _encode_prompts(
     family: Family, keys: dict[str, str], cache: Cache, device: torch.device, dtype: torch.dtype
 ) -> Generator[Event, None, dict[str, str]]:
     """Encode the texts, and return why some of them cannot be used."""
+    yield Progress("prompts", 0, len(_share(keys)), "loading the text encoder")
     pipeline = family.load_text_pipeline(dtype).to(device)
 
     def encode(text: str) -> tuple[str, str] | None:
@@ -233,6 +234,7 @@ def _prepare_latents(
 def _encode_latents(
     family: Family, clips: list[PreparedClip], fps: float, cache: Cache, device: torch.device
 ) -> Generator[Event, None, list[PreparedClip]]:
+    yield Progress("latents", 0, len(_share(clips)), "loading the VAE")
     pipeline = family.load_vae_pipeline().to(device)
 
     def encode(clip: PreparedClip) -> PreparedClip:
@@ -275,6 +277,7 @@ def _encode_features(
     cache: Cache,
     device: torch.device,
 ) -> Generator[Event, None, list[PreparedClip]]:
+    yield Progress("features", 0, len(_share(clips)), "loading the teacher")
     teacher = load_teacher(crepa, device)
 
     def encode(clip: PreparedClip) -> PreparedClip:
@@ -293,10 +296,10 @@ def _each(
 
     The processes of a run split the items, and each process returns all results. A UserError in one is raised in all.
     """
-    state = PartialState()
-    mine = range(len(items))[state.process_index :: state.num_processes]
+    mine = _share(items)
     outcomes: list[tuple[int, Result | ClipError | UserError]] = []
-    for done, index in enumerate(mine, start=1):
+    for done, index in enumerate(mine):
+        yield Progress(stage, done, len(mine), name(items[index]))
         try:
             with torch.no_grad():
                 outcomes.append((index, work(items[index])))
@@ -305,7 +308,8 @@ def _each(
         except UserError as error:
             outcomes.append((index, error))
             break
-        yield Progress(stage, done, len(mine))
+    else:
+        yield Progress(stage, len(mine), len(mine))
     results = []
     for index, outcome in sorted(from_all(outcomes), key=itemgetter(0)):
         if isinstance(outcome, UserError):
@@ -315,6 +319,12 @@ def _each(
         else:
             results.append(outcome)
     return results
+
+
+def _share(items: Collection[object]) -> range:
+    """The indices of the items that this process works on."""
+    state = PartialState()
+    return range(len(items))[state.process_index :: state.num_processes]
 
 
 def _clip_name(clip: PreparedClip) -> str:

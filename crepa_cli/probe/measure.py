@@ -143,15 +143,17 @@ def _run_clips(
     missing = [index for index, key in enumerate(keys) if not cache.has("probe", key)]
     if not missing:
         return
+    total, done = len(clips) * len(sigmas), (len(clips) - len(missing)) * len(sigmas)
+    yield Progress("blocks", done, total, "loading the transformer")
     transformer = family.load_transformer(torch_dtype(profile.model.dtype)).to(accelerator.device)
     capture = HiddenStateCapture(family.blocks(transformer), range(family.block_count))
     dataset = ClipDataset(clips, cache, "")
-    total, done = len(clips) * len(sigmas), (len(clips) - len(missing)) * len(sigmas)
     for index in missing:
         batch = dataset.batch([index], [False], with_features=True)
         seed = profile.train.seed, "probe", clips[index].digest
         probe = ClipProbe(family, transformer, capture, batch, sigmas, seed)
         for level in range(len(sigmas)):
+            yield Progress("blocks", done, total, batch.clips[0])
             with accelerator.autocast():
                 probe.run(level)
             if not probe.tensors["states"][:, level].isfinite().all():
@@ -160,8 +162,8 @@ def _run_clips(
                     f"{profile.model.dtype}; are the checkpoint's files complete?"
                 )
             done += 1
-            yield Progress("blocks", done, total)
         cache.write("probe", keys[index], probe.tensors)
+    yield Progress("blocks", done, total)
 
 
 def _held_out(cache: Cache, keys: list[str]) -> Generator[Event, None, HeldOut]:
@@ -177,6 +179,7 @@ def _held_out(cache: Cache, keys: list[str]) -> Generator[Event, None, HeldOut]:
     constant = torch.empty(len(keys), dtype=torch.float64)
     folds = [range(len(keys))[fold::FOLDS] for fold in range(min(FOLDS, len(keys)))]
     for block in range(blocks):
+        yield Progress("projectors", block, blocks, f"block {block}")
         parts = [NormalEquations(hidden_size, feature_size) for _ in folds]
         for part, fold in zip(parts, folds, strict=True):
             for clip in fold:
@@ -191,7 +194,7 @@ def _held_out(cache: Cache, keys: list[str]) -> Generator[Event, None, HeldOut]:
                 states, features = _states_and_features(cache, keys[clip], block)
                 cosines[clip, block] = predicted_cosine(weights, states, features).mean(1)
                 constant[clip] = F.cosine_similarity(others.constant(), features.double(), dim=-1).mean()
-        yield Progress("projectors", block + 1, blocks)
+    yield Progress("projectors", blocks, blocks)
     return HeldOut(cosines, constant)
 
 

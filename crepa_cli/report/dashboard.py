@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 
 from rich import progress as bars
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.layout import Layout
 from rich.live import Live
 from rich.panel import Panel
+from rich.text import Text
 
 from crepa_cli.alignment import CoefficientSchedule
 from crepa_cli.events import Event, Progress, RunOpened, StepDone, TrainingStarted
@@ -25,6 +26,7 @@ from crepa_cli.report.panels import (
     similarity_lines,
     titled,
 )
+from crepa_cli.report.plain import StageClock, duration, item_text
 from crepa_cli.report.state import RunState
 from crepa_cli.report.summary import Summary
 from crepa_cli.runs.folder import RunFolder
@@ -68,6 +70,7 @@ class Dashboard:
             expand=True,
         )
         self.stages: dict[str, bars.TaskID] = {}
+        self.stage = StageClock(clock)
         self.live = Live(
             self, console=console, screen=True, refresh_per_second=1, redirect_stdout=False, redirect_stderr=False
         )
@@ -113,10 +116,18 @@ class Dashboard:
             yield self._training(self.state.started, console, width, height)
             return
         if self.stages:
-            yield Panel(self.progress, title="preparation", title_align="left", border_style="dim")
-        rest = height - (len(self.stages) + BORDER if self.stages else 0)
+            work = Text(self._item(), no_wrap=True, overflow="ellipsis")
+            yield Panel(Group(self.progress, work), title="preparation", title_align="left", border_style="dim")
+        rest = height - (len(self.stages) + 1 + BORDER if self.stages else 0)
         if self.state.messages:
             yield self._messages(console, width, rest)
+
+    def _item(self) -> str:
+        """What is worked on in the preparation, and for how long already."""
+        latest = self.stage.latest
+        if latest is None or not latest.item:
+            return ""
+        return f"{item_text(latest.item)}, {duration(self.stage.item_seconds)} so far"
 
     def _training(self, started: TrainingStarted, console: Console, width: int, height: int) -> Layout:
         """The panels during training; of a window's lines beyond 24, charts take a part and messages the rest."""
@@ -148,6 +159,7 @@ class Dashboard:
         if event.stage not in self.stages:
             self.stages[event.stage] = self.progress.add_task(event.stage, total=event.total)
         self.progress.update(self.stages[event.stage], completed=event.done, total=event.total)
+        self.stage(event)
 
 
 def _steps_before(started: TrainingStarted) -> Iterator[StepDone]:

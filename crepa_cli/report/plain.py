@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+
 from rich.console import Console
 
 from crepa_cli.errors import counted
@@ -20,6 +25,29 @@ from crepa_cli.events import (
     ValidationSampled,
 )
 
+QUIET_SECONDS = 10.0
+"""The longest time without a line while a stage is at work."""
+ITEM_LENGTH = 60
+
+
+def one_line(message: str) -> str:
+    """A message without line breaks and control characters, which would garble the screen."""
+    return " ".join("".join(sign if sign.isprintable() else " " for sign in message).split())
+
+
+def item_text(item: str) -> str:
+    """An item's name on one line, shortened if it is long."""
+    text = one_line(item)
+    return text if len(text) <= ITEM_LENGTH else f"{text[: ITEM_LENGTH - 3]}..."
+
+
+def duration(seconds: float) -> str:
+    """A time such as 40 s, 12 min or 3 h 20 min."""
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
 
 def number(value: float | None) -> str:
     """The value with four decimals, or a dash if there is none."""
@@ -31,8 +59,8 @@ def describe(event: Event) -> str:
     match event:
         case RunOpened(output):
             return f"run folder: {output}"
-        case Progress(stage, done, total):
-            return f"{stage}: {done}/{total}"
+        case Progress(stage, done, total, item):
+            return ", ".join([f"{stage}: {done}/{total}", *([item_text(item)] if item else [])])
         case ClipSkipped(name, reason):
             return f"skipped {name}: {reason}"
         case Notice(message):
@@ -63,22 +91,124 @@ def describe(event: Event) -> str:
             return f"weights written: {weights}" if weights else f"stopped after {counted(step, 'step')}"
 
 
+class StageClock:
+    """The times of the stage at work and of its item, from the progress events.
+
+    Args:
+        clock: returns the time in seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock = clock
+        self.latest: Progress | None = None
+        self.item_started = 0.0
+        self.first = (0, 0.0)
+        """How many items were finished when the first one started, and the time."""
+
+    def __call__(self, event: Progress) -> None:
+        """Take the next event of a stage."""
+        latest, now = self.latest, self.clock()
+        # Loading a model is no item, and would make the items look slow.
+        if latest is None or latest.stage != event.stage or latest.done == event.done:
+            self.first = event.done, now
+        self.latest, self.item_started = event, now
+
+    @property
+    def item_seconds(self) -> float:
+        """Seconds since the last event."""
+        return self.clock() - self.item_started
+
+    @property
+    def seconds_left(self) -> float | None:
+        """The time that the rest of the stage takes at the speed of the items so far; None before the first is done."""
+        done, started = self.first
+        if self.latest is None or self.latest.done <= done:
+            return None
+        per_item = (self.item_started - started) / (self.latest.done - done)
+        return max(0.0, per_item * (self.latest.total - self.latest.done) - self.item_seconds)
+
+
 class PlainLines:
     """A listener that prints lines that are easy to grep.
+
+    A stage of the preparation has a line at its start, at its end and every `quiet` seconds. As a context manager, it
+    also prints one if no event comes for so long, because an item may take minutes.
 
     Args:
         console: prints them.
         every: number of steps from one line of step values to the next.
+        quiet: seconds.
+        clock: returns the time in seconds.
     """
 
-    def __init__(self, console: Console, every: int) -> None:
+    def __init__(
+        self,
+        console: Console,
+        every: int,
+        *,
+        quiet: float = QUIET_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.console = console
         self.every = every
+        self.quiet = quiet
+        self.clock = clock
+        self.stage = StageClock(clock)
+        self.printed_at = clock()
+        self.lock = threading.Lock()
+        self.closed = threading.Event()
+        self.thread = threading.Thread(target=self._keep_alive, name="crepa-plain-lines", daemon=True)
+
+    def __enter__(self) -> PlainLines:
+        """Start to print lines while no event comes."""
+        self.thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Print nothing more by itself."""
+        self.closed.set()
+        self.thread.join()
 
     def __call__(self, event: Event) -> None:
         """Print an event; steps and progress in between are left out."""
-        if isinstance(event, StepDone) and event.step % self.every:
-            return
-        if isinstance(event, Progress) and event.done < event.total:
-            return
-        self.console.print(describe(event), markup=False, highlight=False, soft_wrap=True)
+        with self.lock:
+            if isinstance(event, Progress):
+                self._progress(event)
+                return
+            if not isinstance(event, ClipSkipped | Notice):
+                self.stage.latest = None
+            if not isinstance(event, StepDone) or event.step % self.every == 0:
+                self._print(describe(event))
+
+    def beat(self) -> None:
+        """Say what is worked on, if nothing has been printed for `quiet` seconds."""
+        with self.lock:
+            if self.stage.latest is not None and self._seconds_to_beat() <= 0:
+                self._print(self._state(f"{duration(self.stage.item_seconds)} so far"))
+
+    def _progress(self, event: Progress) -> None:
+        before = self.stage.latest
+        self.stage(event)
+        starts = before is None or before.stage != event.stage
+        if starts or event.done == event.total or self._seconds_to_beat() <= 0:
+            self._print(self._state())
+
+    def _state(self, *more: str) -> str:
+        latest, left = self.stage.latest, self.stage.seconds_left
+        if latest is None:
+            return ""
+        known = left is not None and latest.done < latest.total
+        return ", ".join([describe(latest), *more, *([f"{duration(left)} left"] if known and left is not None else [])])
+
+    def _seconds_to_beat(self) -> float:
+        return self.printed_at + self.quiet - self.clock()
+
+    def _print(self, line: str) -> None:
+        self.printed_at = self.clock()
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _keep_alive(self) -> None:
+        while not self.closed.wait(max(self._seconds_to_beat(), self.quiet / 10)):
+            self.beat()

@@ -11,7 +11,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import TextIO
 
 from crepa_cli.events import Event, Notice
-from crepa_cli.report.state import one_line
+from crepa_cli.report.plain import one_line
 
 Listener = Callable[[Event], None]
 _WARNING_PLACE = re.compile(r"^.*?:\d+: ")

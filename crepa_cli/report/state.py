@@ -8,7 +8,7 @@ from collections.abc import Callable
 from crepa_cli.alignment import CoefficientSchedule
 from crepa_cli.events import AlignmentDropped, Event, Progress, RunOpened, StepDone, TrainingStarted
 from crepa_cli.report.curves import Curve
-from crepa_cli.report.plain import describe
+from crepa_cli.report.plain import describe, one_line
 
 SMOOTHING = 0.95
 MESSAGES = 50
@@ -80,11 +80,6 @@ class RunState:
             # Includes checkpoints and validation, which `step_seconds` leaves out.
             seconds_per_step = (self.clock() - self.started_at) / (done - self.started.step)
             self.seconds_left = seconds_per_step * (self.started.steps - done)
-
-
-def one_line(message: str) -> str:
-    """A message without line breaks and control characters, which would garble the screen."""
-    return " ".join("".join(sign if sign.isprintable() else " " for sign in message).split())
 
 
 def phase(state: RunState) -> str:
