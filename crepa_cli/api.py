@@ -136,7 +136,7 @@ def train(
     # One process decides: once it has made the folder, the others would find a run in it.
     run = from_main(lambda: _run_to_resume(profile) if resume else RunFolder.claim(profile))
     accelerator = _accelerator(profile)
-    with ExitStack() as stack, _advice_on_memory(profile, family):
+    with ExitStack() as stack, _advice_on_memory(profile, family, accelerator.device):
         if state.is_main_process:
             if resume:
                 run.write_profile(profile)
@@ -308,7 +308,7 @@ def _device_memory(device: torch.device) -> int:
 
 
 @contextmanager
-def _advice_on_memory(profile: Profile, family: Family) -> Iterator[None]:
+def _advice_on_memory(profile: Profile, family: Family, device: torch.device) -> Iterator[None]:
     """Say what would lower memory if it was not enough."""
     from crepa_cli.memory.out_of_memory import out_of_memory_message
 
@@ -317,7 +317,7 @@ def _advice_on_memory(profile: Profile, family: Family) -> Iterator[None]:
     except Exception as error:
         if not should_reduce_batch_size(error):
             raise
-        failure = RunError(out_of_memory_message(error, profile, family))
+        failure = RunError(out_of_memory_message(error, profile, family, device))
         for note in getattr(error, "__notes__", ()):
             failure.add_note(note)
         raise failure from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import OpenTiny
+from conftest import OpenTiny, moving_pattern
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiler
@@ -20,12 +21,12 @@ from crepa_cli.alignment import TokenGrid
 from crepa_cli.data.buckets import Bucket, Size
 from crepa_cli.doctor import overview
 from crepa_cli.doctor.findings import BucketCount, Check, FamilyMemory, Plan
-from crepa_cli.doctor.fit import check_memory, largest_bucket
+from crepa_cli.doctor.fit import Target, check_memory, largest_bucket, training_target
 from crepa_cli.memory.kept import folder, kept
 from crepa_cli.memory.live_bytes import LiveBytes
 from crepa_cli.memory.prediction import predict
 from crepa_cli.memory.savings import last_that_holds, lighter_settings, memory_advice, smaller_sizes, with_setting
-from crepa_cli.memory.shapes import Clips, clips_of
+from crepa_cli.memory.shapes import Clips, clips_of, encoded_clip
 from crepa_cli.memory.step import PARTS, predict_training
 from crepa_cli.models import FAMILIES, load_family
 from crepa_cli.models.dtypes import torch_dtype
@@ -39,6 +40,7 @@ from crepa_cli.training.step import Teaching, step_losses
 FEATURES = 24
 TEACHER = TokenGrid(5, 8, 8)
 LATENTS = {"ltxvideo": (8, 5, 12, 12)}
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 WAN_14B = "Wan-AI/Wan2.1-T2V-14B-Diffusers"
 
 
@@ -134,7 +136,7 @@ def test_predicted_and_measured_agree(name: str, tables: dict[str, dict[str, obj
     family = shallow(open_tiny(name, "t2v"))
     profile = settings(family, **tables)
     clips = small_clips(family, profile)
-    predicted = predict_training(profile, family, clips, on_gpu=False)
+    predicted = predict_training(profile, family, clips, CPU)
     assert predicted.keys() == set(PARTS)
     assert sum(predicted.values()) == pytest.approx(measured_step(family, profile, clips), rel=0.1)
 
@@ -143,7 +145,7 @@ def test_what_needs_no_formula_is_exact(open_tiny: OpenTiny) -> None:
     family = shallow(open_tiny("ltxvideo", "t2v"))
     profile = settings(family)
     clips = small_clips(family, profile)
-    parts = predict_training(profile, family, clips)
+    parts = predict_training(profile, family, clips, GPU)
     model = build_model(profile, family, family.empty_transformer(torch.float32), FEATURES)
     adapter = sum(parameter.nbytes for parameter in trainable(model.transformer))
     assert parts["adapter"] == adapter
@@ -151,7 +153,28 @@ def test_what_needs_no_formula_is_exact(open_tiny: OpenTiny) -> None:
     moments = 2 * sum(parameter.nbytes for parameter in trainable(model))
     assert parts["optimizer"] == pytest.approx(moments, rel=0.01)
     off = settings(family, crepa={"enabled": False})
-    assert predict_training(off, family, clips_of(off, family, Bucket(17, 64, 64)))["alignment"] == 0
+    assert predict_training(off, family, clips_of(off, family, Bucket(17, 64, 64)), GPU)["alignment"] == 0
+
+
+def test_image_to_video_is_predicted_with_its_first_frame(open_tiny: OpenTiny) -> None:
+    family = shallow(open_tiny("wan", "i2v"))
+    profile = settings(family, model={"task": "i2v"})
+    clips = small_clips(family, profile)
+    clips = replace(clips, tensors=clips.tensors | encoded_clip(family, Bucket(17, 96, 96)))
+    predicted = sum(predict_training(profile, family, clips, CPU).values())
+    assert predicted == pytest.approx(measured_step(family, profile, clips), rel=0.1)
+
+
+@pytest.mark.parametrize("task", ["t2v", "i2v"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_clips_without_content_have_the_tensors_of_encoded_ones(name: str, task: str, open_tiny: OpenTiny) -> None:
+    family = open_tiny(name, task)
+    tensors = family.encode_clip(family.load_vae_pipeline(), moving_pattern(17, 64, 96))
+    encoded, empty = (
+        {key: (one.shape, one.dtype) for key, one in clip.items()}
+        for clip in (tensors, encoded_clip(family, Bucket(17, 64, 96)))
+    )
+    assert encoded == empty
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:
@@ -179,7 +202,7 @@ def test_a_model_of_14_billion_parameters_takes_no_memory() -> None:
     profile = settings(family, **tables, train={"batch_size": 1, "activation_checkpointing": False})
     clips = clips_of(profile, family, Bucket(81, 720, 1280))
     before = psutil.Process().memory_info().rss
-    parts = predict_training(profile, family, clips)
+    parts = predict_training(profile, family, clips, GPU)
     assert psutil.Process().memory_info().rss - before < 10**9
     assert parts["weights"] > 28 * 10**9
 
@@ -209,11 +232,11 @@ def test_the_largest_clips_that_fit(open_tiny: OpenTiny, tiny_dinov2: Path) -> N
         crepa={"encoder": str(tiny_dinov2), "encoder_image_size": "grid", "spatial_align": False},
         train={"batch_size": 4, "activation_checkpointing": False},
     )
-    peaks = {frames: predict(profile, family, Bucket(frames, 96, 96)).peak for frames in (17, 25, 33)}
+    peaks = {frames: predict(profile, family, Bucket(frames, 96, 96), GPU).peak for frames in (17, 25, 33)}
     assert peaks[17] < peaks[25] < peaks[33]
     plan = Plan(buckets=[BucketCount(33, 96, 96, clips=2)])
     lines: list[str] = []
-    check_memory(plan, family, profile, peaks[17], lines.append)
+    check_memory(plan, family, profile, Target(GPU, peaks[17]), lines.append)
     assert lines[0] == "predicting memory"
     assert plan.memory is not None
     assert plan.memory.fitting is not None
@@ -227,13 +250,13 @@ def test_the_largest_clips_that_fit(open_tiny: OpenTiny, tiny_dinov2: Path) -> N
     assert saved == sorted(saved, reverse=True)
 
     fine = Plan(buckets=plan.buckets)
-    check_memory(fine, family, profile, peaks[33], lines.append)
+    check_memory(fine, family, profile, Target(GPU, peaks[33]), lines.append)
     assert fine.checks[0].status == "fine"
     shared = Plan(buckets=plan.buckets)
-    check_memory(shared, family, with_setting(profile, "train", "sharding", True), peaks[17], lines.append)
+    check_memory(shared, family, with_setting(profile, "train", "sharding", True), Target(GPU, peaks[17]), lines.append)
     assert shared.checks[0].status == "fine", "nothing is known of several processes"
     assert "not predicted" in shared.checks[0].message
-    assert memory_advice(profile, family, Bucket(33, 96, 96)) == (plan.memory.training, plan.memory.savings)
+    assert memory_advice(profile, family, Bucket(33, 96, 96), GPU) == (plan.memory.training, plan.memory.savings)
 
 
 def test_bisection() -> None:
@@ -296,7 +319,7 @@ def test_an_overview_of_the_families(open_tiny: OpenTiny, tiny_dinov2: Path, mon
     known = settings(tiny, crepa={"encoder": str(tiny_dinov2), "encoder_image_size": 56})
     profiles = {"ltxvideo": known, "wan": settings(tiny, model={"checkpoint": "nobody/nothing"})}
     monkeypatch.setattr(overview, "FAMILIES", profiles)
-    hub, found, failed = overview.family_memories(profiles.__getitem__, None, lambda _: None)
+    hub, found, failed = overview.family_memories(profiles.__getitem__, Target(CPU, None), lambda _: None)
     assert isinstance(found, FamilyMemory)
     assert found.shape == "96x96, 33 frames"
     assert found.training > 0
@@ -311,12 +334,39 @@ def test_a_teacher_that_stays_is_counted(open_tiny: OpenTiny, tiny_dinov2: Path)
     encoder = {"encoder": str(tiny_dinov2), "encoder_image_size": 56}
     stays = settings(family, crepa=encoder | {"teacher_cache": False})
     lighter = settings(family, crepa=encoder | {"teacher_cache": False, "drop_vae_encoder": True})
-    assert "teacher" not in predict(settings(family, crepa=encoder), family, bucket).training
-    whole, half = (predict(profile, family, bucket).training["teacher"] for profile in (stays, lighter))
+    assert "teacher" not in predict(settings(family, crepa=encoder), family, bucket, GPU).training
+    whole, half = (predict(profile, family, bucket, GPU).training["teacher"] for profile in (stays, lighter))
     vae, teacher = family.load_vae_pipeline().vae, Dinov2Teacher.load(tiny_dinov2, torch.device("cpu"))
     halves = (
         sum(weight.nbytes for weight in teacher.model.parameters()) // 2,
         sum(one.nbytes for one in vae.parameters()),
     )
     assert whole == sum(halves), "a GPU holds the encoder in float16"
+    assert predict(stays, family, bucket, CPU).training["teacher"] == whole + halves[0], "a CPU in float32"
     assert whole - half == sum(weight.nbytes for weight in vae.encoder.parameters())
+
+
+def test_the_encoder_is_predicted_for_the_device_that_runs_it(open_tiny: OpenTiny, tiny_dinov2: Path) -> None:
+    family = open_tiny("wan", "t2v")
+    profile = settings(family, crepa={"encoder": str(tiny_dinov2), "encoder_image_size": 56})
+    predicted = {device: predict(profile, family, Bucket(17, 64, 96), device).preparation for device in (CPU, GPU)}
+    teacher = Dinov2Teacher.load(tiny_dinov2, CPU)
+    frames = torch.zeros(5, 3, 64, 96, dtype=torch.uint8)
+    with profiler(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        teacher.features(frames, (56, 56))
+    measured = sum(tensor.nbytes for tensor in [*tensors_of(teacher.model), frames]) + highest_level(profiled)
+    assert predicted[CPU]["vision encoder"] == pytest.approx(measured, rel=0.05)
+    assert predicted[GPU]["vision encoder"] < 0.9 * measured
+    assert predicted[CPU]["VAE"] == predicted[GPU]["VAE"]
+
+
+def test_the_device_that_is_planned_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert training_target(24 * 10**9) == Target(GPU, 24 * 10**9)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    machine = training_target(None)
+    assert machine.device == CPU
+    assert machine.free is not None
+    assert 0 < machine.free < psutil.virtual_memory().total
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (5 * 10**9, 8 * 10**9))
+    assert training_target(None) == Target(GPU, 5 * 10**9)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.status import Status
 
     from crepa_cli.doctor.findings import Report
+    from crepa_cli.doctor.fit import Target
     from crepa_cli.events import Event
     from crepa_cli.profile import Profile, ResolvedProfile
 
@@ -67,19 +68,19 @@ def _examine(resolve: Callable[[], ResolvedProfile] | None, demo: bool, vram: fl
     if machine.exit_code:
         return machine
     silence_libraries()
-    from crepa_cli.doctor.fit import free_memory
+    from crepa_cli.doctor.fit import training_target
     from crepa_cli.doctor.plan import check_plan
 
-    limit = free_memory() if vram is None else round(vram * 10**9)
+    target = training_target(None if vram is None else round(vram * 10**9))
     if resolve is None:
-        return _overview(machine, limit, status)
+        return _overview(machine, target, status)
     plan = check_plan(
-        resolve, demo=demo, limit=limit, listener=lambda event: _show_progress(status, event), report=status.update
+        resolve, demo=demo, target=target, listener=lambda event: _show_progress(status, event), report=status.update
     )
     return Report(machine.environment, plan)
 
 
-def _overview(machine: Report, limit: int | None, status: Status) -> Report:
+def _overview(machine: Report, target: Target, status: Status) -> Report:
     """The machine, and the memory that each family would need on it."""
     from crepa_cli.doctor.disk import check_folder
     from crepa_cli.doctor.findings import Check, Report
@@ -89,7 +90,7 @@ def _overview(machine: Report, limit: int | None, status: Status) -> Report:
     def preset(family: str) -> Profile:
         return resolve("t2v", {"model.family": family}).profile
 
-    found = list(family_memories(preset, limit, status.update))
+    found = list(family_memories(preset, target, status.update))
     checks = [one for one in found if isinstance(one, Check)]
     environment = [*machine.environment, check_folder("runs folder", Path("runs")), *checks]
     return Report(environment, None, [one for one in found if not isinstance(one, Check)])

@@ -52,7 +52,7 @@ class Memory:
         training: bytes by part at the peak of a training step.
         preparation: peak of each model used in preparation; they are never in memory together.
         peak: bytes that a device must have free.
-        limit: bytes that it has; None if there is no GPU.
+        limit: bytes that it has free; None if they are unknown.
         savings: settings that reduce the memory of training, largest saving first.
         fitting: what fits, if the limit is too low.
     """
@@ -67,7 +67,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class FamilyMemory:
-    """Predicted bytes of a family's default training; `limit` is what the device has free, None without a GPU."""
+    """Predicted bytes of a family's default training; `limit` is what the device has free, None if it is unknown."""
 
     family: str
     checkpoint: str

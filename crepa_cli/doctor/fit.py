@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
+import psutil
 import torch
 from rich.filesize import decimal
 
@@ -16,32 +18,41 @@ from crepa_cli.models.family import Family
 from crepa_cli.profile import Profile
 
 
-def check_memory(
-    plan: Plan, family: Family, profile: Profile, limit: int | None, report: Callable[[str], None]
-) -> None:
+class Target(NamedTuple):
+    """The device that trains, and the bytes that it has free; None if they are unknown."""
+
+    device: torch.device
+    free: int | None
+
+
+def check_memory(plan: Plan, family: Family, profile: Profile, target: Target, report: Callable[[str], None]) -> None:
     """Predict the memory of the plan's largest bucket, and compare it with the memory of the device.
 
     Args:
         plan: receives the check and the figures.
         family: of the checkpoint.
         profile: the resolved settings.
-        limit: bytes that the device has free; None if there is no GPU.
+        target: the device that trains.
         report: receives a line of text on what is being predicted.
     """
     bucket = largest_bucket(plan.buckets) or form_bucket(profile, family)
     report("predicting memory")
-    prediction = plan.attempt("memory", lambda: predict(profile, family, bucket))
+    prediction = plan.attempt("memory", lambda: predict(profile, family, bucket, target.device))
     if prediction is None:
         return
-    saved = savings(profile, family, bucket, lambda setting: report(f"predicting memory with {setting}"))
-    if profile.train.sharding:
-        # The prediction is for one process; sharding reduces it by an amount that is not known here.
-        limit = None
+    saved = savings(profile, family, bucket, target.device, lambda setting: report(f"predicting memory with {setting}"))
+    # The prediction is for one process; sharding reduces it by an amount that is not known here.
+    limit = None if profile.train.sharding else target.free
     fits = limit is None or prediction.peak <= limit
     fitting = None
     if limit is not None and not fits:
         fitting = largest_that_fits(
-            profile, family, bucket, limit, lambda shape: report(f"searching for the largest clips that fit: {shape}")
+            profile,
+            family,
+            bucket,
+            target.device,
+            limit,
+            lambda shape: report(f"searching for the largest clips that fit: {shape}"),
         )
     plan.memory = Memory(prediction.training, prediction.preparation, prediction.peak, limit, saved, fitting)
     message = _message(prediction, bucket, limit)
@@ -58,12 +69,20 @@ def largest_bucket(buckets: Sequence[BucketCount]) -> Bucket | None:
     return Bucket(largest.frames, largest.height, largest.width)
 
 
-def free_memory() -> int | None:
-    """Bytes that the first GPU has free; None without a GPU."""
+def training_target(gpu_bytes: int | None) -> Target:
+    """The device that would train.
+
+    Args:
+        gpu_bytes: memory of a GPU to plan for; None for this machine: its first GPU, or its CPU.
+    """
+    if gpu_bytes is not None:
+        return Target(torch.device("cuda"), gpu_bytes)
+    if not torch.cuda.is_available():
+        return Target(torch.device("cpu"), psutil.virtual_memory().available)
     try:
-        return torch.cuda.mem_get_info(0)[0] if torch.cuda.is_available() else None
+        return Target(torch.device("cuda"), torch.cuda.mem_get_info(0)[0])
     except RuntimeError:
-        return None
+        return Target(torch.device("cuda"), None)
 
 
 def _message(prediction: Prediction, bucket: Bucket, limit: int | None) -> str:

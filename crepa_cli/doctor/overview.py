@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from crepa_cli.doctor.findings import Check, FamilyMemory
+from crepa_cli.doctor.fit import Target
 from crepa_cli.doctor.hub import check_hub
 from crepa_cli.errors import UserError
 from crepa_cli.memory.prediction import predict
@@ -15,13 +16,13 @@ from crepa_cli.runs.checks import open_family
 
 
 def family_memories(
-    default_profile: Callable[[str], Profile], limit: int | None, report: Callable[[str], None]
+    default_profile: Callable[[str], Profile], target: Target, report: Callable[[str], None]
 ) -> Iterator[FamilyMemory | Check]:
     """The memory of each family's default training; a check instead if its configuration cannot be read.
 
     Args:
         default_profile: returns the settings of a family's default training.
-        limit: bytes that the device has free; None if there is no GPU.
+        target: the device that trains.
         report: receives a line of text on what is being predicted.
     """
     profiles = [default_profile(name) for name in FAMILIES]
@@ -32,7 +33,7 @@ def family_memories(
         try:
             family = open_family(profile)
             bucket = form_bucket(profile, family)
-            prediction = predict(profile, family, bucket)
+            prediction = predict(profile, family, bucket, target.device)
         except UserError as error:
             yield Check(profile.model.family, "warning", str(error))
         else:
@@ -42,5 +43,5 @@ def family_memories(
                 f"{bucket.width}x{bucket.height}, {bucket.frames} frames",
                 sum(prediction.training.values()),
                 max(prediction.preparation.values()),
-                limit,
+                target.free,
             )

@@ -14,7 +14,7 @@ from crepa_cli.demo import write_demo
 from crepa_cli.doctor.cache_size import cache_bytes
 from crepa_cli.doctor.disk import check_folder
 from crepa_cli.doctor.findings import BucketCount, Plan
-from crepa_cli.doctor.fit import check_memory
+from crepa_cli.doctor.fit import Target, check_memory
 from crepa_cli.doctor.hub import check_hub, check_repository
 from crepa_cli.errors import counted
 from crepa_cli.events import ClipSkipped, Event, drained
@@ -32,7 +32,7 @@ def check_plan(
     resolve: Callable[[], ResolvedProfile],
     *,
     demo: bool,
-    limit: int | None,
+    target: Target,
     listener: Listener,
     report: Callable[[str], None],
 ) -> Plan:
@@ -41,7 +41,7 @@ def check_plan(
     Args:
         resolve: returns the settings.
         demo: write the demo's files first.
-        limit: bytes that the device has free; None if there is no GPU.
+        target: the device that trains.
         listener: receives the events of scanning the clips.
         report: receives a line of text on what is being predicted.
     """
@@ -67,7 +67,7 @@ def check_plan(
     if family and teacher_known and clips and cache_known:
         _check_cache(plan, family, profile, clips)
     if family and teacher_known and optimizer_known:
-        check_memory(plan, family, profile, limit, report)
+        check_memory(plan, family, profile, target, report)
     return plan
 
 

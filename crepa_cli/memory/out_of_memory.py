@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from rich.filesize import decimal
 
 from crepa_cli.memory.savings import memory_advice
@@ -10,16 +11,17 @@ from crepa_cli.models.family import Family
 from crepa_cli.profile import Profile
 
 
-def out_of_memory_message(error: BaseException, profile: Profile, family: Family) -> str:
+def out_of_memory_message(error: BaseException, profile: Profile, family: Family, device: torch.device) -> str:
     """The allocator's error, the predicted memory by part, and the settings that reduce it most, largest saving first.
 
     Args:
         error: raised by the allocator.
         profile: the resolved settings.
         family: of the checkpoint.
+        device: the device that trained.
     """
     bucket = form_bucket(profile, family)
-    parts, savings = memory_advice(profile, family, bucket)
+    parts, savings = memory_advice(profile, family, bucket, device)
     held = [f"  {part}: {decimal(size)}" for part, size in sorted(parts.items(), key=lambda item: -item[1]) if size]
     advice = [f"  --set {saving.setting} saves {decimal(saving.saved)}" for saving in savings]
     return "\n".join(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from crepa_cli.data.buckets import Bucket
 from crepa_cli.data.prepare import encoder_config
 from crepa_cli.memory.kept import kept
@@ -42,40 +44,46 @@ class Prediction:
         return max(sum(self.training.values()), *self.preparation.values())
 
 
-def predict(profile: Profile, family: Family, bucket: Bucket) -> Prediction:
+def predict(profile: Profile, family: Family, bucket: Bucket, device: torch.device) -> Prediction:
     """Predict the memory of a run; predictions are stored and reused.
 
     Args:
         profile: the resolved settings.
         family: of the checkpoint, of which only configurations are read.
         bucket: the largest shape of its clips.
+        device: the device that runs it.
 
     Raises:
         UserError: if a configuration cannot be read.
     """
-    return Prediction(training_memory(profile, family, bucket), preparation_memory(profile, family, bucket))
+    return Prediction(
+        training_memory(profile, family, bucket, device), preparation_memory(profile, family, bucket, device)
+    )
 
 
-def training_memory(profile: Profile, family: Family, bucket: Bucket) -> dict[str, int]:
+def training_memory(profile: Profile, family: Family, bucket: Bucket, device: torch.device) -> dict[str, int]:
     """Bytes by part at the peak of a training step; see `predict`."""
     crepa = profile.crepa
 
     def predict_parts() -> dict[str, int]:
-        parts = predict_training(profile, family, clips_of(profile, family, bucket))
+        parts = predict_training(profile, family, clips_of(profile, family, bucket), device)
         if crepa.encoder_teaches and not crepa.teacher_cache:
-            parts["teacher"] = online_teacher_weights(family, crepa)
+            parts["teacher"] = online_teacher_weights(family, crepa, device)
         return parts
 
-    return kept(["training", *_facts(profile, family, bucket)], predict_parts)
+    return kept(["training", *_facts(profile, family, bucket, device)], predict_parts)
 
 
-def preparation_memory(profile: Profile, family: Family, bucket: Bucket) -> dict[str, int]:
+def preparation_memory(profile: Profile, family: Family, bucket: Bucket, device: torch.device) -> dict[str, int]:
     """Bytes of each model of the preparation at its own peak; see `predict`."""
-    facts = ["preparation", *_facts(profile, family, bucket)]
-    return kept(facts, lambda: predict_preparation(profile, family, bucket, clips_of(profile, family, bucket)))
+
+    def predict_peaks() -> dict[str, int]:
+        return predict_preparation(profile, family, bucket, clips_of(profile, family, bucket), device)
+
+    return kept(["preparation", *_facts(profile, family, bucket, device)], predict_peaks)
 
 
-def _facts(profile: Profile, family: Family, bucket: Bucket) -> list[object]:
+def _facts(profile: Profile, family: Family, bucket: Bucket, device: torch.device) -> list[object]:
     """Everything that a prediction depends on, as JSON values."""
     crepa = profile.crepa
     encoder = encoder_config(crepa) if crepa.encoder_teaches else None
@@ -83,6 +91,7 @@ def _facts(profile: Profile, family: Family, bucket: Bucket) -> list[object]:
     return [
         settings,
         asdict(bucket),
+        device.type,
         family.config,
         *(family.base.read_config(name) for name in family.encoder_configs),
         encoder,

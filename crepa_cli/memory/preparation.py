@@ -15,17 +15,20 @@ from crepa_cli.memory.step import fake_memory, make_fake
 from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
 from crepa_cli.profile import CrepaSettings, Profile
-from crepa_cli.teachers.dinov2 import Dinov2Teacher
+from crepa_cli.teachers.dinov2 import Dinov2Teacher, encoder_dtype
 
 
-def predict_preparation(profile: Profile, family: Family, bucket: Bucket, clips: Clips) -> dict[str, int]:
-    """Peak bytes of each model of the preparation on a GPU, weights included.
+def predict_preparation(
+    profile: Profile, family: Family, bucket: Bucket, clips: Clips, device: torch.device
+) -> dict[str, int]:
+    """Peak bytes of each model of the preparation, weights included.
 
     Args:
         profile: the resolved settings.
         family: of the checkpoint, of which only configurations are read.
         bucket: the shape of a clip.
         clips: the tensors of clips of this shape.
+        device: the device that prepares them.
 
     Raises:
         UserError: if a configuration cannot be read.
@@ -35,7 +38,7 @@ def predict_preparation(profile: Profile, family: Family, bucket: Bucket, clips:
         "VAE": _vae_peak(family, bucket),
     }
     if clips.teacher is not None:
-        peaks["vision encoder"] = _teacher_peak(profile.crepa, bucket, clips.teacher)
+        peaks["vision encoder"] = _teacher_peak(profile.crepa, bucket, clips.teacher, encoder_dtype(device))
     return peaks
 
 
@@ -69,9 +72,9 @@ def _vae_peak(family: Family, bucket: Bucket) -> int:
         return live.peak
 
 
-def _teacher_peak(crepa: CrepaSettings, bucket: Bucket, grid: TokenGrid) -> int:
-    """The vision encoder on the frames of one clip, in float16."""
-    model = _empty_teacher(crepa)
+def _teacher_peak(crepa: CrepaSettings, bucket: Bucket, grid: TokenGrid, dtype: torch.dtype) -> int:
+    """The vision encoder on the frames of one clip."""
+    model = _empty_teacher(crepa, dtype)
     patch_size = model.config.patch_size
     with fake_memory() as live:
         make_fake(model)
@@ -80,7 +83,7 @@ def _teacher_peak(crepa: CrepaSettings, bucket: Bucket, grid: TokenGrid) -> int:
         return live.peak
 
 
-def online_teacher_weights(family: Family, crepa: CrepaSettings) -> int:
+def online_teacher_weights(family: Family, crepa: CrepaSettings, device: torch.device) -> int:
     """Bytes of the VAE and the vision encoder that `teacher_cache = false` keeps in memory.
 
     Their activations are freed before the transformer's step begins.
@@ -88,11 +91,12 @@ def online_teacher_weights(family: Family, crepa: CrepaSettings) -> int:
     vae = family.empty_vae_pipeline().vae
     if crepa.drop_vae_encoder:
         vae.encoder = None
-    return sum(weight.nbytes for model in (vae, _empty_teacher(crepa)) for weight in model.parameters())
+    teacher = _empty_teacher(crepa, encoder_dtype(device))
+    return sum(weight.nbytes for model in (vae, teacher) for weight in model.parameters())
 
 
-def _empty_teacher(crepa: CrepaSettings) -> Any:
-    """The vision encoder in float16, on the meta device."""
+def _empty_teacher(crepa: CrepaSettings, dtype: torch.dtype) -> Any:
+    """The vision encoder, on the meta device."""
     config = AutoConfig.for_model(**encoder_config(crepa))
     with torch.device("meta"):
-        return AutoModel.from_config(config, dtype=torch.float16)
+        return AutoModel.from_config(config, dtype=dtype)

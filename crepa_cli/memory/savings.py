@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
+
 from crepa_cli.data.buckets import Bucket, Size
 from crepa_cli.memory.prediction import preparation_memory, training_memory
 from crepa_cli.models.family import Family
@@ -37,7 +39,9 @@ class Fitting:
     height: int | None
 
 
-def memory_advice(profile: Profile, family: Family, bucket: Bucket) -> tuple[dict[str, int], list[Saving]]:
+def memory_advice(
+    profile: Profile, family: Family, bucket: Bucket, device: torch.device
+) -> tuple[dict[str, int], list[Saving]]:
     """The memory of training by part, and the settings that reduce it most, largest saving first.
 
     Each saving is predicted by running a step on fake tensors with one setting changed. A setting takes about ten
@@ -47,33 +51,37 @@ def memory_advice(profile: Profile, family: Family, bucket: Bucket) -> tuple[dic
         profile: the resolved settings.
         family: of the checkpoint.
         bucket: the shape of the clips.
+        device: the device that trains.
 
     Raises:
         UserError: if a configuration cannot be read.
     """
     # Lighter encoders are looked up too, which must not take minutes without network.
     go_offline_without_hub()
-    parts = training_memory(profile, family, bucket)
-    return parts, savings(profile, family, bucket, report=lambda _: None)
+    parts = training_memory(profile, family, bucket, device)
+    return parts, savings(profile, family, bucket, device, report=lambda _: None)
 
 
-def savings(profile: Profile, family: Family, bucket: Bucket, report: Callable[[str], None]) -> list[Saving]:
+def savings(
+    profile: Profile, family: Family, bucket: Bucket, device: torch.device, report: Callable[[str], None]
+) -> list[Saving]:
     """The settings that reduce the peak of training, largest saving first.
 
     Args:
         profile: the resolved settings.
         family: of the checkpoint.
         bucket: the shape of the clips.
+        device: the device that trains.
         report: receives each setting before it is tried.
     """
-    before = sum(training_memory(profile, family, bucket).values())
+    before = sum(training_memory(profile, family, bucket, device).values())
     found = []
     for table, key, value in lighter_settings(profile, family):
         setting = f"{table}.{key}={_shown(value)}"
         report(setting)
         lighter = with_setting(profile, table, key, value)
         frames = value if key == "frames" and isinstance(value, int) else bucket.frames
-        after = training_memory(lighter, family, Bucket(frames, bucket.height, bucket.width))
+        after = training_memory(lighter, family, Bucket(frames, bucket.height, bucket.width), device)
         found.append(Saving(setting, before - sum(after.values())))
     return sorted((one for one in found if one.saved > 0), key=lambda one: -one.saved)
 
@@ -114,7 +122,7 @@ def with_setting(profile: Profile, table: str, key: str, value: object) -> Profi
 
 
 def largest_that_fits(
-    profile: Profile, family: Family, bucket: Bucket, limit: int, report: Callable[[str], None]
+    profile: Profile, family: Family, bucket: Bucket, device: torch.device, limit: int, report: Callable[[str], None]
 ) -> Fitting:
     """The most frames at this size, and the largest size at this length, that need at most `limit` bytes.
 
@@ -122,7 +130,8 @@ def largest_that_fits(
         profile: the resolved settings.
         family: of the checkpoint.
         bucket: a shape that does not fit.
-        limit: bytes that a device has free.
+        device: the device that trains.
+        limit: bytes that it has free.
         report: receives each shape before it is tried.
     """
 
@@ -130,9 +139,9 @@ def largest_that_fits(
         report(f"{size.width}x{size.height}, {frames} frames")
         tried = Bucket(frames, size.height, size.width)
         # The preparation matters only if training fits.
-        if sum(training_memory(profile, family, tried).values()) > limit:
+        if sum(training_memory(profile, family, tried, device).values()) > limit:
             return False
-        return max(preparation_memory(profile, family, tried).values()) <= limit
+        return max(preparation_memory(profile, family, tried, device).values()) <= limit
 
     size = Size(bucket.width, bucket.height)
     lengths = range(1 + family.frame_multiple, bucket.frames, family.frame_multiple)

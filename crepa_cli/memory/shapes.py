@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -42,14 +43,13 @@ class Clips:
 def clips_of(profile: Profile, family: Family, bucket: Bucket) -> Clips:
     """The tensors of clips of a shape, without content."""
     crepa = profile.crepa
-    latents = measure_clip(family).empty_latents(family, bucket)
     with torch.device("meta"):
-        tensors = {"latents": latents, "fps": torch.empty(())}
+        tensors = encoded_clip(family, bucket) | {"fps": torch.empty(())}
         tensors |= family.longest_prompt(torch_dtype(profile.model.dtype))
     if not crepa.encoder_teaches:
         return Clips(tensors, None, family.hidden_size)
     encoder = encoder_config(crepa)
-    grid = teacher_grid(family, latents, bucket, crepa, encoder["patch_size"])
+    grid = teacher_grid(family, tensors["latents"], bucket, crepa, encoder["patch_size"])
     return Clips(tensors, grid, encoder["hidden_size"])
 
 
@@ -86,13 +86,15 @@ class ClipSize:
 def measure_clip(family: Family) -> ClipSize:
     """Measure the family's encoding of two small clips without content, on torch's meta device."""
     side, step = 2 * family.size_multiple, family.frame_multiple
-    short, long = (_encoded(family, frames, side) for frames in (1 + step, 1 + 2 * step))
+    short, long = (encoded_clip(family, Bucket(frames, side, side)) for frames in (1 + step, 1 + 2 * step))
     further = (total_bytes(long) - total_bytes(short)) / (step * side**2)
     latents = short["latents"]
+    with torch.device("meta"):
+        image = total_bytes(family.empty_image_embedding())
     return ClipSize(
-        first=total_bytes(short) / side**2 - step * further,
+        first=(total_bytes(short) - image) / side**2 - step * further,
         further=further,
-        image=family.image_embedding_bytes,
+        image=image,
         channels=latents.shape[0],
         pixels=side // latents.shape[-1],
     )
@@ -114,12 +116,16 @@ def teacher_grid(family: Family, latents: Tensor, bucket: Bucket, crepa: CrepaSe
     return TokenGrid(frames, height // patch_size, width // patch_size)
 
 
+# It takes seconds for long clips, and most of the settings tried leave the shape as it is.
+@cache
 @torch.no_grad()
-def _encoded(family: Family, frames: int, side: int) -> Tensors:
-    """The tensors of a clip without content, except for the embedding of its first frame, which needs pixels."""
-    return family.without_image_encoder().encode_clip(
-        family.empty_vae_pipeline(), torch.empty(3, frames, side, side, device="meta")
-    )
+def encoded_clip(family: Family, bucket: Bucket) -> Tensors:
+    """The tensors that the family encodes a clip to, without content, on the meta device."""
+    with torch.device("meta"):
+        video = torch.empty(3, bucket.frames, bucket.height, bucket.width)
+        # The image encoder needs pixels; the shape of its result is in its configuration.
+        tensors = family.without_image_encoder().encode_clip(family.empty_vae_pipeline(), video)
+        return tensors | family.empty_image_embedding()
 
 
 def total_bytes(tensors: dict[str, Tensor]) -> int:

@@ -33,14 +33,14 @@ PARTS = (WEIGHTS, ADAPTER, GRADIENTS, OPTIMIZER, ACTIVATIONS, ALIGNMENT)
 """The parts of memory in training."""
 
 
-def predict_training(profile: Profile, family: Family, clips: Clips, *, on_gpu: bool = True) -> dict[str, int]:
+def predict_training(profile: Profile, family: Family, clips: Clips, device: torch.device) -> dict[str, int]:
     """Bytes by part at the peak of a training step.
 
     Args:
         profile: the resolved settings.
         family: of the checkpoint, of which only the configuration is read.
         clips: the clips of a batch.
-        on_gpu: whether the optimizer updates all parameters at once, as on a GPU.
+        device: the device that trains; a GPU's optimizer updates all parameters at once.
     """
     with torch.device("meta"):
         transformer = family.empty_transformer(frozen_dtype(profile))
@@ -56,21 +56,21 @@ def predict_training(profile: Profile, family: Family, clips: Clips, *, on_gpu: 
         with live.belonging_to(trained_part):
             average = EMAModel(trained, decay=profile.train.ema) if profile.train.ema else None
         with live.belonging_to(OPTIMIZER):
-            optimizer = _optimizer_with_state(profile, model, on_gpu)
+            optimizer = _optimizer_with_state(profile, model, device)
         live.reset_peak()
         _step(profile, family, model, optimizer, batch, clips, live)
         del average
         return {part: live.peak_parts[part] for part in PARTS}
 
 
-def _optimizer_with_state(profile: Profile, model: AlignedTransformer, on_gpu: bool) -> torch.optim.Optimizer:
+def _optimizer_with_state(profile: Profile, model: AlignedTransformer, device: torch.device) -> torch.optim.Optimizer:
     """The optimizer as it is after its first step."""
     train = profile.train
     # bitsandbytes does not run on fake tensors; it takes less than AdamW.
     groups = [trainable(model.transformer), trainable(model.crepa) if model.crepa else []]
     optimizer = make_optimizer("adamw", groups, train.learning_rate, train.weight_decay)
     for group in optimizer.param_groups:
-        group["foreach"] = on_gpu
+        group["foreach"] = device.type == "cuda"
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()

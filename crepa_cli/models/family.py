@@ -222,14 +222,13 @@ class Family(ABC):
         family.image_components = ()
         return family
 
-    @property
-    def image_embedding_bytes(self) -> int:
-        """Bytes of the first frame's embedding, class token included; 0 without an image encoder."""
+    def empty_image_embedding(self) -> Tensors:
+        """`image_embeds` `[N, D]` of a first frame, without content, class token included; none without an encoder."""
         if self.image_encoder is None:
-            return 0
+            return {}
         config = self.base.read_config(f"{self.image_encoder}/config.json")
         tokens = (config["image_size"] // config["patch_size"]) ** 2 + 1
-        return int(tokens * config["hidden_size"] * self.vae_dtype.itemsize)
+        return {"image_embeds": torch.empty(tokens, config["hidden_size"], dtype=self.vae_dtype)}
 
     def load_sampling_pipeline(self, transformer: ModelMixin) -> DiffusionPipeline:
         """The pipeline for sampling videos from encoded prompts; its VAE is in `vae_dtype`."""

@@ -46,6 +46,11 @@ def input_size(image_size: int | str, grid: TokenGrid, patch_size: int) -> tuple
     return image_size, image_size
 
 
+def encoder_dtype(device: torch.device) -> torch.dtype:
+    """The dtype in which an encoder runs on a device: float16 on CUDA, float32 elsewhere."""
+    return torch.float16 if device.type == "cuda" else torch.float32
+
+
 class Dinov2Teacher:
     """A DINOv2 encoder, with or without registers.
 
@@ -64,8 +69,8 @@ class Dinov2Teacher:
             folder: with its files.
             device: to run on; in float16 on a GPU, in float32 on the CPU.
         """
-        dtype = torch.float16 if device.type == "cuda" else torch.float32
-        return cls(AutoModel.from_pretrained(folder, dtype=dtype, use_safetensors=True).to(device))
+        model = AutoModel.from_pretrained(folder, dtype=encoder_dtype(device), use_safetensors=True)
+        return cls(model.to(device))
 
     @property
     def patch_size(self) -> int:
