@@ -170,7 +170,7 @@ def test_mistakes_of_flags_are_listed_at_once_and_write_nothing(folder: Path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "use --model"),
+        ([], "choose one with --model"),
         (["--model", "wan", "--profile", "t3v"], "did you mean t2v?"),
         (["--model", "wan", "--from", "missing.json"], "missing.json: is not a file"),
         (["--to", "config.json"], "no model family is set"),

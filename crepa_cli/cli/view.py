@@ -57,12 +57,12 @@ def open_view(
 
 def silence_libraries() -> None:
     """Keep progress bars and notes of libraries off the screen; their warnings arrive as events."""
+    # Before diffusers imports it: on some processors it warns of a kernel for 4-bit weights, which nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     import diffusers.utils.logging
     import transformers.utils.logging
 
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.disable_progress_bar()
         library.set_verbosity_error()
-    # On some processors its import warns of a kernel for 4-bit weights, which nothing here uses.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.captureWarnings(True)

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate import PartialState
-from diffusers.training_utils import free_memory
 from torch import Tensor
 
 from crepa_cli.alignment.grid import matching_frames
@@ -24,6 +23,7 @@ from crepa_cli.data.clips import Clip, ClipError, file_digest, find_clips
 from crepa_cli.data.video import decode, frames_available, probe
 from crepa_cli.errors import UserError, counted
 from crepa_cli.events import ClipSkipped, Event, Progress
+from crepa_cli.heap import release_memory
 from crepa_cli.models.family import Family, Tensors
 from crepa_cli.models.hub import fetch, fingerprint, read_config
 from crepa_cli.processes import from_all, from_main
@@ -186,7 +186,7 @@ def _prepare_prompts(
     reasons: dict[str, str] = {}
     if missing:
         reasons = yield from _encode_prompts(family, {text: keys[text] for text in missing}, cache, device, dtype)
-        free_memory()
+        release_memory()
     for text in sorted(reasons.keys() & prompts):
         where = f"the validation prompt {text!r}" if text else "the empty prompt"
         raise UserError(f"{where} cannot be used: {reasons[text]}. Try another model.dtype")
@@ -228,7 +228,7 @@ def _prepare_latents(
     if not missing:
         return clips
     encoded = yield from _encode_latents(family, missing, fps, cache, device)
-    free_memory()
+    release_memory()
     return _without_failed(clips, missing, encoded)
 
 
@@ -266,7 +266,7 @@ def _prepare_features(
     if not missing:
         return keyed
     encoded = yield from _encode_features(crepa, missing, inputs, fps, cache, device)
-    free_memory()
+    release_memory()
     return _without_failed(keyed, missing, encoded)
 
 

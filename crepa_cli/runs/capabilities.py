@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 import torch
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 from torch.utils._triton import has_triton, has_triton_package
 
-from crepa_cli.models.family import Family
-from crepa_cli.profile import Profile
+if TYPE_CHECKING:
+    from crepa_cli.models.family import Family
+    from crepa_cli.profile import Profile
 
 BFLOAT16_CAPABILITY = (8, 0)
 """Compute capability of the first NVIDIA GPUs with bfloat16: Ampere."""

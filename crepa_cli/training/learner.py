@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel, free_memory
+from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from crepa_cli.alignment import CoefficientSchedule
+from crepa_cli.heap import release_memory
 from crepa_cli.models.family import Family
 from crepa_cli.profile import Profile
 from crepa_cli.training.aligned import AlignedTransformer
@@ -110,7 +111,7 @@ class Learner:
         # DistributedDataParallel would keep waiting for the projector's gradients: wrap the module anew.
         self.model = self.aligned
         self.aligned.drop_alignment()
-        free_memory()
+        release_memory()
         self.model = replicated(self.aligned, self.accelerator)
 
     @contextmanager

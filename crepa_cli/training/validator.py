@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
-from diffusers.training_utils import free_memory
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -18,6 +17,7 @@ from crepa_cli.data.prepare import ClipForm
 from crepa_cli.data.sheet import frame_row, write_sheet
 from crepa_cli.data.video import write_video
 from crepa_cli.events import ValidationSampled
+from crepa_cli.heap import release_memory
 from crepa_cli.models.family import Family, Tensors
 from crepa_cli.processes import from_all
 from crepa_cli.profile import Profile
@@ -72,7 +72,7 @@ class Validator:
             pipeline = self._load_pipeline(transformer)
             videos = self._sample_share(pipeline, isinstance(transformer, FSDPModule), should_stop)
             del pipeline
-        free_memory()
+        release_memory()
         frames = dict(from_all(videos))
         folder = self.run.samples(step)
         paths = {index: folder / f"{index:02d}.mp4" for index in sorted(frames)}
