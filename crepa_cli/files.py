@@ -19,7 +19,7 @@ from crepa_cli.errors import UserError
 PARTIAL = "partial"
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM}
-"""What Windows, network drives and FUSE answer if a folder is opened or synced."""
+"""Errors with which Windows, network drives and FUSE refuse to open or sync a folder."""
 ATTEMPTS = 20
 PAUSE_SECONDS = 0.05
 

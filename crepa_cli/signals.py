@@ -13,7 +13,7 @@ from contextlib import contextmanager
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
 """Those that this system lacks are left out. SIGBREAK is the Ctrl-Break of Windows."""
 CLOSE_EVENT = 2
-"""What Windows calls a closed console window."""
+"""The number that Windows gives the closing of a console window."""
 LONGEST_GRACE_SECONDS = 30
 """Windows itself ends a process some 5 seconds after its console was closed."""
 

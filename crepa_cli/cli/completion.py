@@ -25,7 +25,7 @@ def task_names() -> list[str]:
 
 
 def settings(incomplete: str) -> list[str]:
-    """What `--set` takes: every setting as `table.key=`, and after it the values of one that lists them."""
+    """Completions for `--set`: every setting as `table.key=`, then the values of a setting that lists them."""
     from crepa_cli.profile import known_keys
 
     name, equals, _ = incomplete.partition("=")

@@ -17,7 +17,7 @@ def _listed(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-# TOML gives lists where a frozen model wants tuples, and `--set` gives one bare string.
+# TOML gives lists, but a frozen model wants tuples, and `--set` gives one bare string.
 LISTED = BeforeValidator(_listed)
 Text = Annotated[str, Field(min_length=1)]
 Texts = Annotated[tuple[Text, ...], LISTED, Field(strict=False)]

@@ -123,7 +123,7 @@ class Dashboard:
             yield self._messages(console, width, rest)
 
     def _item(self) -> str:
-        """What is worked on in the preparation, and for how long already."""
+        """The current item of the preparation, and the time since it began."""
         latest = self.stage.latest
         if latest is None or not latest.item:
             return ""

@@ -47,7 +47,7 @@ def dtype_mistakes(profile: Profile, device: torch.device) -> list[str]:
 
 
 def compile_mistakes(profile: Profile, device: torch.device) -> list[str]:
-    """What this machine lacks for `train.compile`: Triton compiles for GPUs, a C++ compiler for the CPU."""
+    """Compilers that `train.compile` needs and this machine lacks: Triton for GPUs, a C++ compiler for the CPU."""
     if not profile.train.compile:
         return []
     missing = {"cuda": _without_triton, "xpu": _without_triton, "cpu": _without_compiler}.get(

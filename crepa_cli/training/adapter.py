@@ -1,4 +1,4 @@
-"""What is trained of a transformer, LoRA or all of it, and how it leaves the run."""
+"""The trained part of a transformer, a LoRA or all of it, and its export."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def export_weights(
         transformer: whose configuration, and that of its LoRA, go with the weights.
         weights: the trained parameters, by their names in the transformer.
         adapter: what was trained, and the layouts.
-        folder: where the files go.
+        folder: for the files.
 
     Raises:
         UserError: if the disk is full or the folder cannot be written.

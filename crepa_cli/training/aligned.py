@@ -20,7 +20,7 @@ class AlignedOutput(NamedTuple):
 
 
 class BlockPair(NamedTuple):
-    """A block that is aligned and the deeper one that teaches it; None where an encoder teaches."""
+    """A block that is aligned and the deeper one that teaches it; None if an encoder teaches."""
 
     student: int
     teacher: int | None = None
@@ -76,8 +76,8 @@ class AlignedTransformer(nn.Module):
         Args:
             inputs: the transformer's keyword arguments.
             student_grid: where its tokens are.
-            features: `[B, T', N', D]` of the encoder; None where a block is the teacher, and after alignment.
-            teacher_grid: where the features are.
+            features: `[B, T', N', D]` of the encoder; None if a block is the teacher, and after alignment has ended.
+            teacher_grid: the grid of the features.
         """
         with self.capture.recording() as states:
             prediction = self.transformer(**inputs).sample

@@ -64,7 +64,7 @@ def build_model(
 
 
 def layersync_blocks(settings: LayerSyncSettings) -> BlockPair | None:
-    """The two blocks of LayerSync, or None where it is off."""
+    """The two blocks of LayerSync, or None if it is off."""
     if not settings.enabled or settings.student_block is None:
         return None
     return BlockPair(settings.student_block, settings.teacher_block)

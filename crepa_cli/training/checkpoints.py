@@ -39,7 +39,7 @@ CHUNK = 2**24
 
 
 class Snapshot(NamedTuple):
-    """What a checkpoint holds, gathered from all processes on the CPU of the main one.
+    """The content of a checkpoint, gathered from all processes on the CPU of the main one.
 
     `average` is the moving average of the weights; `state` are JSON values: progress, the optimizer's groups, and the
     part of its state that is not tensors, as that of 8-bit optimizers.
@@ -52,7 +52,7 @@ class Snapshot(NamedTuple):
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint after `step` steps is."""
+    """The folder of the checkpoint after `step` steps."""
     return folder / f"step-{step:06d}"
 
 
@@ -244,7 +244,7 @@ def _manifest(folder: Path) -> dict[str, dict[str, int]]:
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, in words."""
+    """The damage of a checkpoint, in words; None for a whole one."""
     try:
         expected = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         found = _manifest(path)

@@ -1,4 +1,4 @@
-"""The learner: what a run trains, and all state that changes with it: weights, optimizer, schedules, moving average."""
+"""The learner: the trained weights and all state that changes with them: optimizer, schedules, moving average."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def describe_share(aligned: AlignedTransformer) -> str:
 
 
 def replicated(aligned: AlignedTransformer, accelerator: Accelerator) -> nn.Module:
-    """The aligned transformer on its device, as it is called: where there are several processes, a copy in each.
+    """The aligned transformer on its device, as it is called: with several processes, a copy in each.
 
     A sharded one is returned as it is.
     """

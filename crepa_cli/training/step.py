@@ -27,7 +27,7 @@ class Losses(NamedTuple):
 
 
 class Teaching(NamedTuple):
-    """What CREPA adds to a step: an encoder's features `[B, T', N', D]` and their grid, and the coefficient."""
+    """The inputs of CREPA in a step: an encoder's features `[B, T', N', D]` and their grid, and the coefficient."""
 
     features: Tensor | None = None
     grid: TokenGrid | None = None
@@ -52,7 +52,7 @@ def step_losses(
         tensors: clips and captions with a batch dimension, on the device of the model.
         noise: like the latents.
         sigmas: `[B]`.
-        teaching: without features where a block is the teacher, and where alignment is off.
+        teaching: without features if a block is the teacher, or if alignment is off.
     """
     target = family.step(tensors, noise, sigmas)
     output = model(target.inputs, family.token_grid(tensors["latents"]), teaching.features, teaching.grid)
