@@ -297,6 +297,7 @@ def test_out_of_memory_says_what_is_held_and_what_would_lower_it(
     assert f"A checkpoint was saved first: {checkpoint}" in message
 
 
+@pytest.mark.slow
 def test_two_runs_fill_one_cache_at_once(demo: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "crepa_cli", *DEMO, "--cache-only", "--set", f"data.cache={tmp_path / 'cache'}"]
     both = [subprocess.Popen(command, cwd=demo, stdout=subprocess.DEVNULL) for _ in range(2)]

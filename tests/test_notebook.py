@@ -45,6 +45,7 @@ def test_commands_in_a_cell_write_plain_text_and_ask_nothing(demo: Path, tmp_pat
     assert (tmp_path / "crepa.toml").exists()
 
 
+@pytest.mark.slow
 def test_an_interrupted_cell_leaves_a_checkpoint_to_resume_from(
     demo: Path, tmp_path: Path, run_crepa: RunCrepa, monkeypatch: pytest.MonkeyPatch
 ) -> None:
