@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from conftest import RunCrepa
 from safetensors.torch import load_file
 
 from crepa_cli import api
 from crepa_cli.errors import UserError
-from crepa_cli.events import Event, RunOpened, StepDone, TrainingEnded, TrainingStarted
+from crepa_cli.events import Event, RunOpened, StepDone, TrainingEnded, TrainingStarted, ValidationSampled
 from crepa_cli.profile import Profile
 from crepa_cli.report.metrics import read_metrics
 from crepa_cli.runs.folder import RunFolder
@@ -205,3 +207,53 @@ def test_a_lambda_that_stays_0_costs_nothing(tmp_path: Path) -> None:
     (line,) = read_metrics(run.metrics)
     assert line["crepa_loss"] is line["projector_grad_norm"] is None
     assert line["crepa_cutoff"]
+
+
+@pytest.mark.usefixtures("in_demo", "fresh_accelerate")
+def test_a_validation_is_stopped_within_one_step_of_its_sampler(tmp_path: Path) -> None:
+    sets = [*SETS, "validation.every=1", "validation.steps=50"]
+    profile = api.resolve("t2v", {"model.family": "wan"}, sets, demo=True).profile
+    events: list[Event] = []
+    asked: list[bool] = []
+
+    def should_stop() -> bool:
+        asked.extend([True] * any(isinstance(event, StepDone) for event in events))
+        return len(asked) > 3
+
+    run = api.train(profile, output=tmp_path / "run", listeners=[events.append], should_stop=should_stop)
+    (sampled,) = (event for event in events if isinstance(event, ValidationSampled))
+    assert sampled.paths == ()
+    assert len(asked) < 10
+    assert events[-1] == TrainingEnded(1, None)
+    assert (run.checkpoints / "step-000001").is_dir()
+
+
+@pytest.mark.usefixtures("in_demo", "fresh_accelerate")
+def test_gradients_of_adapter_and_projector_are_clipped_separately(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip, clipped = Accelerator.clip_grad_norm_, []
+
+    def watch(self: Accelerator, parameters: list[torch.nn.Parameter], max_norm: float) -> torch.Tensor:
+        norm: torch.Tensor = clip(self, parameters, max_norm)
+        clipped.append(torch.nn.utils.get_total_norm([one.grad for one in parameters if one.grad is not None]).item())
+        return norm
+
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", watch)
+    sets = [*SETS, "train.steps=2", "train.max_grad_norm=1e-3"]
+    run = api.train(api.resolve("t2v", {"model.family": "wan"}, sets, demo=True).profile, output=tmp_path / "run")
+    # Step 0 has the coefficient 0, and with it no gradient of the projector.
+    assert clipped == pytest.approx([1e-3, 0.0, 1e-3, 1e-3], rel=0.01)
+    assert [line["projector_grad_norm"] > 1e-3 for line in read_metrics(run.metrics)] == [False, True]
+
+
+@pytest.mark.usefixtures("in_demo")
+def test_a_resumed_demo_keeps_its_own_settings(tmp_path: Path, run_crepa: RunCrepa) -> None:
+    run = tmp_path / "run"
+    flags = ["--profile", "t2v", "--model", "wan", "--demo", "--plain", "--set", "validation.every=0"]
+    assert run_crepa("train", *flags, "--steps", 3, "--set", "checkpoints.every=1", "--output", run) == 0
+    before = (run / "profile.toml").read_text()
+    shutil.rmtree(run / "checkpoints/step-000003")
+    assert run_crepa("train", "--resume", *flags[:-2], "--output", run) == 0
+    assert (run / "profile.toml").read_text() == before
+    assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == [0, 1, 2]

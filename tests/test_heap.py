@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from crepa_cli.heap import release_memory
+from crepa_cli.training.peak import RESET_PEAK, PeakMemory, resident_peak
 
 
 def resident() -> int:
@@ -28,3 +29,18 @@ def test_the_memory_of_a_model_is_given_back() -> None:
     if platform.libc_ver()[0] == "glibc":
         assert loaded > 150e6
         assert resident() - before < 0.2 * loaded
+
+
+def test_the_peak_of_training_leaves_out_what_was_held_before() -> None:
+    before = torch.ones(50_000_000)
+    highest = resident_peak()
+    del before
+    peak = PeakMemory(torch.device("cpu"))
+    if RESET_PEAK.exists():
+        assert peak.read() < highest - 100e6
+    during = torch.ones(50_000_000)
+    assert peak.read() >= during.nbytes
+    reading = peak.read()
+    del during
+    peak.restart()
+    assert peak.read() == reading
