@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from typing import TYPE_CHECKING, TextIO
 
@@ -21,7 +20,7 @@ def interactive(console: Console) -> bool:
     return console.file.isatty() and not in_notebook() and not os.environ.get("CI")
 
 
-class LastingOutput(io.TextIOBase):
+class LastingOutput:
     """A stream that falls silent once it cannot be written to, so that a training outlives its reader.
 
     Args:
@@ -55,7 +54,7 @@ class LastingOutput(io.TextIOBase):
         return self.stream.fileno()
 
     @property
-    def encoding(self) -> str:  # type: ignore[override]  # io's own is read-only too, whatever its type says
+    def encoding(self) -> str:
         """The encoding of the stream."""
         return self.stream.encoding
 
