@@ -57,6 +57,8 @@ def sampled_latents(family: Family, pipeline: Any, video: Tensor, latents: Tenso
     arguments = family.form_arguments(width=width, height=height, frames=frames, fps=FPS)
     if family.task == "i2v":
         arguments["image"] = first_frame(video)
+    if family.caption_tokens:
+        arguments["max_sequence_length"] = family.caption_tokens
     sampled: Tensor = pipeline(
         prompt=CAPTION,
         num_inference_steps=steps,

@@ -67,7 +67,9 @@ def written(folder: Path) -> dict[str, Any]:
 
 
 def resolved(folder: Path) -> ResolvedProfile:
-    return resolve_profile(profile=None, flags={}, sets=[], folder=folder, family_defaults=lambda *_: DEFAULTS)
+    return resolve_profile(
+        profile=None, flags={}, sets=[], folder=folder, family_defaults=lambda *_: {"family wan": DEFAULTS}
+    )
 
 
 def imported(config: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, object]]:
@@ -98,7 +100,7 @@ def test_flags_alone_write_a_file_that_means_the_preset(folder: Path, preset: st
         flags={"model.family": "wan", "data.path": "clips"},
         sets=[],
         folder=folder.parent,
-        family_defaults=lambda *_: DEFAULTS,
+        family_defaults=lambda *_: {"family wan": DEFAULTS},
     )
     assert resolved(folder).profile == expected.profile
     assert set(resolved(folder).sources.values()) == {"built-in default", "crepa.toml", "family wan"}
@@ -412,16 +414,9 @@ def test_malformed_json_is_explained(folder: Path, text: str, message: str):
     assert not (folder / "crepa.toml").exists()
 
 
-class FakeFamily:
-    @classmethod
-    def defaults(cls, task: str) -> dict[str, dict[str, object]]:
-        assert task == "t2v"
-        return DEFAULTS
-
-
 @pytest.fixture
 def light_family(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("crepa_cli.models.load_family", lambda _: FakeFamily)
+    monkeypatch.setattr("crepa_cli.models.family_defaults", lambda *_: {"family wan": DEFAULTS})
 
 
 @pytest.mark.usefixtures("light_family")

@@ -106,6 +106,8 @@ def prompt_key(family: Family, caption: str, dtype: torch.dtype) -> str:
         caption=caption,
         dtype=str(dtype),
         encoder=_digests(family.text_components, family),
+        # Entries of earlier versions have the pipeline's length.
+        **({"tokens": family.caption_tokens} if family.caption_tokens else {}),
     )
 
 

@@ -174,8 +174,10 @@ class TrainSettings(Table):
         lt=1,
         description="Decay per step of the moving average of the trained weights, such as 0.999; 0 turns it off.",
     )
-    timestep_sampling: Literal["logit_normal", "uniform"] = Field(
-        default="logit_normal", description="Distribution of the noise levels; logit_normal favors the middle ones."
+    timestep_sampling: Literal["logit_normal", "stretched", "uniform"] = Field(
+        default="logit_normal",
+        description="Distribution of the noise levels. logit_normal favors the middle ones; stretched spreads it over "
+        "all levels after the shift, for models whose shift grows with the clip.",
     )
     timestep_shift: float | None = Field(
         default=None,
