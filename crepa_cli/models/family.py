@@ -74,6 +74,8 @@ class Family(ABC):
     """The published checkpoints by Hub id, each with its defaults that differ from the family's."""
     caption_tokens: ClassVar[int | None] = None
     """Tokens of a caption; None if the pipeline decides."""
+    takes_frame_rate: ClassVar[bool] = False
+    """Whether the positions in time depend on the frame rate, so that a clip can be trained at its own."""
     vae_dtype: ClassVar[torch.dtype] = torch.float32
     comfyui_names: ClassVar[Mapping[str, str] | None] = None
     """Patterns in module names and their replacements in the original names; None if ComfyUI does not run it."""

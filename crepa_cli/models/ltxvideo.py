@@ -37,6 +37,7 @@ class LtxVideo(Family):
     comfyui_names = {r"^proj_in$": "patchify_proj", r"^time_embed\b": "adaln_single"}
     # Of its authors' code (pipeline_ltx_video.py); the pipelines of diffusers cut at 128 up to version 0.9.1.
     caption_tokens = 256
+    takes_frame_rate = True
     settings = {
         "crepa": {"block_index": 8},
         "adapter": {"rank": 32, "target_modules": ["to_q", "to_k", "to_v", "to_out.0"]},
