@@ -27,7 +27,7 @@ from crepa_cli.data.clips import clips_folder
 from crepa_cli.data.dataset import ClipDataset
 from crepa_cli.data.online import OnlineTeacher
 from crepa_cli.data.prepare import ClipForm, PreparedClip, encoder_config, prepare, prompt_key
-from crepa_cli.errors import RunError, UserError
+from crepa_cli.errors import RunError, UserError, counted
 from crepa_cli.events import Event, Notice, Progress, RunOpened, TrainingEnded, TrainingStarted
 from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
@@ -136,7 +136,10 @@ def train(
     # One process decides: once it has made the folder, the others would find a run in it.
     run = from_main(lambda: _run_to_resume(profile) if resume else RunFolder.claim(profile))
     accelerator = _accelerator(profile)
-    with ExitStack() as stack, _advice_on_memory(profile, family, accelerator.device):
+    with ExitStack() as stack:
+        stack.enter_context(_advice_on_memory(profile, family, accelerator.device))
+        if state.is_main_process and not resume:
+            listeners = [stack.enter_context(_removed_unless_started(run)), *listeners]
         if state.is_main_process:
             if resume:
                 run.write_profile(profile)
@@ -189,7 +192,7 @@ def _follow(
                         listener(event)
                 except BaseException as error:
                     events.throw(error)
-                if isinstance(event, Progress) and should_stop():
+                if isinstance(event, Progress) and signals.at_once and should_stop():
                     break
         signals.raise_first()
     return event
@@ -215,20 +218,25 @@ def _run(
 ) -> Events:
     """Prepare, build the trainer, train."""
     yield RunOpened(run.path, _device_memory(accelerator.device), loading_lines(family, profile, run.weights))
-    checkpoint = (yield from _newest_checkpoint(run)) if resume else None
+    checkpoint = (yield from _newest_checkpoint(run, profile.train.steps)) if resume else None
     prepared = yield from _prepared(profile, family, accelerator)
     yield Progress("loading", 0, 1, "the transformer")
     trainer = _build_trainer(profile, family, run, accelerator, prepared, checkpoint)
     yield from trainer.train(should_stop)
 
 
-def _newest_checkpoint(run: RunFolder) -> Generator[Event, None, Path | None]:
-    """The checkpoint to resume from; None if the run has none yet."""
+def _newest_checkpoint(run: RunFolder, steps: int) -> Generator[Event, None, Path | None]:
+    """The checkpoint to resume from, for a run of so many steps; None if the run has none yet."""
     path, messages = from_main(lambda: newest_checkpoint(run.checkpoints))
     for message in messages:
         yield Notice(message)
     if path is None:
         yield Notice(f"{run.path} has no complete checkpoint: it starts from step 0")
+    elif (done := read_progress(path).get("step", 0)) >= steps:
+        yield Notice(
+            f"{run.path} is finished: it has trained {counted(done, 'step')}, and train.steps is {steps:,}. Its "
+            f"weights are only written again; to train further, give --steps a number above {done:,}"
+        )
     return path
 
 
@@ -305,6 +313,27 @@ def _device_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return int(psutil.virtual_memory().total)
+
+
+@contextmanager
+def _removed_unless_started(run: RunFolder) -> Iterator[Listener]:
+    """Remove a new run that fails before its training starts, so that `--resume` picks none without a beginning.
+
+    A run that is stopped in its preparation stays: there is nothing wrong with it. Yields the listener that notices
+    the start.
+    """
+    started = False
+
+    def notice(event: Event) -> None:
+        nonlocal started
+        started = started or isinstance(event, TrainingStarted)
+
+    try:
+        yield notice
+    except Exception:
+        if not started:
+            run.remove()
+        raise
 
 
 @contextmanager
