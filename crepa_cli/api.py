@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
 from accelerate.utils.memory import should_reduce_batch_size
 
-from crepa_cli.data.cache import Cache, cache_folder, check_writable
+from crepa_cli.data.cache import Cache, cache_folder
 from crepa_cli.data.clips import clips_folder
 from crepa_cli.data.dataset import ClipDataset
 from crepa_cli.data.online import OnlineTeacher
@@ -39,7 +39,7 @@ from crepa_cli.report.metrics import MetricsFile
 from crepa_cli.report.plot import CurvesFile
 from crepa_cli.report.trackers import Trackers
 from crepa_cli.runs.capabilities import attention_mistakes, compile_mistakes, dtype_mistakes
-from crepa_cli.runs.checks import open_family, require_packages
+from crepa_cli.runs.checks import open_run
 from crepa_cli.runs.folder import RunFolder
 from crepa_cli.runs.resume import resume_mistakes
 from crepa_cli.settings import resolve
@@ -73,18 +73,12 @@ def check(profile: Profile, *, resume: bool = False) -> Family:
     Raises:
         UserError: says what is wrong and what to do.
     """
-    require_packages(profile)
-    family = _opened(profile)
+    family = open_run(profile, resumes=resume)
     if resume:
         _run_to_resume(profile)
     else:
         RunFolder.next(profile)
     return family
-
-
-def _opened(profile: Profile) -> Family:
-    check_writable(cache_folder(profile.data), clips_folder(profile.data))
-    return open_family(profile)
 
 
 def _run_to_resume(profile: Profile) -> RunFolder:
@@ -125,8 +119,7 @@ def train(
     """
     profile = _with_output(profile, output)
     state = start_processes()
-    require_packages(profile)
-    family = _opened(profile)
+    family = open_run(profile, resumes=resume)
     if mistakes := [
         *dtype_mistakes(profile, state.device),
         *compile_mistakes(profile, state.device),
@@ -162,7 +155,7 @@ def fill_cache(
 ) -> None:
     """Prepare the clips for later runs, and train nothing; see `train`."""
     start_processes()
-    family = _opened(profile)
+    family = open_run(profile)
     accelerator = Accelerator(mixed_precision=PRECISION[profile.model.dtype])
     _follow(lambda _: _prepared(profile, family, accelerator), listeners, should_stop)
 

@@ -90,7 +90,7 @@ def test_an_item_that_takes_a_minute_has_a_line_every_10_seconds(clock: Clock) -
 
 def test_a_step_and_a_validation_that_take_a_minute_have_a_line_every_10_seconds(clock: Clock) -> None:
     lines, screen = plain_lines(clock)
-    waits = {
+    waits: dict[Event, list[str]] = {
         TrainingStarted(RUN, 4, 60, 20, 10, 1000): ["step 4 of 60: 10 s so far", "step 4 of 60: 20 s so far"],
         step_done(4): ["step 5 of 60: 10 s so far", "step 5 of 60: 20 s so far"],
         Progress("validation", 0, 2, "sampling videos"): [
