@@ -91,7 +91,7 @@ class Family(ABC):
 
     @classmethod
     def published_like(cls, base: BaseCheckpoint, task: str) -> str | None:  # noqa: ARG003
-        """The published checkpoint of which another one is a fine-tune, by its configuration; None if any may be.
+        """The published checkpoint whose defaults fit an unpublished one, by its configuration; None for the family's.
 
         Raises:
             UserError: if the configuration cannot be read.
