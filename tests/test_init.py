@@ -242,7 +242,7 @@ def test_a_terminal_is_asked_only_for_what_no_flag_has_said(folder: Path):
     code, screen = terminal(folder, "", *flags)
     assert code == 0, screen
     assert "Model family" not in screen
-    assert written(folder)["crepa"]["cutoff_step"] == 2000
+    assert written(folder)["crepa"]["cutoff_step"] == "40%"
 
 
 def test_a_terminal_is_not_asked_when_the_file_is_there(folder: Path):
@@ -430,7 +430,7 @@ def test_the_alignment_settings_are_written_as_json(folder: Path):
     succeed("--to", "config.json")
     config = json.loads((folder / "config.json").read_text())
     assert config["crepa_block_index"] == 8
-    assert config["crepa_similarity_threshold"] == 0.85
+    assert config["crepa_similarity_threshold"] == 0.5
     assert "crepa_teacher_block_index" not in config
     assert all(name.startswith("crepa_") for name in config)
 
@@ -590,5 +590,5 @@ def test_every_preset_of_every_family_makes_a_profile(
     assert f'"{family}"' in lines["model.family"]
     assert "crepa.toml" in lines["model.family"]
     assert ("cosine" if task == "t2v" else "constant") in lines["crepa.scheduler"]
-    assert ("2000" if preset == "solid-background" else " 0 ") in lines["crepa.cutoff_step"]
+    assert ("40%" if preset == "solid-background" else " 0 ") in lines["crepa.cutoff_step"]
     assert f"family {family}" in lines["crepa.block_index"]

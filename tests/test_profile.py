@@ -118,6 +118,8 @@ OUT_OF_RANGE = [
     "crepa.scheduler=step",
     "crepa.warmup_steps=-1",
     "crepa.decay_steps=-1",
+    "crepa.cutoff_step=101%",
+    "crepa.cutoff_step='40'",
     "crepa.cutoff_step=-1",
     "crepa.lambda_end=-1",
     "crepa.power=0",
@@ -309,8 +311,8 @@ def test_each_preset_resolves_and_says_what_it_is_for(folder: Path, name: str):
         assert (crepa.scheduler, crepa.similarity_threshold) == ("constant", None)
     else:
         assert (crepa.scheduler, crepa.warmup_steps, crepa.decay_steps, crepa.lambda_end) == ("cosine", 100, 0, 0.1)
-        assert (crepa.similarity_threshold, crepa.threshold_mode) == (0.85, "permanent")
-    assert crepa.cutoff_step == (2000 if name == "solid-background" else 0)
+        assert (crepa.similarity_threshold, crepa.threshold_mode) == (0.5, "permanent")
+    assert crepa.cutoff_step == ("40%" if name == "solid-background" else 0)
     assert len(preset_purpose(presets()[name])) > 20
 
 

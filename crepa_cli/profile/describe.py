@@ -115,6 +115,8 @@ def _allowed(schema: Mapping[str, Any]) -> str:
         return "none"
     if schema["type"] == "array":
         return f"a list, each item {_allowed(schema['items'])}"
+    if "pattern" in schema:
+        return 'a share of the run from "0%" to "100%"'
     bounds = [f"{sign} {schema[bound]}" for bound, sign in _BOUNDS.items() if bound in schema]
     return " ".join([_TYPES[schema["type"]], *([" and ".join(bounds)] if bounds else [])])
 
