@@ -24,6 +24,7 @@ from crepa_cli.profile import CrepaSettings, Profile, ResolvedProfile
 from crepa_cli.runs.checks import missing_optimizer, missing_trackers, open_family
 from crepa_cli.runs.folder import RunFolder
 from crepa_cli.runs.sources import needs
+from crepa_cli.runs.warnings import neighbor_warnings, setting_warnings
 
 Listener = Callable[[Event], None]
 
@@ -52,6 +53,8 @@ def check_plan(
     profile = resolved.profile
     plan.profile = profile.model_dump(mode="json", by_alias=True)
     plan.add("profile", "fine", f"{profile.model.family} {profile.model.task}, {counted(profile.train.steps, 'step')}")
+    for warning in setting_warnings(profile):
+        plan.add("settings", "warning", warning)
     if demo:
         plan.attempt("demo", lambda: write_demo(profile))
     teacher = _teacher(profile.crepa)
@@ -145,6 +148,8 @@ def _check_clips(plan: Plan, family: Family | None, profile: Profile, listener: 
         counts = Counter(clip.bucket for clip in clips)
         plan.buckets = [BucketCount(key.frames, key.height, key.width, counts[key]) for key in sorted(counts)]
         plan.add("clips", "fine", _summary(len(clips), plan.buckets))
+        for warning in neighbor_warnings(profile.crepa, family, (clip.bucket.frames for clip in clips)):
+            plan.add("clips", "warning", warning)
     return clips
 
 
