@@ -25,6 +25,7 @@ from crepa_cli.profile.describe import (
 from crepa_cli.profile.files import (
     PATHS,
     PATHS_OR_NAMES,
+    PROJECT_FILE,
     RESOLVED_MARK,
     exists,
     find_profile,
@@ -208,6 +209,18 @@ def _anchored(setting: Setting, base: Path, folder: Path) -> Setting:
 
     value = setting.value
     return setting._replace(value=[anchor(one) for one in value] if isinstance(value, list) else anchor(value))
+
+
+def complete(tables: Mapping[str, object], family_defaults: Defaults) -> Profile:
+    """The profile that a crepa.toml with these tables describes without flags.
+
+    Raises:
+        SettingsError: lists all mistakes.
+    """
+    mistakes: list[str] = []
+    settings = list(known_settings(tables, PROJECT_FILE, mistakes))
+    defaults, _ = _defaults(merged(settings), family_defaults, None, mistakes)
+    return _resolved(check_settings(settings, mistakes, defaults)).profile
 
 
 def known_settings(tables: Mapping[str, object], source: str, mistakes: list[str]) -> Iterator[Setting]:

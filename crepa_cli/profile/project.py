@@ -30,8 +30,16 @@ SCHEMA_FILE = "crepa.schema.json"
 HEADER = f"""\
 #:schema ./{SCHEMA_FILE}
 
-# Settings that differ from the defaults. `crepa train --print-profile` shows all settings and their sources.
+# Settings that differ from the defaults, and in comments the defaults of those that are changed most often.
+# `crepa train --print-profile` shows all settings and their sources.
 """
+KNOBS = {
+    "adapter": ("rank",),
+    "train": ("steps",),
+    "validation": ("prompts",),
+    "crepa": ("block_index", "lambda", "encoder"),
+}
+"""Settings that are changed most often, by table."""
 MEMORY_SETTINGS: tuple[tuple[float, dict[str, dict[str, object]]], ...] = (
     (24, {}),
     (12, {"data": {"frames": 49}}),
@@ -95,17 +103,30 @@ def _without_defaults(settings: Mapping[Key, Setting]) -> dict[str, dict[str, An
     }
 
 
-def commented_toml(settings: Mapping[str, Mapping[str, Any]]) -> str:
-    """The settings of `project_settings` as TOML, each below its description."""
+def commented_toml(settings: Mapping[str, Mapping[str, Any]], profile: Profile) -> str:
+    """The settings of `project_settings` as TOML, each below its description, and the `KNOBS` as comments.
+
+    Args:
+        settings: by table and key.
+        profile: what they mean for their family; it has the values of the knobs.
+    """
+    defaults = profile.model_dump(mode="json", by_alias=True)
     parts = [HEADER]
-    for table, values in settings.items():
+    for table in dict.fromkeys([*settings, *KNOBS]):
+        values = settings.get(table, {})
         parts.append(f"\n[{table}]\n")
-        for key, value in values.items():
-            comment = textwrap.fill(
-                description(table, key), width=100, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False
-            )
-            parts.append(f"{comment}\n{tomli_w.dumps({key: value})}")
+        parts += [_commented(table, key, value) for key, value in values.items()]
+        open_ = (key for key in KNOBS.get(table, ()) if key not in values)
+        parts += [_commented(table, key, defaults[table][key], mark="# ") for key in open_]
     return "".join(parts)
+
+
+def _commented(table: str, key: str, value: object, mark: str = "") -> str:
+    """A setting below its description; with the mark of a comment, it does not count."""
+    comment = textwrap.fill(
+        description(table, key), width=100, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False
+    )
+    return f"{comment}\n{textwrap.indent(tomli_w.dumps({key: value}), mark)}"
 
 
 def refuse_to_overwrite(folder: Path) -> None:
@@ -122,14 +143,14 @@ def refuse_to_overwrite(folder: Path) -> None:
         raise UserError(f"{' and '.join(existing)}: already exists; use --force to overwrite it")
 
 
-def write_project(settings: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
-    """Write crepa.toml and its schema, replacing existing files.
+def write_project(settings: Mapping[str, Mapping[str, Any]], profile: Profile, folder: Path) -> None:
+    """Write crepa.toml and its schema, replacing existing files; see `commented_toml`.
 
     Raises:
         UserError: if a file cannot be written.
     """
     write_whole(folder / SCHEMA_FILE, _schema_text().encode())
-    write_whole(folder / PROJECT_FILE, commented_toml(settings).encode())
+    write_whole(folder / PROJECT_FILE, commented_toml(settings, profile).encode())
 
 
 def _schema_text() -> str:
