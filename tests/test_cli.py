@@ -45,14 +45,14 @@ def test_no_clips_configured(run_crepa: RunCrepa, capsys: pytest.CaptureFixture[
 
 
 def test_a_folder_of_unreadable_clips(
-    run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str], open_tiny: OpenTiny
+    run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str], open_tiny: OpenTiny, tiny_dinov2: Path
 ) -> None:
     Path("clips").mkdir()
     for name in ("a", "b"):
         Path("clips", f"{name}.mp4").write_bytes(b"no video")
         Path("clips", f"{name}.txt").write_text("a caption")
     checkpoint = open_tiny("wan", "t2v").base.name
-    flags = ["--checkpoint", checkpoint, "--data", "clips", "--plain"]
+    flags = ["--checkpoint", checkpoint, "--data", "clips", "--plain", "--set", f"crepa.encoder={tiny_dinov2}"]
     assert run_crepa("train", "--profile", "t2v", "--model", "wan", *flags) == 2
     captured = capsys.readouterr()
     assert "skipped a.mp4" in captured.out

@@ -46,6 +46,7 @@ CREPA_DEFAULTS = {
     "normalize_by_frames": True,
     "spatial_align": True,
     "encoder": "dinov2_vitg14",
+    "encoder_revision": None,
     "encoder_image_size": 518,
     "use_backbone_features": False,
     "teacher_block_index": None,

@@ -79,7 +79,6 @@ def probe_blocks(
 
 
 def _answer(profile: Profile, *, measured: bool, demo: bool) -> Answer:
-    from crepa_cli.models.hub import go_offline_without_hub
     from crepa_cli.probe.answer import describe
     from crepa_cli.probe.recommend import recommend
 
@@ -87,8 +86,6 @@ def _answer(profile: Profile, *, measured: bool, demo: bool) -> Answer:
         from crepa_cli.demo import write_demo
 
         write_demo(profile)
-    elif not all(Path(str(one)).is_dir() for one in _repositories(profile, measured=measured)):
-        go_offline_without_hub()
     opened = _open_family(profile)
     answer = describe(opened, profile.crepa.block_index)
     if not measured:
@@ -99,11 +96,6 @@ def _answer(profile: Profile, *, measured: bool, demo: bool) -> Answer:
     with _progress() as listener:
         measurement = drained(measure(profile, opened), listener)
     return replace(answer, measurement=measurement, recommended=recommend(measurement, answer.default))
-
-
-def _repositories(profile: Profile, *, measured: bool) -> list[str | None]:
-    """Hub ids and local folders that the answer needs."""
-    return [profile.model.checkpoint, *([profile.crepa.encoder] if measured else [])]
 
 
 def _open_family(profile: Profile) -> Family:

@@ -249,7 +249,9 @@ class Trainer:
         return bool(self.accelerator.reduce(asked, "sum").item())
 
     def _save(self) -> CheckpointSaved:
-        event = self.checkpointer.save(self.learner, {"step": self.done, "skipped": self.skipped.state_dict()})
+        revisions = {"model": self.profile.model.revision, "encoder": self.profile.crepa.encoder_revision}
+        progress = {"step": self.done, "skipped": self.skipped.state_dict(), "revisions": revisions}
+        event = self.checkpointer.save(self.learner, progress)
         self.saved = self.done
         return event
 
