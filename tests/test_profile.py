@@ -31,7 +31,7 @@ from crepa_cli.profile import (
     resolve_profile,
 )
 from crepa_cli.profile.describe import family_keys
-from crepa_cli.profile.layers import Setting
+from crepa_cli.profile.layers import Setting, complete
 from crepa_cli.profile.project import project_settings, write_project
 from crepa_cli.profile.settings import TABLES
 from crepa_cli.profile.simpletuner import COUNTERPARTS, import_config
@@ -363,7 +363,7 @@ def test_a_new_crepa_toml_has_only_what_differs_from_its_preset(folder: Path):
         "model": {"family": "wan"},
         "crepa": {"scheduler": "constant", "similarity_threshold": "none"},
     }
-    write_project(written, folder)
+    write_project(written, complete(written, real_defaults), folder)
     resolved = resolve(folder, flags={})
     assert (resolved.profile.crepa.scheduler, resolved.profile.crepa.similarity_threshold) == ("constant", None)
     assert resolved.profile.crepa.warmup_steps == 100
@@ -567,7 +567,7 @@ def test_none_gives_the_default_of_every_family(folder: Path, family: str, task:
     written = project_settings(
         profile="lower.toml", vram=8, imported=imported, flags=flags, folder=folder, families=FAMILIES
     )
-    write_project(written, folder)
+    write_project(written, complete(written, real_defaults), folder)
     assert resolved(flags={}) == expected
 
 
@@ -578,9 +578,8 @@ def test_none_in_a_json_configuration_gives_the_default_of_the_family(folder: Pa
     assert "crepa.block_index" in names
     config = {"model_family": "wan", **{by_setting[name]: none for name in names}}
     imported = import_config(config, "config.json", FLAVOURS).settings
-    write_project(
-        project_settings(profile=None, vram=None, imported=imported, flags={}, folder=folder, families=FAMILIES), folder
-    )
+    written = project_settings(profile=None, vram=None, imported=imported, flags={}, folder=folder, families=FAMILIES)
+    write_project(written, complete(written, real_defaults), folder)
     found = values_and_sources(resolve(folder, flags={}, family_defaults=real_defaults))
     assert found == {name: (value, "family wan") for name, value in family_settings("wan", "t2v").items()}
 

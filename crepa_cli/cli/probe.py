@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from crepa_cli.cli.completion import family_names
-from crepa_cli.cli.flags import CheckpointFlag, ProfileFlag, SetFlag, TaskFlag
+from crepa_cli.cli.flags import FAMILY_HELP, CheckpointFlag, DataFlag, ProfileFlag, SetFlag, TaskFlag, one_folder
 from crepa_cli.cli.terminal import interactive
 from crepa_cli.errors import UserError
 
@@ -29,13 +29,11 @@ Flag = typer.Option
 
 
 def probe_blocks(
-    family: Annotated[
-        str, typer.Argument(metavar="FAMILY", help="Model family, such as wan.", autocompletion=family_names)
-    ],
+    family: Annotated[str, typer.Argument(metavar="FAMILY", help=FAMILY_HELP, autocompletion=family_names)],
     profile: ProfileFlag = None,
     checkpoint: CheckpointFlag = None,
     task: TaskFlag = None,
-    data: Annotated[str | None, Flag(help="Folder of clips with captions to measure on.")] = None,
+    data: DataFlag = None,
     demo: Annotated[bool, Flag("--demo", help="Measure a tiny model on generated clips; downloads nothing.")] = False,
     sets: SetFlag = None,
     write: Annotated[bool, Flag("--write", help="Write the recommended block to crepa.toml.")] = False,
@@ -54,12 +52,13 @@ def probe_blocks(
     from crepa_cli.files import write_whole
     from crepa_cli.settings import resolve
 
-    measured = demo or data is not None
+    folder = one_folder(data)
+    measured = demo or folder is not None
     if (write or plot) and not measured:
         raise UserError(f"{'--write' if write else '--plot'} needs a measurement: add --data DIR or --demo")
     project = _project_file(family) if write else None
     silence_libraries()
-    flags = {"model.family": family, "model.checkpoint": checkpoint, "model.task": task, "data.path": data}
+    flags = {"model.family": family, "model.checkpoint": checkpoint, "model.task": task, "data.path": folder}
     try:
         answer = _answer(resolve(profile, flags, sets or [], demo=demo).profile, measured=measured, demo=demo)
     except KeyboardInterrupt:

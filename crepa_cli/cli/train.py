@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TextIO, cast
 
 import typer
 
-from crepa_cli.cli.flags import CheckpointFlag, DataFlag, ModelFlag, ProfileFlag, SetFlag, TaskFlag
+from crepa_cli.cli.flags import CheckpointFlag, DataFlag, ModelFlag, ProfileFlag, SetFlag, TaskFlag, one_folder
 from crepa_cli.cli.launch import check_processes, launch, launched
 from crepa_cli.cli.terminal import LastingOutput
 from crepa_cli.cli.view import LogLevel, View, open_view, silence_libraries
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from crepa_cli.profile import Profile, ResolvedProfile
 
 Flag = typer.Option
+VALUE_WIDTH = 24
+"""Room for a value in the list of settings; longer ones are not cut."""
 Only = Literal["download", "cache"] | None
 
 
@@ -58,7 +60,7 @@ def train(
         "model.family": model,
         "model.checkpoint": checkpoint,
         "model.task": task,
-        "data.path": data,
+        "data.path": one_folder(data),
         "train.steps": steps,
         "train.output": output,
     }
@@ -79,12 +81,11 @@ def train(
 
 
 def _print_profile(resolved: ResolvedProfile, console: Console) -> None:
-    from rich.table import Table
-
-    table = Table("setting", "value", "from", box=None)
-    for section, key, value, source in resolved.rows():
-        table.add_row(f"{section}.{key}", value, source)
-    console.print(table)
+    rows = [(f"{section}.{key}", value, source) for section, key, value, source in resolved.rows()]
+    width = max(len(name) for name, _, _ in rows)
+    for name, value, source in [("setting", "value", "from"), *rows]:
+        line = f"{name:<{width}}  {value:<{VALUE_WIDTH}}  {source}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _check_launch(profile: Profile, processes: int, *, resume: bool, demo: bool) -> None:

@@ -26,6 +26,7 @@ from crepa_cli.profile.files import (
     PATHS,
     PATHS_OR_NAMES,
     PRESET,
+    PROJECT_FILE,
     RESOLVED_MARK,
     exists,
     find_profile,
@@ -222,6 +223,22 @@ def _anchored(setting: Setting, base: Path, folder: Path) -> Setting:
 
     value = setting.value
     return setting._replace(value=[anchor(one) for one in value] if isinstance(value, list) else anchor(value))
+
+
+def complete(tables: Mapping[str, object], family_defaults: Defaults) -> Profile:
+    """The profile that a crepa.toml with these tables, and the name of its preset, describes without flags.
+
+    Raises:
+        SettingsError: lists all mistakes.
+    """
+    mistakes: list[str] = []
+    settings = [
+        setting
+        for file in _below(_File(dict(tables), PROJECT_FILE))
+        for setting in known_settings(without_preset(file.tables), file.label, mistakes)
+    ]
+    defaults, _ = _defaults(merged(settings), family_defaults, None, mistakes)
+    return _resolved(check_settings(settings, mistakes, defaults)).profile
 
 
 def known_settings(tables: Mapping[str, object], source: str, mistakes: list[str]) -> Iterator[Setting]:
