@@ -13,8 +13,8 @@ import pytest
 import torch
 from conftest import OpenTiny
 
+from crepa_cli.hub.messages import PUBLISHED
 from crepa_cli.models import load_family
-from crepa_cli.models.hub import PUBLISHED
 from crepa_cli.profile import Profile, dump_toml
 from crepa_cli.settings import resolve
 from crepa_cli.training.flow import sample_sigmas

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from crepa_cli.errors import UserError
 from crepa_cli.models.base import BaseCheckpoint
 from crepa_cli.models.family import Family, Tables
-from crepa_cli.models.hub import go_offline_without_hub
 
 
 def default_layers(family: type[Family], task: str, kind: str, checkpoint: str | None) -> dict[str, Tables]:
@@ -37,8 +34,6 @@ def _checkpoint_settings(family: type[Family], checkpoint: str, task: str) -> Ta
     """
     if checkpoint in family.published:
         return family.published[checkpoint]
-    if not Path(checkpoint).is_dir():
-        go_offline_without_hub()
     try:
         alike = family.published_like(BaseCheckpoint(checkpoint), task)
     except UserError:
