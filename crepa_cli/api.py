@@ -30,7 +30,7 @@ from crepa_cli.data.prepare import ClipForm, PreparedClip, encoder_config, prepa
 from crepa_cli.errors import RunError, UserError, counted
 from crepa_cli.events import Event, Notice, Progress, RunOpened, TrainingEnded, TrainingStarted
 from crepa_cli.hub.download import download as download_needs
-from crepa_cli.hub.question import unreachable
+from crepa_cli.hub.question import ask_anew, unreachable
 from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
 from crepa_cli.processes import PRECISION, from_all, from_main, start_processes
@@ -280,6 +280,8 @@ def _downloaded(profile: Profile, family: Family) -> Events:
         yield from download_needs(needs(profile, family))
     except UserError as error:
         failures.append(error)
+    # This run needs no more of it, and the next one in this process wants fresh answers.
+    ask_anew()
     for failure in from_all(failures):
         raise failure
 

@@ -42,7 +42,7 @@ import sys, typer
 from crepa_cli.cli.init import init
 from crepa_cli.profile.layers import complete
 checks = sys.modules["crepa_cli.cli.init"]
-checks._checked = lambda settings, vram: (complete(settings, lambda *_: {DEFAULTS!r}), [])
+checks._checked = lambda settings, vram: (complete(settings, lambda *_: {{'family wan': {DEFAULTS!r}}}), [])
 typer.run(init)
 """
 """The checks against the checkpoint, which load torch, have tests of their own."""
@@ -87,11 +87,13 @@ def written(folder: Path) -> dict[str, Any]:
 
 
 def as_toml(tables: dict[str, dict[str, Any]]) -> str:
-    return commented_toml(tables, complete(tables, lambda *_: DEFAULTS))
+    return commented_toml(tables, complete(tables, lambda *_: {"family wan": DEFAULTS}))
 
 
 def resolved(folder: Path) -> ResolvedProfile:
-    return resolve_profile(profile=None, flags={}, sets=[], folder=folder, family_defaults=lambda *_: DEFAULTS)
+    return resolve_profile(
+        profile=None, flags={}, sets=[], folder=folder, family_defaults=lambda *_: {"family wan": DEFAULTS}
+    )
 
 
 def imported(config: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, object]]:
@@ -122,7 +124,7 @@ def test_flags_alone_write_a_file_that_means_the_preset(folder: Path, preset: st
         flags={"model.family": "wan", "data.path": "clips"},
         sets=[],
         folder=folder.parent,
-        family_defaults=lambda *_: DEFAULTS,
+        family_defaults=lambda *_: {"family wan": DEFAULTS},
     )
     assert resolved(folder).profile == expected.profile
     sources = {"built-in default", f"preset {preset}", "crepa.toml", "family wan"}
@@ -490,16 +492,9 @@ def test_malformed_json_is_explained(folder: Path, text: str, message: str):
     assert not (folder / "crepa.toml").exists()
 
 
-class FakeFamily:
-    @classmethod
-    def defaults(cls, task: str) -> dict[str, dict[str, object]]:
-        assert task == "t2v"
-        return DEFAULTS
-
-
 @pytest.fixture
 def light_family(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("crepa_cli.models.load_family", lambda _: FakeFamily)
+    monkeypatch.setattr("crepa_cli.models.family_defaults", lambda *_: {"family wan": DEFAULTS})
 
 
 @pytest.mark.usefixtures("light_family")
