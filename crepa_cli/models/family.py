@@ -25,6 +25,7 @@ from crepa_cli.alignment import TokenGrid
 from crepa_cli.errors import UserError
 from crepa_cli.models.base import BaseCheckpoint
 from crepa_cli.models.hub import require_class
+from crepa_cli.models.precision import keep_float32
 
 Tensors = dict[str, Tensor]
 COMFYUI_FILE = "comfyui_lora.safetensors"
@@ -138,7 +139,10 @@ class Family(ABC):
 
     def load_transformer(self, dtype: torch.dtype) -> ModelMixin:
         """The transformer, on the CPU, with parameters that require no gradient."""
-        return self.base.load_model(self.transformer_class, self.component, dtype).requires_grad_(False)
+        return self._load_expert(self.component, dtype).requires_grad_(False)
+
+    def _load_expert(self, component: str, dtype: torch.dtype) -> ModelMixin:
+        return keep_float32(self.base.load_model(self.transformer_class, component, dtype))
 
     def empty_transformer(self, dtype: torch.dtype) -> ModelMixin:
         """The transformer of `load_transformer` without its weights, from the configuration alone.
@@ -146,7 +150,7 @@ class Family(ABC):
         In `torch.device("meta")` or in a FakeTensorMode it takes no memory.
         """
         transformer = getattr(diffusers, self.transformer_class).from_config(self.config)
-        return in_loaded_dtypes(transformer, dtype)
+        return keep_float32(in_loaded_dtypes(transformer, dtype))
 
     def blocks(self, transformer: nn.Module) -> nn.ModuleList:
         """The transformer's blocks, in order."""
@@ -233,7 +237,7 @@ class Family(ABC):
     def load_sampling_pipeline(self, transformer: ModelMixin) -> DiffusionPipeline:
         """The pipeline for sampling videos from encoded prompts; its VAE is in `vae_dtype`."""
         frozen = {
-            name: self.base.load_model(self.transformer_class, name, transformer.dtype)
+            name: self._load_expert(name, transformer.dtype)
             for name in self.transformer_components
             if name != self.component
         }

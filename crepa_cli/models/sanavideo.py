@@ -5,19 +5,56 @@ from __future__ import annotations
 import math
 from functools import cached_property
 from inspect import signature
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from diffusers import (
     DiffusionPipeline,
+    ModelMixin,
     SanaVideoPipeline,
 )
+from diffusers.models.transformers.transformer_sana_video import SanaLinearAttnProcessor3_0
 from torch import Tensor
 
+from crepa_cli.alignment.loss import full_precision
 from crepa_cli.models.family import Family, Tensors, TransformerStep, add_noise, decoded_video, normalized_latents
+from crepa_cli.models.precision import under_this_autocast
 
 SIZE_MULTIPLE = 32
 """The pipelines accept only multiples of this as width and height."""
+
+
+class LinearAttention(SanaLinearAttnProcessor3_0):  # type: ignore[misc]  # diffusers has no types
+    """Linear attention that multiplies in float32, as it does without autocast; its layers follow autocast.
+
+    Its products are sums over all tokens of a clip.
+    """
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Of the clips to themselves."""
+        device = hidden_states.device
+        layers = SimpleNamespace(
+            heads=attn.heads,
+            norm_q=attn.norm_q,
+            norm_k=attn.norm_k,
+            to_q=under_this_autocast(attn.to_q, device),
+            to_k=under_this_autocast(attn.to_k, device),
+            to_v=under_this_autocast(attn.to_v, device),
+            to_out=[under_this_autocast(layer, device) for layer in attn.to_out],
+        )
+        with full_precision(device):
+            attended: Tensor = super().__call__(
+                layers, hidden_states, encoder_hidden_states, attention_mask, rotary_emb
+            )
+        return attended
 
 
 class SanaVideo(Family):
@@ -54,6 +91,19 @@ class SanaVideo(Family):
         if vae["_class_name"] == "AutoencoderKLWan":
             return int(vae.get("scale_factor_temporal", 4)), int(vae.get("scale_factor_spatial", 8))
         return int(vae["temporal_compression_ratio"]), int(vae["spatial_compression_ratio"])
+
+    def load_transformer(self, dtype: torch.dtype) -> ModelMixin:
+        """The transformer, with linear attention that multiplies in float32."""
+        return self._with_linear_attention(super().load_transformer(dtype))
+
+    def empty_transformer(self, dtype: torch.dtype) -> ModelMixin:
+        """The same without weights."""
+        return self._with_linear_attention(super().empty_transformer(dtype))
+
+    def _with_linear_attention(self, transformer: ModelMixin) -> ModelMixin:
+        for block in transformer.transformer_blocks:
+            block.attn1.set_processor(LinearAttention())
+        return transformer
 
     def encode_prompt(self, pipeline: DiffusionPipeline, caption: str) -> Tensors:
         """`prompt_embeds` `[300, D]` of the Gemma encoder and `prompt_attention_mask` `[300]`.

@@ -1,0 +1,47 @@
+"""Parts of a model that keep their own precision while the rest runs under autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from torch import Tensor
+
+from crepa_cli.alignment.loss import full_precision
+
+
+def keep_float32(transformer: ModelMixin) -> ModelMixin:
+    """Run the modules that diffusers keeps in float32 without autocast, and return the transformer.
+
+    Autocast looks at operations, not at weights: it would run a time embedding with float32 weights in bfloat16.
+    """
+    kept = set(transformer._keep_in_fp32_modules or ())
+    for path, module in transformer.named_modules():
+        if path.rpartition(".")[2] in kept:
+            module.forward = without_autocast(module.forward)
+    return transformer
+
+
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, run without autocast on the device of its first argument, a tensor."""
+
+    def run(tensor: Tensor, *arguments: Any, **keywords: Any) -> Any:
+        with full_precision(tensor.device):
+            return function(tensor, *arguments, **keywords)
+
+    return run
+
+
+def under_this_autocast(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """The same function, run under the autocast of this moment even where another one holds."""
+    if not torch.amp.is_autocast_available(device.type):
+        return function
+    enabled, dtype = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+
+    def run(*arguments: Any, **keywords: Any) -> Any:
+        with torch.autocast(device.type, dtype, enabled=enabled):
+            return function(*arguments, **keywords)
+
+    return run
