@@ -200,9 +200,16 @@ class Family(ABC):
         return tuple(self.experts.values()) or ("transformer",)
 
     def load_text_pipeline(self, dtype: torch.dtype) -> DiffusionPipeline:
-        """The pipeline with the components that `encode_prompt` needs."""
+        """The pipeline with the components that `encode_prompt` needs.
+
+        Raises:
+            UserError: if transformers has left the text encoder without its embedding.
+        """
         without = (*self.transformer_components, *self.vae_components)
-        return self.base.load_pipeline(self.pipeline_class, dtype=dtype, without=without)
+        pipeline = self.base.load_pipeline(self.pipeline_class, dtype=dtype, without=without)
+        for name in self.text_encoders:
+            check_embedding(getattr(pipeline, name))
+        return pipeline
 
     def load_vae_pipeline(self) -> DiffusionPipeline:
         """The pipeline with the components that `encode_clip` needs."""
@@ -333,6 +340,23 @@ def in_loaded_dtypes(model: ModelMixin, dtype: torch.dtype) -> ModelMixin:
             # Not model.to(): the parameters of a FakeTensorMode can be replaced, but not converted.
             setattr(module, name, nn.Parameter(parameter.to(parameter_dtype), requires_grad=False))
     return model
+
+
+def check_embedding(text_encoder: nn.Module) -> None:
+    """Check that a T5 encoder reads the embedding of its checkpoint, which may hold it as `shared` alone.
+
+    Raises:
+        UserError: if the embedding is another one, or empty: every caption would become the same noise.
+    """
+    shared = getattr(text_encoder, "shared", None)
+    used = getattr(getattr(text_encoder, "encoder", None), "embed_tokens", None)
+    if shared is None or used is None:
+        return
+    if used.weight.data_ptr() != shared.weight.data_ptr() or not used.weight.any():
+        raise UserError(
+            f"the text encoder {type(text_encoder).__name__} was loaded without its embedding, as transformers 5.0 to "
+            "5.2 do: pip install 'transformers>=5.3', and delete the folder prompts of the cache"
+        )
 
 
 def add_noise(latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
