@@ -62,7 +62,7 @@ CREPA_DEFAULTS = {
     "threshold_mode": "permanent",
 }
 KEYS = {
-    "model": "family task checkpoint revision dtype variant",
+    "model": "family task checkpoint revision variant dtype vae_dtype vae_tiling",
     "adapter": "kind rank alpha dropout target_modules export",
     "data": "path width height frames fps repeats caption_dropout cache",
     "train": "steps batch_size gradient_accumulation learning_rate optimizer weight_decay lr_scheduler "

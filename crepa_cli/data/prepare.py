@@ -221,7 +221,9 @@ def _prepare_latents(
     vae = _digests(family.vae_components, family)
 
     def key(clip: PreparedClip) -> str:
-        return cache_key(kind="latents", family=family.name, task=family.task, vae=vae, **_content(clip, fps))
+        return cache_key(
+            kind="latents", family=family.name, task=family.task, vae=vae, **family.encoding, **_content(clip, fps)
+        )
 
     clips = [replace(clip, latents_key=key(clip)) for clip in clips]
     missing = from_main(lambda: [clip for clip in clips if not cache.has("latents", clip.latents_key)])
@@ -240,7 +242,9 @@ def _encode_latents(
 
     def encode(clip: PreparedClip) -> PreparedClip:
         video = clip_pixels(clip, fps).transpose(0, 1).float() / 127.5 - 1
-        tensors = family.encode_clip(pipeline, video) | {"fps": torch.tensor(fps)}
+        # The same noise whenever this entry is computed, and another for every clip.
+        generator = torch.Generator().manual_seed(int(clip.latents_key[:15], 16)) if family.samples_posterior else None
+        tensors = family.encode_clip(pipeline, video, generator) | {"fps": torch.tensor(fps)}
         _store(cache, "latents", clip.latents_key, tensors)
         return clip
 

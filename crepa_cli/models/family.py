@@ -25,7 +25,7 @@ from crepa_cli.alignment import TokenGrid
 from crepa_cli.errors import UserError
 from crepa_cli.models.base import BaseCheckpoint
 from crepa_cli.models.hub import require_class
-from crepa_cli.models.precision import keep_float32
+from crepa_cli.models.precision import compute_in_own_dtype, keep_float32
 
 Tensors = dict[str, Tensor]
 COMFYUI_FILE = "comfyui_lora.safetensors"
@@ -67,7 +67,11 @@ class Family(ABC):
     """The default base model of each task."""
     settings: ClassVar[Mapping[str, Mapping[str, object]]]
     """Defaults of settings, by table and key, as they stand in a profile."""
-    vae_dtype: ClassVar[torch.dtype] = torch.float32
+    vae_dtype: torch.dtype = torch.float32
+    vae_tiling: bool = False
+    """Whether the VAE works on overlapping tiles of the frames, as the family's own code does; a setting too."""
+    samples_posterior: ClassVar[bool] = False
+    """Whether it is trained on samples of the VAE's posterior, rather than on the mode."""
     comfyui_names: ClassVar[Mapping[str, str] | None] = None
     """Patterns in module names and their replacements in the original names; None if ComfyUI does not run it."""
 
@@ -214,18 +218,33 @@ class Family(ABC):
     def load_vae_pipeline(self) -> DiffusionPipeline:
         """The pipeline with the components that `encode_clip` needs."""
         without = (*self.transformer_components, *self.text_components)
-        return self.base.load_pipeline(self.pipeline_class, dtype=self.vae_dtype, without=without)
+        return self._with_tiling(self.base.load_pipeline(self.pipeline_class, dtype=self.vae_dtype, without=without))
 
     def empty_vae_pipeline(self) -> Any:
         """The pipeline with a VAE on the meta device and no other component."""
         config = self.base.read_config("vae/config.json")
         pipeline_class = getattr(diffusers, self.pipeline_class)
         with torch.device("meta"):
-            vae = getattr(diffusers, config["_class_name"]).from_config(config)
+            vae = getattr(diffusers, config["_class_name"]).from_config(config).to(self.vae_dtype)
         required = [
             name for name, one in signature(pipeline_class).parameters.items() if one.default is Parameter.empty
         ]
-        return pipeline_class(**dict.fromkeys(required) | {"vae": vae})
+        return self._with_tiling(pipeline_class(**dict.fromkeys(required) | {"vae": vae}))
+
+    def _with_tiling(self, pipeline: Any) -> Any:
+        if self.vae_tiling:
+            pipeline.vae.enable_tiling()
+        return pipeline
+
+    @property
+    def encoding(self) -> dict[str, object]:
+        """How clips are encoded, as far as it differs from the mode of an untiled VAE in float32."""
+        options = {
+            "posterior": "sample" if self.samples_posterior else None,
+            "tiling": self.vae_tiling or None,
+            "dtype": None if self.vae_dtype == torch.float32 else str(self.vae_dtype),
+        }
+        return {name: value for name, value in options.items() if value is not None}
 
     def without_image_encoder(self) -> Family:
         """The same recipe for a base model without an image encoder."""
@@ -242,16 +261,18 @@ class Family(ABC):
         return {"image_embeds": torch.empty(tokens, config["hidden_size"], dtype=self.vae_dtype)}
 
     def load_sampling_pipeline(self, transformer: ModelMixin) -> DiffusionPipeline:
-        """The pipeline for sampling videos from encoded prompts; its VAE is in `vae_dtype`."""
+        """The pipeline for sampling videos from encoded prompts; its VAE keeps to `vae_dtype` under autocast."""
         frozen = {
             name: self._load_expert(name, transformer.dtype)
             for name in self.transformer_components
             if name != self.component
         }
         trained = {self.component: transformer}
-        return self.base.load_pipeline(
+        pipeline = self.base.load_pipeline(
             self.pipeline_class, dtype=self.vae_dtype, without=self.text_components, **trained, **frozen
         )
+        compute_in_own_dtype(pipeline.vae)
+        return self._with_tiling(pipeline)
 
     def _expert(self, variant: str | None) -> str:
         """The component to train."""
@@ -280,12 +301,15 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def encode_clip(self, pipeline: DiffusionPipeline, video: Tensor) -> Tensors:
+    def encode_clip(
+        self, pipeline: DiffusionPipeline, video: Tensor, generator: torch.Generator | None = None
+    ) -> Tensors:
         """The tensors of a clip, each without a batch dimension; `latents` `[C, T, h, w]` are among them.
 
         Args:
             pipeline: from `load_vae_pipeline`.
             video: `[3, F, H, W]` in [-1, 1].
+            generator: draws the latents from the VAE's posterior; None takes its mode.
         """
 
     @abstractmethod
@@ -363,35 +387,3 @@ def add_noise(latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
     """`(1 - sigma) * latents + sigma * noise`; sigmas broadcast from the left."""
     sigmas = sigmas.view(-1, *[1] * (latents.ndim - 1))
     return (1 - sigmas) * latents + sigmas * noise
-
-
-def normalized_latents(vae: Any, video: Tensor) -> Tensor:
-    """The mode of a VAE's posterior, normalized with the VAE's mean and std: `[C, T, h, w]`, float32.
-
-    Args:
-        vae: with `latents_mean` and `latents_std` per channel, in its configuration or as buffers.
-        video: `[3, F, H, W]` in [-1, 1].
-    """
-    latents: Tensor = vae.encode(video[None].to(vae.device, vae.dtype)).latent_dist.mode()[0].float()
-    mean, std = _latent_statistics(vae, latents)
-    return (latents - mean) / std
-
-
-def decoded_video(vae: Any, latents: Tensor, *arguments: Any) -> Tensor:
-    """The video of normalized latents `[C, T, h, w]`: `[3, F, H, W]` in [-1, 1], float32.
-
-    Args:
-        vae: as in `normalized_latents`.
-        latents: normalized.
-        arguments: further ones that its decoder takes.
-    """
-    mean, std = _latent_statistics(vae, latents)
-    latents = (latents * std + mean)[None].to(vae.device, vae.dtype)
-    video: Tensor = vae.decode(latents, *arguments, return_dict=False)[0][0]
-    return video.float().clamp(-1, 1)
-
-
-def _latent_statistics(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
-    statistics = dict(vae.config) | dict(vae.named_buffers())
-    mean, std = (torch.as_tensor(statistics[name]).to(latents) for name in ("latents_mean", "latents_std"))
-    return mean.view(-1, 1, 1, 1), std.view(-1, 1, 1, 1) / statistics.get("scaling_factor", 1.0)

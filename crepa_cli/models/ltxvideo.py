@@ -17,7 +17,8 @@ from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
 from torch import Tensor
 
 from crepa_cli.alignment import TokenGrid
-from crepa_cli.models.family import Family, Tensors, TransformerStep, add_noise, decoded_video, normalized_latents
+from crepa_cli.models.family import Family, Tensors, TransformerStep, add_noise
+from crepa_cli.models.vae import decoded_video, normalized_latents
 
 SHIFT = {"base_image_seq_len": 1024, "max_image_seq_len": 4096, "base_shift": 0.95, "max_shift": 2.05}
 """Logarithm of the shift, linear in the number of latents, that all versions are trained with (LTX-Video-Trainer)."""
@@ -35,6 +36,7 @@ class LtxVideo(Family):
     blocks_attribute = "transformer_blocks"
     pipelines = {"t2v": "LTXPipeline", "i2v": "LTXImageToVideoPipeline"}
     checkpoints = {"t2v": "Lightricks/LTX-Video", "i2v": "Lightricks/LTX-Video"}
+    samples_posterior = True
     comfyui_names = {r"^proj_in$": "patchify_proj", r"^time_embed\b": "adaln_single"}
     settings = {
         "crepa": {"block_index": 8},
@@ -89,9 +91,11 @@ class LtxVideo(Family):
         embeds = torch.empty(tokens, self.config["caption_channels"], dtype=dtype)
         return {"prompt_embeds": embeds, "prompt_attention_mask": torch.empty(tokens, dtype=torch.bool)}
 
-    def encode_clip(self, pipeline: DiffusionPipeline, video: Tensor) -> Tensors:
+    def encode_clip(
+        self, pipeline: DiffusionPipeline, video: Tensor, generator: torch.Generator | None = None
+    ) -> Tensors:
         """`latents` `[C, T, h, w]`, normalized; the first of them is that of the first frame alone."""
-        return {"latents": normalized_latents(pipeline.vae, video)}
+        return {"latents": normalized_latents(pipeline.vae, video, generator)}
 
     def decode_latents(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
         """The inverse of `encode_clip`, as far as the VAE is; a denoising decoder gets a noise level of 0."""

@@ -34,6 +34,15 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def compute_in_own_dtype(vae: Any) -> None:
+    """Let a VAE encode and decode without autocast, whatever the dtype of what it gets."""
+
+    def in_own_dtype(method: Callable[..., Any]) -> Callable[..., Any]:
+        return without_autocast(lambda tensor, *rest, **named: method(tensor.to(vae.dtype), *rest, **named))
+
+    vae.encode, vae.decode = in_own_dtype(vae.encode), in_own_dtype(vae.decode)
+
+
 def under_this_autocast(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
     """The same function, run under the autocast of this moment even where another one holds."""
     if not torch.amp.is_autocast_available(device.type):

@@ -18,8 +18,9 @@ from diffusers.models.transformers.transformer_sana_video import SanaLinearAttnP
 from torch import Tensor
 
 from crepa_cli.alignment.loss import full_precision
-from crepa_cli.models.family import Family, Tensors, TransformerStep, add_noise, decoded_video, normalized_latents
+from crepa_cli.models.family import Family, Tensors, TransformerStep, add_noise
 from crepa_cli.models.precision import under_this_autocast
+from crepa_cli.models.vae import decoded_video, normalized_latents
 
 SIZE_MULTIPLE = 32
 """The pipelines accept only multiples of this as width and height."""
@@ -122,9 +123,11 @@ class SanaVideo(Family):
         embeds = torch.empty(tokens, self.config["caption_channels"], dtype=dtype)
         return {"prompt_embeds": embeds, "prompt_attention_mask": torch.empty(tokens, dtype=torch.int64)}
 
-    def encode_clip(self, pipeline: DiffusionPipeline, video: Tensor) -> Tensors:
+    def encode_clip(
+        self, pipeline: DiffusionPipeline, video: Tensor, generator: torch.Generator | None = None
+    ) -> Tensors:
         """`latents` `[C, T, h, w]`, normalized; the first of them is that of the first frame alone."""
-        return {"latents": normalized_latents(pipeline.vae, video)}
+        return {"latents": normalized_latents(pipeline.vae, video, generator)}
 
     def decode_latents(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
         """The inverse of `encode_clip`, as far as the VAE is."""

@@ -17,7 +17,8 @@ from diffusers import (
 from torch import Tensor
 
 from crepa_cli.errors import UserError
-from crepa_cli.models.family import Family, Tensors, TransformerStep, add_noise, decoded_video, normalized_latents
+from crepa_cli.models.family import Family, Tensors, TransformerStep, add_noise
+from crepa_cli.models.vae import decoded_video, normalized_latents
 
 PROMPT_TOKENS = 512
 """Length of the text sequence in the pipeline's call; the transformer's image attention relies on it."""
@@ -122,13 +123,15 @@ class Wan(Family):
         """`prompt_embeds` `[512, D]`."""
         return {"prompt_embeds": torch.empty(PROMPT_TOKENS, self.config["text_dim"], dtype=dtype)}
 
-    def encode_clip(self, pipeline: DiffusionPipeline, video: Tensor) -> Tensors:
+    def encode_clip(
+        self, pipeline: DiffusionPipeline, video: Tensor, generator: torch.Generator | None = None
+    ) -> Tensors:
         """`latents` `[C, T, h, w]`, normalized.
 
         For image to video also `condition` `[4 + C, T, h, w]`, the mask and the latents of the first frame followed by
         gray, and with an image encoder `image_embeds` `[N, D]` of the first frame.
         """
-        tensors = {"latents": normalized_latents(pipeline.vae, video)}
+        tensors = {"latents": normalized_latents(pipeline.vae, video, generator)}
         if self.task == "i2v" and not self.per_token_timesteps:
             tensors["condition"] = _first_frame_condition(pipeline, video, tensors["latents"])
         if self.image_components:

@@ -48,6 +48,15 @@ class ModelSettings(Table):
         default="bfloat16",
         description="Data type of the frozen weights and of the computation. float32 takes twice the memory.",
     )
+    vae_dtype: Literal["bfloat16", "float32"] = Field(
+        default="float32",
+        description="Data type of the VAE and of the image encoder. bfloat16 takes half the memory and is less exact.",
+    )
+    vae_tiling: bool | None = Field(
+        default=None,
+        description="Let the VAE work on overlapping tiles of the frames: far less memory for large videos, a little "
+        "slower, and slightly different. none: as the model's own code does.",
+    )
 
 
 class AdapterSettings(Table):

@@ -10,6 +10,7 @@ from PIL import Image
 from crepa_cli.data.images import first_frame
 from crepa_cli.errors import UserError
 from crepa_cli.models import FAMILIES, load_family
+from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
 from crepa_cli.profile import AdapterSettings, DataSettings, Profile, ValidationSettings
 
@@ -50,6 +51,9 @@ def open_family(profile: Profile) -> Family:
     """
     model = profile.model
     family = load_family(model.family)(model.checkpoint, model.task, model.revision, model.variant)
+    family.vae_dtype = torch_dtype(model.vae_dtype)
+    if model.vae_tiling is not None:
+        family.vae_tiling = model.vae_tiling
     mistakes = [
         *_block_mistakes(family, profile),
         *_size_mistakes(family, profile.data),
