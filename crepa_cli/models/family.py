@@ -25,7 +25,7 @@ from crepa_cli.alignment import TokenGrid
 from crepa_cli.errors import UserError
 from crepa_cli.models.base import BaseCheckpoint
 from crepa_cli.models.hub import require_class
-from crepa_cli.models.precision import compute_in_own_dtype, keep_float32
+from crepa_cli.models.precision import compute_in_own_dtype, in_loaded_dtypes, keep_float32
 
 Tensors = dict[str, Tensor]
 COMFYUI_FILE = "comfyui_lora.safetensors"
@@ -72,6 +72,10 @@ class Family(ABC):
     """Whether the VAE works on overlapping tiles of the frames, as the family's own code does; a setting too."""
     samples_posterior: ClassVar[bool] = False
     """Whether it is trained on samples of the VAE's posterior, rather than on the mode."""
+    negative_prompt: ClassVar[str]
+    """Published with the model for classifier-free guidance."""
+    motion_suffix: ClassVar[str | None] = None
+    """How a prompt asks for an amount of motion, if the model knows one: a format with one number."""
     comfyui_names: ClassVar[Mapping[str, str] | None] = None
     """Patterns in module names and their replacements in the original names; None if ComfyUI does not run it."""
 
@@ -292,6 +296,10 @@ class Family(ABC):
         `prompt_embeds` `[L, D]` is among them.
         """
 
+    def encode_negative_prompt(self, pipeline: DiffusionPipeline, prompt: str) -> Tensors:
+        """The tensors of a negative prompt; see `encode_prompt`."""
+        return self.encode_prompt(pipeline, prompt)
+
     @abstractmethod
     def longest_prompt(self, dtype: torch.dtype) -> Tensors:
         """Tensors like those of `encode_prompt` for the longest caption that fits, without content.
@@ -342,6 +350,11 @@ class Family(ABC):
 
     # Sampling.
 
+    @property
+    def fewest_sampling_steps(self) -> int:
+        """The fewest steps that the pipeline's scheduler can take."""
+        return 1
+
     def sampling_arguments(self, prompt: Tensors, negative_prompt: Tensors) -> dict[str, Any]:
         """The prompt arguments of the pipeline's call, from the tensors of `encode_prompt`.
 
@@ -353,17 +366,6 @@ class Family(ABC):
     def form_arguments(self, *, width: int, height: int, frames: int, fps: float) -> dict[str, Any]:  # noqa: ARG002
         """The arguments of the pipeline's call for the size, length and frame rate of the video."""
         return {"width": width, "height": height, "num_frames": frames}
-
-
-def in_loaded_dtypes(model: ModelMixin, dtype: torch.dtype) -> ModelMixin:
-    """A new model of diffusers with the dtypes that `from_pretrained` gives it, and parameters without gradient."""
-    kept = set(model._keep_in_fp32_modules or ())
-    for path, module in model.named_modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            parameter_dtype = dtype if kept.isdisjoint([*path.split("."), name]) else torch.float32
-            # Not model.to(): the parameters of a FakeTensorMode can be replaced, but not converted.
-            setattr(module, name, nn.Parameter(parameter.to(parameter_dtype), requires_grad=False))
-    return model
 
 
 def check_embedding(text_encoder: nn.Module) -> None:

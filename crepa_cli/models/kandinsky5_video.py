@@ -88,6 +88,10 @@ class Kandinsky5Video(Family):
     }
     text_components = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     vae_tiling = True
+    negative_prompt = (
+        "Static, 2D cartoon, cartoon, 2d animation, paintings, images, worst quality, low quality, ugly, "
+        "deformed, walking backwards"
+    )
     comfyui_names = {}
     settings = {
         "crepa": {"block_index": 8},

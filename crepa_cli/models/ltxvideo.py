@@ -37,6 +37,7 @@ class LtxVideo(Family):
     pipelines = {"t2v": "LTXPipeline", "i2v": "LTXImageToVideoPipeline"}
     checkpoints = {"t2v": "Lightricks/LTX-Video", "i2v": "Lightricks/LTX-Video"}
     samples_posterior = True
+    negative_prompt = "worst quality, inconsistent motion, blurry, jittery, distorted"
     comfyui_names = {r"^proj_in$": "patchify_proj", r"^time_embed\b": "adaln_single"}
     settings = {
         "crepa": {"block_index": 8},
@@ -147,6 +148,11 @@ class LtxVideo(Family):
         positions = torch.cartesian_prod(frames, rows, columns).T.float()
         units = torch.stack([fps, torch.ones_like(fps), torch.ones_like(fps)], dim=1)
         return positions / units[:, :, None]
+
+    @property
+    def fewest_sampling_steps(self) -> int:
+        """Two if the scheduler stretches the noise levels between the first and the last one."""
+        return 2 if self.base.read_config("scheduler/scheduler_config.json").get("shift_terminal") else 1
 
     def sampling_arguments(self, prompt: Tensors, negative_prompt: Tensors) -> dict[str, Any]:
         """Both prompts, and the decoding timestep that diffusers recommends for VAEs with one (its PR 11516)."""

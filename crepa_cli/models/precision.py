@@ -1,4 +1,4 @@
-"""Parts of a model that keep their own precision while the rest runs under autocast."""
+"""The dtypes of a model, and the parts of it that keep their own while the rest runs under autocast."""
 
 from __future__ import annotations
 
@@ -7,9 +7,20 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin
-from torch import Tensor
+from torch import Tensor, nn
 
 from crepa_cli.alignment.loss import full_precision
+
+
+def in_loaded_dtypes(model: ModelMixin, dtype: torch.dtype) -> ModelMixin:
+    """A new model of diffusers with the dtypes that `from_pretrained` gives it, and parameters without gradient."""
+    kept = set(model._keep_in_fp32_modules or ())
+    for path, module in model.named_modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            parameter_dtype = dtype if kept.isdisjoint([*path.split("."), name]) else torch.float32
+            # Not model.to(): the parameters of a FakeTensorMode can be replaced, but not converted.
+            setattr(module, name, nn.Parameter(parameter.to(parameter_dtype), requires_grad=False))
+    return model
 
 
 def keep_float32(transformer: ModelMixin) -> ModelMixin:

@@ -66,6 +66,12 @@ class SanaVideo(Family):
     blocks_attribute = "transformer_blocks"
     pipelines = {"t2v": "SanaVideoPipeline", "i2v": "SanaImageToVideoPipeline"}
     checkpoints = dict.fromkeys(pipelines, "Efficient-Large-Model/SANA-Video_2B_480p_diffusers")
+    negative_prompt = (
+        "A chaotic sequence with misshapen, deformed limbs in heavy motion blur, sudden disappearance, jump cuts,"
+        " jerky movements, rapid shot changes, frames out of sync, inconsistent character shapes, temporal "
+        "artifacts, jitter, and ghosting effects, creating a disorienting visual experience."
+    )
+    motion_suffix = " motion score: {}."
     settings = {
         "crepa": {"block_index": 10},
         "adapter": {"rank": 32, "target_modules": ["to_q", "to_k", "to_v", "to_out.0"]},
@@ -111,9 +117,18 @@ class SanaVideo(Family):
 
         A caption follows the pipeline's instruction to enhance it; the empty one, which stands for no prompt, does not.
         """
+        if not caption:
+            return self.encode_negative_prompt(pipeline, caption)
         instruction = signature(type(pipeline).__call__).parameters["complex_human_instruction"].default
+        return self._encode(pipeline, caption, instruction)
+
+    def encode_negative_prompt(self, pipeline: DiffusionPipeline, prompt: str) -> Tensors:
+        """The same without an instruction."""
+        return self._encode(pipeline, prompt, None)
+
+    def _encode(self, pipeline: DiffusionPipeline, text: str, instruction: list[str] | None) -> Tensors:
         embeds, mask, _, _ = pipeline.encode_prompt(
-            caption, do_classifier_free_guidance=False, complex_human_instruction=instruction if caption else None
+            text, do_classifier_free_guidance=False, complex_human_instruction=instruction
         )
         return {"prompt_embeds": embeds[0], "prompt_attention_mask": mask[0]}
 

@@ -201,11 +201,26 @@ class TrainSettings(Table):
 class ValidationSettings(Table):
     """Validation videos sampled during training."""
 
-    every: int = Field(default=500, ge=0, description="Optimizer steps between validations; 0 turns validation off.")
-    prompts: Texts = Field(default=(), description="Prompts to sample videos from, one video per prompt.")
+    every: int = Field(
+        default=500,
+        ge=0,
+        description="Optimizer steps between validations, the first of which comes before training; 0 turns them off.",
+    )
+    prompts: Texts = Field(
+        default=(),
+        description="Prompts to sample videos from, one video per prompt. Without any, two captions of the clips are "
+        "taken, and for image to video the first frames of these clips.",
+    )
+    negative_prompt: str | None = Field(
+        default=None,
+        description='What the videos should not look like. none: as published with the model; "" for nothing.',
+    )
     images: Texts = Field(
         default=(),
         description="Image files used as first frames for image to video, one per prompt, in the same order.",
+    )
+    motion_score: int | None = Field(
+        default=None, ge=0, description="Amount of motion that the prompts ask SANA-Video for, such as 30. none: none."
     )
     steps: int = Field(default=30, ge=1, description="Denoising steps per video.")
     guidance_scale: float = resolved_later(

@@ -118,6 +118,7 @@ def open_family(profile: Profile, *, resumes: bool = False) -> Family:
         *_size_mistakes(family, profile.data),
         *([] if resumes else _length_mistakes(family, profile)),
         *image_mistakes(profile.validation, model.task),
+        *_sampling_mistakes(family, profile.validation),
         *export_mistakes(family, profile.adapter),
     ]
     if mistakes:
@@ -173,6 +174,20 @@ def image_mistakes(validation: ValidationSettings, task: str) -> list[str]:
     if validation.prompts and validation.every and not validation.images:
         return ["validation.images: image to video needs one image per prompt, the first frame of its video"]
     return [mistake for path in validation.images for mistake in _unreadable(path)]
+
+
+def _sampling_mistakes(family: Family, validation: ValidationSettings) -> list[str]:
+    if not validation.every:
+        return []
+    mistakes = []
+    if validation.steps < family.fewest_sampling_steps:
+        mistakes.append(
+            f"validation.steps = {validation.steps}: the scheduler of {family.base.name} stretches the noise levels "
+            f"between the first and the last one; choose {family.fewest_sampling_steps} or more"
+        )
+    if validation.motion_score is not None and family.motion_suffix is None:
+        mistakes.append(f"validation.motion_score: {family.name} knows no motion score; leave it out")
+    return mistakes
 
 
 def _unreadable(path: str) -> list[str]:
