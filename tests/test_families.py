@@ -51,9 +51,7 @@ def first_frame(video: Tensor) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def sampled_latents(
-    family: Family, pipeline: Any, video: Tensor, latents: Tensor, steps: int, **prompts: Any
-) -> Tensor:
+def sampled_latents(family: Any, pipeline: Any, video: Tensor, latents: Tensor, steps: int, **prompts: Any) -> Tensor:
     """The latents `[C, T, h, w]` that the published pipeline generates for the caption, at the size of the video.
 
     `prompts` are other arguments than the caption without guidance.
@@ -62,6 +60,10 @@ def sampled_latents(
     arguments = family.form_arguments(width=width, height=height, frames=frames, fps=FPS)
     if family.task == "i2v":
         arguments["image"] = first_frame(video)
+    if family.caption_tokens:
+        arguments["max_sequence_length"] = family.caption_tokens
+    if family.name == "kandinsky5_video":
+        pipeline._get_scale_factor = family.rotary_scale
     sampled: Tensor = pipeline(
         **prompts or {"prompt": CAPTION, "guidance_scale": 1.0},
         num_inference_steps=steps,

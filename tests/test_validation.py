@@ -48,6 +48,8 @@ def test_encoded_prompts_give_what_the_published_pipeline_gives_for_their_texts(
     )
     side = 2 * family.size_multiple
     form = family.form_arguments(width=side, height=side, frames=family.frame_multiple + 1, fps=16)
+    if family.caption_tokens:
+        form["max_sequence_length"] = family.caption_tokens
     pipeline: Any = getattr(diffusers, family.pipeline_class).from_pretrained(family.base.name)
 
     def sampled(**prompts: Any) -> Tensor:
@@ -66,7 +68,7 @@ def _clips(tmp_path: Path) -> list[PreparedClip]:
     """Four clips, the first two of which have the same caption."""
     write_demo_clips(tmp_path / "clips", count=4)
     (tmp_path / "clips/clip-01.txt").write_text((tmp_path / "clips/clip-00.txt").read_text())
-    return [PreparedClip(clip, Bucket(9, 96, 96), "") for clip in find_clips(tmp_path / "clips").clips]
+    return [PreparedClip(clip, Bucket(9, 96, 96), "", 16.0) for clip in find_clips(tmp_path / "clips").clips]
 
 
 def test_without_prompts_two_captions_are_taken(clips: list[PreparedClip], open_tiny: OpenTiny, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from test_families import encoded_clip, overfitted, sampled_similarity
 from crepa_cli.demo.tiny import normalize_latents, smooth_video, write_once
 from crepa_cli.demo.wan import tiny_transformer
 from crepa_cli.errors import UserError
-from crepa_cli.models.family import check_embedding
+from crepa_cli.models.base import check_embedding
 from crepa_cli.models.wan import Wan
 from crepa_cli.training.flow import sample_sigmas
 
@@ -149,7 +149,7 @@ def test_tokenizers_by_the_name_in_published_checkpoints(open_tiny: OpenTiny, tm
     assert pipeline.tokenizer("a")["input_ids"]
 
 
-@pytest.mark.parametrize("sampling", ["uniform", "logit_normal"])
+@pytest.mark.parametrize("sampling", ["uniform", "logit_normal", "stretched"])
 @pytest.mark.parametrize("bounds", [(0.0, BOUNDARY), (BOUNDARY, 1.0)])
 def test_noise_levels_of_an_expert_are_those_of_the_whole_range_within_its_own(
     sampling: str, bounds: tuple[float, float]

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 
 from crepa_cli.alignment import TokenGrid
 from crepa_cli.errors import UserError
-from crepa_cli.models.base import BaseCheckpoint
-from crepa_cli.models.hub import require_class
+from crepa_cli.models.base import BaseCheckpoint, check_embedding
 from crepa_cli.models.precision import compute_in_own_dtype, in_loaded_dtypes, keep_float32
 
 Tensors = dict[str, Tensor]
+Tables = Mapping[str, Mapping[str, object]]
+"""Settings by table and key, as they stand in a profile."""
 COMFYUI_FILE = "comfyui_lora.safetensors"
 """A LoRA by the module names of the original checkpoint, in a run's weights."""
 
@@ -65,8 +66,16 @@ class Family(ABC):
     """The diffusers pipeline that generates each task."""
     checkpoints: ClassVar[Mapping[str, str]]
     """The default base model of each task."""
-    settings: ClassVar[Mapping[str, Mapping[str, object]]]
-    """Defaults of settings, by table and key, as they stand in a profile."""
+    settings: ClassVar[Tables]
+    """Defaults of settings."""
+    full_settings: ClassVar[Tables]
+    """Defaults of full fine-tuning that differ from those of a LoRA."""
+    published: ClassVar[Mapping[str, Tables]]
+    """The published checkpoints by Hub id, each with its defaults that differ from the family's."""
+    caption_tokens: ClassVar[int | None] = None
+    """Tokens of a caption; None if the pipeline decides."""
+    takes_frame_rate: ClassVar[bool] = False
+    """Whether the positions in time depend on the frame rate, so that a clip can be trained at its own."""
     vae_dtype: torch.dtype = torch.float32
     vae_tiling: bool = False
     """Whether the VAE works on overlapping tiles of the frames, as the family's own code does; a setting too."""
@@ -86,15 +95,21 @@ class Family(ABC):
         self.task = task
         self.component = self._expert(variant)
         self.config = self.base.read_config(f"{self.component}/config.json")
-        require_class(checkpoint, self.config, self.transformer_class, self.name)
+        found = self.config.get("_class_name")
+        if found != self.transformer_class:
+            raise UserError(
+                f"{checkpoint} holds a {found}, the family {self.name} needs a {self.transformer_class}; "
+                "check --model and --checkpoint"
+            )
 
     @classmethod
-    def defaults(cls, task: str) -> dict[str, dict[str, object]]:
-        """The family's defaults, which override the built-in ones."""
-        layer = {table: dict(keys) for table, keys in cls.settings.items()}
-        if task in cls.checkpoints:
-            layer.setdefault("model", {})["checkpoint"] = cls.checkpoints[task]
-        return layer
+    def published_like(cls, base: BaseCheckpoint, task: str) -> str | None:  # noqa: ARG003
+        """The published checkpoint of which another one is a fine-tune, by its configuration; None if any may be.
+
+        Raises:
+            UserError: if the configuration cannot be read.
+        """
+        return None
 
     # Facts of this checkpoint, from its configuration alone.
 
@@ -366,23 +381,6 @@ class Family(ABC):
     def form_arguments(self, *, width: int, height: int, frames: int, fps: float) -> dict[str, Any]:  # noqa: ARG002
         """The arguments of the pipeline's call for the size, length and frame rate of the video."""
         return {"width": width, "height": height, "num_frames": frames}
-
-
-def check_embedding(text_encoder: nn.Module) -> None:
-    """Check that a T5 encoder reads the embedding of its checkpoint, which may hold it as `shared` alone.
-
-    Raises:
-        UserError: if the embedding is another one, or empty: every caption would become the same noise.
-    """
-    shared = getattr(text_encoder, "shared", None)
-    used = getattr(getattr(text_encoder, "encoder", None), "embed_tokens", None)
-    if shared is None or used is None:
-        return
-    if used.weight.data_ptr() != shared.weight.data_ptr() or not used.weight.any():
-        raise UserError(
-            f"the text encoder {type(text_encoder).__name__} was loaded without its embedding, as transformers 5.0 to "
-            "5.2 do: pip install 'transformers>=5.3', and delete the folder prompts of the cache"
-        )
 
 
 def add_noise(latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
