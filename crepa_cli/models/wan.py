@@ -57,12 +57,6 @@ class Wan(Family):
         "train": {"learning_rate": 1e-4},
         "validation": {"guidance_scale": 5.0},
     }
-    negative_prompt = (
-        "Bright tones, overexposed, static, blurred details, subtitles, style, works, paintings, images, static, "
-        "overall gray, worst quality, low quality, JPEG compression residue, ugly, incomplete, extra fingers, "
-        "poorly drawn hands, poorly drawn faces, deformed, disfigured, misshapen limbs, fused fingers, still "
-        "picture, messy background, three legs, many people in the background, walking backwards"
-    )
     # DiffSynth-Studio: examples/wanvideo/model_training/full.
     full_settings = {"train": {"learning_rate": 1e-5}}
     published = {
@@ -80,6 +74,12 @@ class Wan(Family):
             "train": {"timestep_shift": 5.0},
         },
     }
+    negative_prompt = (
+        "Bright tones, overexposed, static, blurred details, subtitles, style, works, paintings, images, static, "
+        "overall gray, worst quality, low quality, JPEG compression residue, ugly, incomplete, extra fingers, "
+        "poorly drawn hands, poorly drawn faces, deformed, disfigured, misshapen limbs, fused fingers, still "
+        "picture, messy background, three legs, many people in the background, walking backwards"
+    )
     comfyui_names = {
         r"\battn1\b": "self_attn",
         r"\battn2\b": "cross_attn",
