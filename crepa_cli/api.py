@@ -16,7 +16,6 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
@@ -29,12 +28,9 @@ from crepa_cli.data.online import OnlineTeacher
 from crepa_cli.data.prepare import (
     ClipForm,
     PreparedClip,
-    Prompt,
-    encode_prompts,
     encoder_config,
     prepare,
     prompt_key,
-    require_prompts,
 )
 from crepa_cli.errors import RunError, UserError, counted
 from crepa_cli.events import Event, Notice, Progress, RunOpened, TrainingEnded, TrainingStarted
@@ -51,7 +47,7 @@ from crepa_cli.report.trackers import Trackers
 from crepa_cli.runs.capabilities import attention_mistakes, compile_mistakes, dtype_mistakes
 from crepa_cli.runs.checks import attempt, open_family, open_run
 from crepa_cli.runs.folder import RunFolder
-from crepa_cli.runs.prompts import negative_prompt, sampled_texts, with_prompts, with_prompts_of
+from crepa_cli.runs.prompts import Prompts, negative_prompt, read_prompts, sampled_texts, with_prompts, with_prompts_of
 from crepa_cli.runs.resume import resume_mistakes
 from crepa_cli.runs.sources import at_commits, commits, keep_commits, needs
 from crepa_cli.runs.warnings import neighbor_warnings, setting_warnings
@@ -62,9 +58,10 @@ from crepa_cli.training.build import coefficient_schedule
 from crepa_cli.training.checkpointer import Checkpointer
 from crepa_cli.training.checkpoints import newest_checkpoint, read_progress
 from crepa_cli.training.learner import build_learner
+from crepa_cli.training.peak import device_memory
 from crepa_cli.training.skipped import RUN, SkippedSteps
 from crepa_cli.training.trainer import Trainer
-from crepa_cli.training.validator import Prompts, Validator
+from crepa_cli.training.validator import Validator
 
 __all__ = ["check", "download", "fill_cache", "resolve", "train"]
 
@@ -255,7 +252,7 @@ def _run(
     should_stop: StopRequest,
 ) -> Events:
     """Prepare, build the trainer, train."""
-    yield RunOpened(run.path, _device_memory(accelerator.device), loading_lines(family, profile, run.weights))
+    yield RunOpened(run.path, device_memory(accelerator.device), loading_lines(family, profile, run.weights))
     for warning in setting_warnings(profile):
         yield Notice(warning)
     checkpoint = (yield from _newest_checkpoint(run, profile.train.steps)) if resume else None
@@ -263,7 +260,7 @@ def _run(
     for warning in neighbor_warnings(profile.crepa, family, (clip.bucket.frames for clip in prepared.clips)):
         yield Notice(warning)
     profile = from_main(lambda: with_prompts(profile, prepared.clips, run))
-    prompts = yield from _read_prompts(profile, family, prepared.cache, accelerator.device)
+    prompts = yield from read_prompts(profile, family, prepared.cache, accelerator.device)
     yield Progress("loading", 0, 1, "the transformer")
     trainer = _build_trainer(profile, family, run, accelerator, prepared, prompts, checkpoint)
     yield from trainer.train(should_stop)
@@ -319,21 +316,6 @@ def _prepared(profile: Profile, family: Family, accelerator: Accelerator) -> Gen
     return _Prepared(clips, cache, form)
 
 
-def _read_prompts(
-    profile: Profile, family: Family, cache: Cache, device: torch.device
-) -> Generator[Event, None, Prompts]:
-    """The encoded prompts of the validation; captions are encoded already, unless they ask for motion here."""
-    dtype = torch_dtype(profile.model.dtype)
-    prompts = [Prompt(text) for text in sampled_texts(profile.validation, family)]
-    require_prompts(prompts, (yield from encode_prompts(family, set(prompts), cache, device, dtype)))
-    negative = Prompt(negative_prompt(profile.validation, family), negative=True)
-    *sampled, unwanted = (
-        cache.read("prompts", prompt_key(family, one.text, dtype, negative=one.negative))
-        for one in [*prompts, negative]
-    )
-    return Prompts(sampled, unwanted)
-
-
 def _build_trainer(
     profile: Profile,
     family: Family,
@@ -379,13 +361,6 @@ def _accelerator(profile: Profile) -> Accelerator:
         # The trainer accumulates by itself; without the plugin an environment variable would divide the gradients.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )
-
-
-def _device_memory(device: torch.device) -> int:
-    """Bytes that a device has."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return int(psutil.virtual_memory().total)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from crepa_cli.alignment import TokenGrid
 from crepa_cli.errors import UserError
-from crepa_cli.models.base import BaseCheckpoint
+from crepa_cli.models.base import BaseCheckpoint, check_embedding
 from crepa_cli.models.precision import compute_in_own_dtype, in_loaded_dtypes, keep_float32
 
 Tensors = dict[str, Tensor]
@@ -381,23 +381,6 @@ class Family(ABC):
     def form_arguments(self, *, width: int, height: int, frames: int, fps: float) -> dict[str, Any]:  # noqa: ARG002
         """The arguments of the pipeline's call for the size, length and frame rate of the video."""
         return {"width": width, "height": height, "num_frames": frames}
-
-
-def check_embedding(text_encoder: nn.Module) -> None:
-    """Check that a T5 encoder reads the embedding of its checkpoint, which may hold it as `shared` alone.
-
-    Raises:
-        UserError: if the embedding is another one, or empty: every caption would become the same noise.
-    """
-    shared = getattr(text_encoder, "shared", None)
-    used = getattr(getattr(text_encoder, "encoder", None), "embed_tokens", None)
-    if shared is None or used is None:
-        return
-    if used.weight.data_ptr() != shared.weight.data_ptr() or not used.weight.any():
-        raise UserError(
-            f"the text encoder {type(text_encoder).__name__} was loaded without its embedding, as transformers 5.0 to "
-            "5.2 do: pip install 'transformers>=5.3', and delete the folder prompts of the cache"
-        )
 
 
 def add_noise(latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
