@@ -6,7 +6,7 @@ in memory together. A stage whose entries are all cached loads no model. The pro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Iterable, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
@@ -20,9 +20,9 @@ from crepa_cli.alignment.grid import matching_frames
 from crepa_cli.data.buckets import Bucket, bucket_sizes, nearest_bucket, valid_frames
 from crepa_cli.data.cache import Cache, cache_key, check_writable, not_finite
 from crepa_cli.data.clips import Clip, ClipError, file_digest, find_clips
-from crepa_cli.data.video import decode, frames_available, probe
+from crepa_cli.data.video import VideoInfo, decode, frames_available, probe
 from crepa_cli.errors import UserError, counted
-from crepa_cli.events import ClipSkipped, Event, Progress
+from crepa_cli.events import ClipSkipped, Event, Notice, Progress
 from crepa_cli.heap import release_memory
 from crepa_cli.hub.download import Need, fetch
 from crepa_cli.hub.read import fingerprint, read_config
@@ -54,6 +54,7 @@ class PreparedClip:
     """A clip and the keys of its cache entries; `features_key` is None if no encoder is the teacher."""
 
     clip: Clip
+    info: VideoInfo
     bucket: Bucket
     digest: str
     prompt_key: str = ""
@@ -121,7 +122,8 @@ def scan(family: Family, folder: Path, form: ClipForm) -> Generator[Event, None,
         yield ClipSkipped(skipped.name, skipped.reason)
 
     def place(clip: Clip) -> PreparedClip:
-        return PreparedClip(clip, bucket_of(clip, family, form), file_digest(clip.path))
+        info = probe(clip.path)
+        return PreparedClip(clip, info, bucket_of(info, family, form), file_digest(clip.path))
 
     clips = yield from _each("scanning", found.clips, place, name=lambda clip: clip.path.name)
     if not clips:
@@ -129,16 +131,28 @@ def scan(family: Family, folder: Path, form: ClipForm) -> Generator[Event, None,
             f"no usable clips in {folder}: {len(found.clips) + len(found.skipped)} found, all skipped for the reasons "
             "given above"
         )
+    yield from _unused(clips, form)
     return clips
 
 
-def bucket_of(clip: Clip, family: Family, form: ClipForm) -> Bucket:
+def _unused(clips: Sequence[PreparedClip], form: ClipForm) -> Iterator[Notice]:
+    """Say what part of long clips is trained on."""
+    long = [clip for clip in clips if frames_available(clip.info, form.fps) > form.frames]
+    if long:
+        share = sum(clip.bucket.frames for clip in clips) / form.fps / sum(clip.info.duration for clip in clips)
+        yield Notice(
+            f"{len(long)} of {counted(len(clips), 'clip')} longer than data.frames = {form.frames}: only the first "
+            f"{form.frames / form.fps:.1f} s of each are trained on, {share:.0%} of all seconds; cut long clips into "
+            "several to use the rest"
+        )
+
+
+def bucket_of(info: VideoInfo, family: Family, form: ClipForm) -> Bucket:
     """The size and frame count at which a clip is trained.
 
     Raises:
-        ClipError: if it cannot be read or is too short.
+        ClipError: if it is too short.
     """
-    info = probe(clip.path)
     available = frames_available(info, form.fps)
     frames = valid_frames(available, form.frames, family.frame_multiple)
     if frames is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from rich.filesize import decimal
 
@@ -12,12 +12,13 @@ from crepa_cli.data.clips import clips_folder, find_clips
 from crepa_cli.data.prepare import ClipForm, PreparedClip, encoder_config, encoder_need, scan
 from crepa_cli.demo import write_demo
 from crepa_cli.doctor.cache_size import cache_bytes
+from crepa_cli.doctor.clips import describe_buckets, enlarged
 from crepa_cli.doctor.disk import check_folder
 from crepa_cli.doctor.findings import BucketCount, Plan
 from crepa_cli.doctor.fit import Target, check_memory
 from crepa_cli.doctor.hub import check_hub, check_need
 from crepa_cli.errors import counted
-from crepa_cli.events import ClipSkipped, Event, drained
+from crepa_cli.events import ClipSkipped, Event, Notice, drained
 from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
 from crepa_cli.profile import CrepaSettings, Profile, ResolvedProfile
@@ -139,18 +140,18 @@ def _check_clips(plan: Plan, family: Family | None, profile: Profile, listener: 
         if isinstance(event, ClipSkipped):
             plan.skipped[event.name] = event.reason
             plan.add("clip", "warning", f"skipped {event.name}: {event.reason}")
+        elif isinstance(event, Notice):
+            plan.add("clips", "warning", event.message)
 
     clips = plan.attempt("clips", lambda: drained(scan(family, folder, ClipForm.of(profile.data)), listen))
     if clips:
         counts = Counter(clip.bucket for clip in clips)
         plan.buckets = [BucketCount(key.frames, key.height, key.width, counts[key]) for key in sorted(counts)]
-        plan.add("clips", "fine", _summary(len(clips), plan.buckets))
+        plan.add("clips", "fine", describe_buckets(plan.buckets, profile.data, family))
+        if message := enlarged(clips):
+            advice = "use larger clips, or lower data.width and data.height"
+            plan.add("clips", "warning", message, advice)
     return clips
-
-
-def _summary(clips: int, buckets: Sequence[BucketCount]) -> str:
-    lines = [f"{one.width}x{one.height}, {one.frames} frames: {one.clips}" for one in buckets]
-    return "\n".join([f"{counted(clips, 'usable clip')}, by size:", *lines])
 
 
 def _check_cache(plan: Plan, family: Family, profile: Profile, clips: list[PreparedClip]) -> None:
