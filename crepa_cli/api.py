@@ -30,7 +30,7 @@ from crepa_cli.data.prepare import ClipForm, PreparedClip, encoder_config, prepa
 from crepa_cli.errors import RunError, UserError, counted
 from crepa_cli.events import Event, Notice, Progress, RunOpened, TrainingEnded, TrainingStarted
 from crepa_cli.hub.download import download as download_needs
-from crepa_cli.hub.question import unreachable
+from crepa_cli.hub.question import ask_anew, unreachable
 from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
 from crepa_cli.processes import PRECISION, from_all, from_main, start_processes
@@ -44,6 +44,7 @@ from crepa_cli.runs.checks import attempt, open_family, open_run
 from crepa_cli.runs.folder import RunFolder
 from crepa_cli.runs.resume import resume_mistakes
 from crepa_cli.runs.sources import at_commits, commits, keep_commits, needs
+from crepa_cli.runs.warnings import neighbor_warnings, setting_warnings
 from crepa_cli.settings import resolve
 from crepa_cli.signals import stop_signals
 from crepa_cli.training.batches import Batches
@@ -244,8 +245,12 @@ def _run(
 ) -> Events:
     """Prepare, build the trainer, train."""
     yield RunOpened(run.path, _device_memory(accelerator.device), loading_lines(family, profile, run.weights))
+    for warning in setting_warnings(profile):
+        yield Notice(warning)
     checkpoint = (yield from _newest_checkpoint(run, profile.train.steps)) if resume else None
     prepared = yield from _prepared(profile, family, accelerator)
+    for warning in neighbor_warnings(profile.crepa, family, (clip.bucket.frames for clip in prepared.clips)):
+        yield Notice(warning)
     yield Progress("loading", 0, 1, "the transformer")
     trainer = _build_trainer(profile, family, run, accelerator, prepared, checkpoint)
     yield from trainer.train(should_stop)
@@ -275,6 +280,8 @@ def _downloaded(profile: Profile, family: Family) -> Events:
         yield from download_needs(needs(profile, family))
     except UserError as error:
         failures.append(error)
+    # This run needs no more of it, and the next one in this process wants fresh answers.
+    ask_anew()
     for failure in from_all(failures):
         raise failure
 

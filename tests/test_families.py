@@ -51,12 +51,16 @@ def first_frame(video: Tensor) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def sampled_latents(family: Family, pipeline: Any, video: Tensor, latents: Tensor, steps: int) -> Tensor:
+def sampled_latents(family: Any, pipeline: Any, video: Tensor, latents: Tensor, steps: int) -> Tensor:
     """The latents `[C, T, h, w]` that the published pipeline generates for the caption, at the size of the video."""
     frames, height, width = video.shape[1:]
     arguments = family.form_arguments(width=width, height=height, frames=frames, fps=FPS)
     if family.task == "i2v":
         arguments["image"] = first_frame(video)
+    if family.caption_tokens:
+        arguments["max_sequence_length"] = family.caption_tokens
+    if family.name == "kandinsky5_video":
+        pipeline._get_scale_factor = family.rotary_scale
     sampled: Tensor = pipeline(
         prompt=CAPTION,
         num_inference_steps=steps,

@@ -42,7 +42,7 @@ import sys, typer
 from crepa_cli.cli.init import init
 from crepa_cli.profile.layers import complete
 checks = sys.modules["crepa_cli.cli.init"]
-checks._checked = lambda settings, vram: (complete(settings, lambda *_: {DEFAULTS!r}), [])
+checks._checked = lambda settings, vram: (complete(settings, lambda *_: {{'family wan': {DEFAULTS!r}}}), [])
 typer.run(init)
 """
 """The checks against the checkpoint, which load torch, have tests of their own."""
@@ -87,11 +87,13 @@ def written(folder: Path) -> dict[str, Any]:
 
 
 def as_toml(tables: dict[str, dict[str, Any]]) -> str:
-    return commented_toml(tables, complete(tables, lambda *_: DEFAULTS))
+    return commented_toml(tables, complete(tables, lambda *_: {"family wan": DEFAULTS}))
 
 
 def resolved(folder: Path) -> ResolvedProfile:
-    return resolve_profile(profile=None, flags={}, sets=[], folder=folder, family_defaults=lambda *_: DEFAULTS)
+    return resolve_profile(
+        profile=None, flags={}, sets=[], folder=folder, family_defaults=lambda *_: {"family wan": DEFAULTS}
+    )
 
 
 def imported(config: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, object]]:
@@ -122,25 +124,26 @@ def test_flags_alone_write_a_file_that_means_the_preset(folder: Path, preset: st
         flags={"model.family": "wan", "data.path": "clips"},
         sets=[],
         folder=folder.parent,
-        family_defaults=lambda *_: DEFAULTS,
+        family_defaults=lambda *_: {"family wan": DEFAULTS},
     )
     assert resolved(folder).profile == expected.profile
-    assert set(resolved(folder).sources.values()) == {"built-in default", "crepa.toml", "family wan"}
+    sources = {"built-in default", f"preset {preset}", "crepa.toml", "family wan"}
+    assert set(resolved(folder).sources.values()) == sources
 
 
 def test_the_file_has_comments_a_schema_and_nothing_that_is_a_default(folder: Path):
-    succeed("--model", "wan", "--task", "i2v")
+    succeed("--model", "wan", "--task", "i2v", "--data", "clips")
     text = (folder / "crepa.toml").read_text(encoding="utf-8")
     assert text.startswith("#:schema ./crepa.schema.json\n")
-    assert written(folder) == {"model": {"family": "wan", "task": "i2v"}}
-    assert f"# {description('model', 'task')}\ntask = " in text
+    assert written(folder) == {"preset": "i2v", "model": {"family": "wan"}, "data": {"path": "clips"}}
+    assert f"# {description('model', 'family')}\nfamily = " in text
     assert json.loads((folder / "crepa.schema.json").read_text(encoding="utf-8")) == json_schema()
     assert {path.name for path in folder.iterdir()} == {"crepa.toml", "crepa.schema.json"}
 
 
 def test_the_task_chooses_the_preset(folder: Path):
     succeed("--model", "wan")
-    assert written(folder)["crepa"]["scheduler"] == "cosine"
+    assert written(folder)["preset"] == "t2v"
 
 
 @pytest.mark.usefixtures("_no_predictions")
@@ -300,7 +303,7 @@ def test_a_terminal_is_asked_with_defaults(folder: Path):
     assert "no NVIDIA GPU found" in screen
     assert written(folder)["model"] == {"family": "wan"}
     assert written(folder)["data"] == {"path": "clips"}
-    assert written(folder)["crepa"]["scheduler"] == "cosine"
+    assert written(folder)["preset"] == "t2v"
 
 
 def test_a_terminal_is_asked_again_after_a_wrong_answer_and_shows_the_gpu(folder: Path):
@@ -310,7 +313,7 @@ def test_a_terminal_is_asked_again_after_a_wrong_answer_and_shows_the_gpu(folder
     code, screen = terminal(folder, "wann\nwan\ni2v\n\nmy clips\n\n")
     assert code == 0, screen
     assert "Tiny GPU" in screen
-    assert written(folder)["model"] == {"family": "wan", "task": "i2v"}
+    assert (written(folder)["preset"], written(folder)["model"]) == ("i2v", {"family": "wan"})
     assert written(folder)["data"] == {"path": "my clips", "frames": 33}
 
 
@@ -319,7 +322,7 @@ def test_a_terminal_is_asked_only_for_what_no_flag_has_said(folder: Path):
     code, screen = terminal(folder, "", *flags)
     assert code == 0, screen
     assert "Model family" not in screen
-    assert written(folder)["crepa"]["cutoff_step"] == 2000
+    assert written(folder) == {"preset": "solid-background", "model": {"family": "wan"}, "data": {"path": "clips"}}
 
 
 def test_a_terminal_is_not_asked_when_the_file_is_there(folder: Path):
@@ -335,7 +338,7 @@ def test_nobody_is_asked_in_a_notebook_or_ci(folder: Path, variable: str):
     code, screen = terminal(folder, "\x04", "--model", "wan", **{variable: "1"})
     assert code == 0, screen
     assert "Text to video" not in screen
-    assert written(folder)["crepa"]["scheduler"] == "cosine"
+    assert written(folder)["preset"] == "t2v"
 
 
 def test_the_end_of_input_writes_nothing(folder: Path):
@@ -489,16 +492,9 @@ def test_malformed_json_is_explained(folder: Path, text: str, message: str):
     assert not (folder / "crepa.toml").exists()
 
 
-class FakeFamily:
-    @classmethod
-    def defaults(cls, task: str) -> dict[str, dict[str, object]]:
-        assert task == "t2v"
-        return DEFAULTS
-
-
 @pytest.fixture
 def light_family(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("crepa_cli.models.load_family", lambda _: FakeFamily)
+    monkeypatch.setattr("crepa_cli.models.family_defaults", lambda *_: {"family wan": DEFAULTS})
 
 
 @pytest.mark.usefixtures("light_family")
@@ -507,7 +503,7 @@ def test_the_alignment_settings_are_written_as_json(folder: Path):
     succeed("--to", "config.json")
     config = json.loads((folder / "config.json").read_text())
     assert config["crepa_block_index"] == 8
-    assert config["crepa_similarity_threshold"] == 0.85
+    assert config["crepa_similarity_threshold"] == 0.5
     assert "crepa_teacher_block_index" not in config
     assert all(name.startswith("crepa_") for name in config)
 
@@ -667,6 +663,7 @@ def test_every_preset_of_every_family_makes_a_profile(
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert f'"{family}"' in lines["model.family"]
     assert "crepa.toml" in lines["model.family"]
+    assert f"preset {preset}" in lines["model.task"]
     assert ("cosine" if task == "t2v" else "constant") in lines["crepa.scheduler"]
-    assert ("2000" if preset == "solid-background" else " 0 ") in lines["crepa.cutoff_step"]
+    assert ("40%" if preset == "solid-background" else " 0 ") in lines["crepa.cutoff_step"]
     assert f"family {family}" in lines["crepa.block_index"]

@@ -146,7 +146,7 @@ def test_tokenizers_by_the_name_in_published_checkpoints(open_tiny: OpenTiny, tm
     assert pipeline.tokenizer("a")["input_ids"]
 
 
-@pytest.mark.parametrize("sampling", ["uniform", "logit_normal"])
+@pytest.mark.parametrize("sampling", ["uniform", "logit_normal", "stretched"])
 @pytest.mark.parametrize("bounds", [(0.0, BOUNDARY), (BOUNDARY, 1.0)])
 def test_noise_levels_of_an_expert_are_those_of_the_whole_range_within_its_own(
     sampling: str, bounds: tuple[float, float]

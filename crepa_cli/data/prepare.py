@@ -6,6 +6,7 @@ in memory together. A stage whose entries are all cached loads no model. The pro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
@@ -33,6 +34,8 @@ from crepa_cli.teachers.dinov2 import ENCODERS, Dinov2Teacher, input_size
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+SAME_RATE = 0.99
+"""Clips that have this share of a frame rate or more are trained frame by frame, as if they had it: 29.97 is 30."""
 
 
 class ClipForm(NamedTuple):
@@ -51,12 +54,17 @@ class ClipForm(NamedTuple):
 
 @dataclass(frozen=True)
 class PreparedClip:
-    """A clip and the keys of its cache entries; `features_key` is None if no encoder is the teacher."""
+    """A clip, the frame rate it is trained at, and the keys of its cache entries.
+
+    `repeated` of its frames repeat the one before. `features_key` is None if no encoder is the teacher.
+    """
 
     clip: Clip
     info: VideoInfo
     bucket: Bucket
     digest: str
+    fps: float
+    repeated: int = 0
     prompt_key: str = ""
     latents_key: str = ""
     features_key: str | None = None
@@ -91,9 +99,9 @@ def prepare(
     cache.remove_leftovers()
     clips = yield from scan(family, folder, form)
     clips = yield from _prepare_prompts(family, clips, prompts, cache, device, dtype)
-    clips = yield from _prepare_latents(family, clips, form.fps, cache, device)
+    clips = yield from _prepare_latents(family, clips, cache, device)
     if crepa is not None:
-        clips = yield from _prepare_features(family, crepa, clips, form.fps, cache, device)
+        clips = yield from _prepare_features(family, crepa, clips, cache, device)
     if not clips:
         raise UserError(f"no usable clips in {folder}; the messages above give the reasons")
     return clips
@@ -108,6 +116,8 @@ def prompt_key(family: Family, caption: str, dtype: torch.dtype) -> str:
         caption=caption,
         dtype=str(dtype),
         encoder=_digests(family.text_components, family),
+        # Entries of earlier versions have the pipeline's length.
+        **({"tokens": family.caption_tokens} if family.caption_tokens else {}),
     )
 
 
@@ -121,25 +131,29 @@ def scan(family: Family, folder: Path, form: ClipForm) -> Generator[Event, None,
     for skipped in found.skipped:
         yield ClipSkipped(skipped.name, skipped.reason)
 
-    def place(clip: Clip) -> PreparedClip:
-        info = probe(clip.path)
-        return PreparedClip(clip, info, bucket_of(info, family, form), file_digest(clip.path))
-
-    clips = yield from _each("scanning", found.clips, place, name=lambda clip: clip.path.name)
+    clips = yield from _each(
+        "scanning", found.clips, lambda clip: _placed(clip, family, form), name=lambda clip: clip.path.name
+    )
     if not clips:
         raise UserError(
             f"no usable clips in {folder}: {len(found.clips) + len(found.skipped)} found, all skipped for the reasons "
             "given above"
         )
+    for clip in clips:
+        if clip.repeated:
+            yield Notice(
+                f"{_clip_name(clip)} is slower than data.fps = {form.fps:g}: {clip.repeated} of its "
+                f"{clip.bucket.frames} frames repeat the one before"
+            )
     yield from _unused(clips, form)
     return clips
 
 
 def _unused(clips: Sequence[PreparedClip], form: ClipForm) -> Iterator[Notice]:
     """Say what part of long clips is trained on."""
-    long = [clip for clip in clips if frames_available(clip.info, form.fps) > form.frames]
+    long = [clip for clip in clips if frames_available(clip.info, clip.fps) > form.frames]
     if long:
-        share = sum(clip.bucket.frames for clip in clips) / form.fps / sum(clip.info.duration for clip in clips)
+        share = sum(clip.bucket.frames / clip.fps for clip in clips) / sum(clip.info.duration for clip in clips)
         yield Notice(
             f"{len(long)} of {counted(len(clips), 'clip')} longer than data.frames = {form.frames}: only the first "
             f"{form.frames / form.fps:.1f} s of each are trained on, {share:.0%} of all seconds; cut long clips into "
@@ -147,28 +161,38 @@ def _unused(clips: Sequence[PreparedClip], form: ClipForm) -> Iterator[Notice]:
         )
 
 
-def bucket_of(info: VideoInfo, family: Family, form: ClipForm) -> Bucket:
-    """The size and frame count at which a clip is trained.
+def _placed(clip: Clip, family: Family, form: ClipForm) -> PreparedClip:
+    """The clip with the size, the frame count and the frame rate at which it is trained.
 
     Raises:
-        ClipError: if it is too short.
+        ClipError: if it cannot be read or is too short.
     """
-    available = frames_available(info, form.fps)
-    frames = valid_frames(available, form.frames, family.frame_multiple)
+    info, fps = probe(clip.path), form.fps
+    frames = valid_frames(frames_available(info, fps), form.frames, family.frame_multiple)
+    repeated = _repeated(info, frames or 1, fps)
+    if repeated and (family.takes_frame_rate or info.fps >= SAME_RATE * fps):
+        fps, repeated = info.fps, 0
+        frames = valid_frames(frames_available(info, fps), form.frames, family.frame_multiple)
     if frames is None:
         raise ClipError(
-            f"too short: {counted(available, 'frame')} at {form.fps:g} frames per second, "
+            f"too short: {counted(frames_available(info, fps), 'frame')} at {fps:g} frames per second, "
             f"needs at least {min(form.frames, family.frame_multiple + 1)}"
         )
-    sizes = bucket_sizes(form.width, form.height, family.size_multiple)
-    size = nearest_bucket(info.width, info.height, sizes)
-    return Bucket(frames, size.height, size.width)
+    size = nearest_bucket(info.width, info.height, bucket_sizes(form.width, form.height, family.size_multiple))
+    bucket = Bucket(frames, size.height, size.width)
+    return PreparedClip(clip, info, bucket, file_digest(clip.path), fps, repeated)
 
 
-def clip_pixels(clip: PreparedClip, fps: float) -> Tensor:
+def _repeated(info: VideoInfo, frames: int, fps: float) -> int:
+    """How many of the first `frames` frames at a frame rate repeat the one before, if the clip's own rate is steady."""
+    shown = math.floor(((frames - 1) / fps + info.rounding) * info.fps) + 1
+    return max(0, frames - shown)
+
+
+def clip_pixels(clip: PreparedClip) -> Tensor:
     """The frames of a clip, resized for training: uint8 `[F, 3, H, W]`."""
     bucket = clip.bucket
-    return decode(clip.clip.path, frames=bucket.frames, fps=fps, width=bucket.width, height=bucket.height)
+    return decode(clip.clip.path, frames=bucket.frames, fps=clip.fps, width=bucket.width, height=bucket.height)
 
 
 def load_teacher(crepa: CrepaSettings, device: torch.device) -> Dinov2Teacher:
@@ -237,31 +261,31 @@ def _encode_prompts(
 
 
 def _prepare_latents(
-    family: Family, clips: list[PreparedClip], fps: float, cache: Cache, device: torch.device
+    family: Family, clips: list[PreparedClip], cache: Cache, device: torch.device
 ) -> Generator[Event, None, list[PreparedClip]]:
     vae = _digests(family.vae_components, family)
 
     def key(clip: PreparedClip) -> str:
-        return cache_key(kind="latents", family=family.name, task=family.task, vae=vae, **_content(clip, fps))
+        return cache_key(kind="latents", family=family.name, task=family.task, vae=vae, **_content(clip))
 
     clips = [replace(clip, latents_key=key(clip)) for clip in clips]
     missing = from_main(lambda: [clip for clip in clips if not cache.has("latents", clip.latents_key)])
     if not missing:
         return clips
-    encoded = yield from _encode_latents(family, missing, fps, cache, device)
+    encoded = yield from _encode_latents(family, missing, cache, device)
     release_memory()
     return _without_failed(clips, missing, encoded)
 
 
 def _encode_latents(
-    family: Family, clips: list[PreparedClip], fps: float, cache: Cache, device: torch.device
+    family: Family, clips: list[PreparedClip], cache: Cache, device: torch.device
 ) -> Generator[Event, None, list[PreparedClip]]:
     yield Progress("latents", 0, len(_share(clips)), "loading the VAE")
     pipeline = family.load_vae_pipeline().to(device)
 
     def encode(clip: PreparedClip) -> PreparedClip:
-        video = clip_pixels(clip, fps).transpose(0, 1).float() / 127.5 - 1
-        tensors = family.encode_clip(pipeline, video) | {"fps": torch.tensor(fps)}
+        video = clip_pixels(clip).transpose(0, 1).float() / 127.5 - 1
+        tensors = family.encode_clip(pipeline, video) | {"fps": torch.tensor(clip.fps)}
         _store(cache, "latents", clip.latents_key, tensors)
         return clip
 
@@ -269,7 +293,7 @@ def _encode_latents(
 
 
 def _prepare_features(
-    family: Family, crepa: CrepaSettings, clips: list[PreparedClip], fps: float, cache: Cache, device: torch.device
+    family: Family, crepa: CrepaSettings, clips: list[PreparedClip], cache: Cache, device: torch.device
 ) -> Generator[Event, None, list[PreparedClip]]:
     folder = encoder_folder(crepa)
     encoder = fingerprint(folder)
@@ -280,13 +304,13 @@ def _prepare_features(
         grid = family.token_grid(cache.read("latents", clip.latents_key)["latents"][None])
         frames = matching_frames(clip.bucket.frames, grid.frames)
         size = input_size(crepa.encoder_image_size, grid, patch_size)
-        key = cache_key(kind="features", encoder=encoder, chosen=frames, size=size, **_content(clip, fps))
+        key = cache_key(kind="features", encoder=encoder, chosen=frames, size=size, **_content(clip))
         inputs[key] = frames, size
         keyed.append(replace(clip, features_key=key))
     missing = from_main(lambda: [clip for clip in keyed if not cache.has("features", str(clip.features_key))])
     if not missing:
         return keyed
-    encoded = yield from _encode_features(crepa, missing, inputs, fps, cache, device)
+    encoded = yield from _encode_features(crepa, missing, inputs, cache, device)
     release_memory()
     return _without_failed(keyed, missing, encoded)
 
@@ -295,7 +319,6 @@ def _encode_features(
     crepa: CrepaSettings,
     clips: list[PreparedClip],
     inputs: dict[str, tuple[list[int], tuple[int, int]]],
-    fps: float,
     cache: Cache,
     device: torch.device,
 ) -> Generator[Event, None, list[PreparedClip]]:
@@ -304,7 +327,7 @@ def _encode_features(
 
     def encode(clip: PreparedClip) -> PreparedClip:
         frames, size = inputs[str(clip.features_key)]
-        features = teacher.features(clip_pixels(clip, fps)[frames], size)
+        features = teacher.features(clip_pixels(clip)[frames], size)
         _store(cache, "features", str(clip.features_key), {"features": features})
         return clip
 
@@ -360,12 +383,12 @@ def _without_failed(
     return [clip for clip in clips if clip.clip.path not in failed]
 
 
-def _content(clip: PreparedClip, fps: float) -> dict[str, object]:
+def _content(clip: PreparedClip) -> dict[str, object]:
     """The part of a cache key that determines a clip's pixels."""
     bucket = clip.bucket
     return {
         "digest": clip.digest,
-        "fps": fps,
+        "fps": clip.fps,
         "frames": bucket.frames,
         "height": bucket.height,
         "width": bucket.width,

@@ -31,8 +31,8 @@ def demo_settings(family: str, task: str) -> dict[str, dict[str, object]]:
     return {
         "model": {"checkpoint": str(FOLDER / f"{family}-{task}"), "dtype": "float32"},
         "adapter": {"rank": 8},
-        "data": {"path": str(CLIPS), "width": 96, "height": 64, "frames": 17},
-        "train": {"steps": 60, "batch_size": 2, "learning_rate": 2e-3},
+        "data": {"path": str(CLIPS), "width": 96, "height": 64, "frames": 17, "fps": float(FPS)},
+        "train": {"steps": 60, "batch_size": 2, "learning_rate": 2e-3, "lr_warmup_steps": 0},
         "crepa": {"encoder": str(TEACHER), "encoder_image_size": 56, "warmup_steps": 10},
         "validation": validation,
         "checkpoints": {"every": 20},

@@ -25,6 +25,7 @@ from crepa_cli.profile import CrepaSettings, Profile, ResolvedProfile
 from crepa_cli.runs.checks import missing_optimizer, missing_trackers, open_family
 from crepa_cli.runs.folder import RunFolder
 from crepa_cli.runs.sources import needs
+from crepa_cli.runs.warnings import neighbor_warnings, setting_warnings
 
 Listener = Callable[[Event], None]
 
@@ -53,6 +54,8 @@ def check_plan(
     profile = resolved.profile
     plan.profile = profile.model_dump(mode="json", by_alias=True)
     plan.add("profile", "fine", f"{profile.model.family} {profile.model.task}, {counted(profile.train.steps, 'step')}")
+    for warning in setting_warnings(profile):
+        plan.add("settings", "warning", warning)
     if demo:
         plan.attempt("demo", lambda: write_demo(profile))
     teacher = _teacher(profile.crepa)
@@ -151,6 +154,8 @@ def _check_clips(plan: Plan, family: Family | None, profile: Profile, listener: 
         if message := enlarged(clips):
             advice = "use larger clips, or lower data.width and data.height"
             plan.add("clips", "warning", message, advice)
+        for warning in neighbor_warnings(profile.crepa, family, (clip.bucket.frames for clip in clips)):
+            plan.add("clips", "warning", warning)
     return clips
 
 

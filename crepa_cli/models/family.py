@@ -26,6 +26,8 @@ from crepa_cli.errors import UserError
 from crepa_cli.models.base import BaseCheckpoint
 
 Tensors = dict[str, Tensor]
+Tables = Mapping[str, Mapping[str, object]]
+"""Settings by table and key, as they stand in a profile."""
 COMFYUI_FILE = "comfyui_lora.safetensors"
 """A LoRA by the module names of the original checkpoint, in a run's weights."""
 
@@ -63,8 +65,16 @@ class Family(ABC):
     """The diffusers pipeline that generates each task."""
     checkpoints: ClassVar[Mapping[str, str]]
     """The default base model of each task."""
-    settings: ClassVar[Mapping[str, Mapping[str, object]]]
-    """Defaults of settings, by table and key, as they stand in a profile."""
+    settings: ClassVar[Tables]
+    """Defaults of settings."""
+    full_settings: ClassVar[Tables]
+    """Defaults of full fine-tuning that differ from those of a LoRA."""
+    published: ClassVar[Mapping[str, Tables]]
+    """The published checkpoints by Hub id, each with its defaults that differ from the family's."""
+    caption_tokens: ClassVar[int | None] = None
+    """Tokens of a caption; None if the pipeline decides."""
+    takes_frame_rate: ClassVar[bool] = False
+    """Whether the positions in time depend on the frame rate, so that a clip can be trained at its own."""
     vae_dtype: ClassVar[torch.dtype] = torch.float32
     comfyui_names: ClassVar[Mapping[str, str] | None] = None
     """Patterns in module names and their replacements in the original names; None if ComfyUI does not run it."""
@@ -84,12 +94,13 @@ class Family(ABC):
             )
 
     @classmethod
-    def defaults(cls, task: str) -> dict[str, dict[str, object]]:
-        """The family's defaults, which override the built-in ones."""
-        layer = {table: dict(keys) for table, keys in cls.settings.items()}
-        if task in cls.checkpoints:
-            layer.setdefault("model", {})["checkpoint"] = cls.checkpoints[task]
-        return layer
+    def published_like(cls, base: BaseCheckpoint, task: str) -> str | None:  # noqa: ARG003
+        """The published checkpoint of which another one is a fine-tune, by its configuration; None if any may be.
+
+        Raises:
+            UserError: if the configuration cannot be read.
+        """
+        return None
 
     # Facts of this checkpoint, from its configuration alone.
 

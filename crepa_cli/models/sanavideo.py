@@ -14,6 +14,7 @@ from diffusers import (
 )
 from torch import Tensor
 
+from crepa_cli.models.base import BaseCheckpoint
 from crepa_cli.models.family import Family, Tensors, TransformerStep, add_noise, decoded_video, normalized_latents
 
 SIZE_MULTIPLE = 32
@@ -36,6 +37,27 @@ class SanaVideo(Family):
         "train": {"learning_rate": 1e-4, "timestep_shift": 3.0},
         "validation": {"guidance_scale": 6.0},
     }
+    # NVlabs/Sana: configs/sana_video_config/Sana_2000M_480px_AdamW_fsdp.yaml, and that of 720 pixels.
+    full_settings = {
+        "train": {
+            "learning_rate": 5e-5,
+            "lr_scheduler": "constant_with_warmup",
+            "lr_warmup_steps": 500,
+            "max_grad_norm": 0.1,
+            "weight_decay": 0.0,
+        }
+    }
+    published = {
+        "Efficient-Large-Model/SANA-Video_2B_480p_diffusers": {},
+        # NVlabs/Sana: configs/sana_video_config/Sana_2000M_720px_ltx2vae_AdamW_fsdp.yaml, in multiples of 32.
+        "Efficient-Large-Model/SANA-Video_2B_720p_diffusers": {"data": {"width": 1280, "height": 704}},
+    }
+
+    @classmethod
+    def published_like(cls, base: BaseCheckpoint, task: str) -> str | None:  # noqa: ARG003
+        """By the VAE, which is that of Wan or that of LTX-2."""
+        size = "480p" if base.read_config("vae/config.json").get("_class_name") == "AutoencoderKLWan" else "720p"
+        return f"Efficient-Large-Model/SANA-Video_2B_{size}_diffusers"
 
     @property
     def size_multiple(self) -> int:

@@ -111,7 +111,8 @@ class DataSettings(Table):
     fps: float = resolved_later(
         FAMILY_DEFAULT,
         example=16.0,
-        description="Frame rate that clips are resampled to.",
+        description="Frame rate that clips are resampled to. Slower clips keep their own if the model is told the "
+        "rate; otherwise some of their frames are repeated.",
         gt=0,
     )
     repeats: int = Field(default=1, ge=1, description="Number of times each clip is used per epoch.")
@@ -174,8 +175,10 @@ class TrainSettings(Table):
         lt=1,
         description="Decay per step of the moving average of the trained weights, such as 0.999; 0 turns it off.",
     )
-    timestep_sampling: Literal["logit_normal", "uniform"] = Field(
-        default="logit_normal", description="Distribution of the noise levels; logit_normal favors the middle ones."
+    timestep_sampling: Literal["logit_normal", "stretched", "uniform"] = Field(
+        default="logit_normal",
+        description="Distribution of the noise levels. logit_normal favors the middle ones; stretched spreads it over "
+        "all levels after the shift, for models whose shift grows with the clip.",
     )
     timestep_shift: float | None = Field(
         default=None,
