@@ -214,11 +214,11 @@ def test_a_missing_tensor_is_refused_by_name() -> None:
 def test_what_is_no_grid_or_no_tensor_is_refused_by_name(wrong: Any) -> None:
     crepa, grid = Crepa(8, 6), TokenGrid(2, 3, 4)
     hidden, features = torch.randn(1, 2, 12, 8), torch.randn(1, 2, 12, 6)
-    with pytest.raises(TypeError, match="student_grid must be a TokenGrid, got (NoneType|tuple)"):
+    with pytest.raises(TypeError, match=r"student_grid must be a TokenGrid, got (NoneType|tuple)"):
         crepa(hidden, features, wrong, grid)
-    with pytest.raises(TypeError, match="teacher_grid must be a TokenGrid, got (NoneType|tuple)"):
+    with pytest.raises(TypeError, match=r"teacher_grid must be a TokenGrid, got (NoneType|tuple)"):
         crepa(hidden, features, grid, wrong)
-    with pytest.raises(TypeError, match="hidden must be a tensor, got (NoneType|tuple)"):
+    with pytest.raises(TypeError, match=r"hidden must be a tensor, got (NoneType|tuple)"):
         crepa(wrong, features, grid, grid)
     with pytest.raises(TypeError, match="features must be a tensor, got ndarray"):
         crepa(hidden, cast(Any, features.numpy()), grid, grid)
