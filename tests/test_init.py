@@ -296,9 +296,9 @@ def terminal(folder: Path, answers: str, *arguments: str, **extra: str) -> tuple
 
 
 def test_a_terminal_is_asked_with_defaults(folder: Path):
-    code, screen = terminal(folder, "\n\n\n\n\n")
+    code, screen = terminal(folder, "\n\n\n\n\n\n")
     assert code == 0, screen
-    for question in ("Model family", "Text to video", "Preset", "Folder of clips", "GPU memory"):
+    for question in ("Model family", "Text to video", "Preset", "Folder of clips", "GPU memory", "Prompt to sample"):
         assert question in screen
     assert "no NVIDIA GPU found" in screen
     assert written(folder)["model"] == {"family": "wan"}
@@ -310,11 +310,12 @@ def test_a_terminal_is_asked_again_after_a_wrong_answer_and_shows_the_gpu(folder
     smi = folder / "nvidia-smi"
     smi.write_text("#!/bin/sh\necho 'Tiny GPU, 10240'\n")
     smi.chmod(0o755)
-    code, screen = terminal(folder, "wann\nwan\ni2v\n\nmy clips\n\n")
+    code, screen = terminal(folder, "wann\nwan\ni2v\n\nmy clips\n\na fox, running\nfox.png\n\n")
     assert code == 0, screen
     assert "Tiny GPU" in screen
     assert (written(folder)["preset"], written(folder)["model"]) == ("i2v", {"family": "wan"})
     assert written(folder)["data"] == {"path": "my clips", "frames": 33}
+    assert written(folder)["validation"] == {"prompts": ["a fox, running"], "images": ["fox.png"]}
 
 
 def test_a_terminal_is_asked_only_for_what_no_flag_has_said(folder: Path):
@@ -656,7 +657,7 @@ def test_every_preset_of_every_family_makes_a_profile(
 ):
     task = "i2v" if preset == "i2v" else "t2v"
     if in_terminal:
-        assert terminal(folder, f"{family}\n{task}\n{preset}\nclips\n24\n")[0] == 0
+        assert terminal(folder, f"{family}\n{task}\n{preset}\nclips\n24\n\n")[0] == 0
     else:
         succeed("--model", family, "--task", task, "--profile", preset, "--data", "clips")
     assert run_crepa("train", "--print-profile") == 0

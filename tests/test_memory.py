@@ -130,6 +130,7 @@ def highest_level(profiled: Any) -> int:
         ("ltxvideo", {"train": {"activation_checkpointing": False}}),
         ("ltxvideo", {"adapter": {"kind": "full"}}),
         ("wan", {"model": {"dtype": "bfloat16"}}),
+        ("sanavideo", {"model": {"dtype": "bfloat16"}}),
     ],
 )
 def test_predicted_and_measured_agree(name: str, tables: dict[str, dict[str, object]], open_tiny: OpenTiny) -> None:

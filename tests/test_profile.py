@@ -63,13 +63,13 @@ CREPA_DEFAULTS = {
     "threshold_mode": "permanent",
 }
 KEYS = {
-    "model": "family task checkpoint revision dtype variant",
+    "model": "family task checkpoint revision variant dtype vae_dtype vae_tiling",
     "adapter": "kind rank alpha dropout target_modules export",
     "data": "path width height frames fps repeats caption_dropout cache",
     "train": "steps batch_size gradient_accumulation learning_rate optimizer weight_decay lr_scheduler "
     "lr_warmup_steps max_grad_norm max_skipped_steps sharding activation_checkpointing compile ema timestep_sampling "
     "timestep_shift loss_weighting seed output",
-    "validation": "every prompts images steps guidance_scale frames",
+    "validation": "every prompts negative_prompt images motion_score steps guidance_scale frames",
     "checkpoints": "every keep",
     "report": "every trackers",
     "crepa": "block_index " + " ".join(CREPA_DEFAULTS),

@@ -7,7 +7,7 @@ in memory together. A stage whose entries are all cached loads no model. The pro
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
@@ -36,6 +36,13 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 SAME_RATE = 0.99
 """Clips that have this share of a frame rate or more are trained frame by frame, as if they had it: 29.97 is 30."""
+
+
+class Prompt(NamedTuple):
+    """A text to encode, as a caption or as a negative prompt."""
+
+    text: str
+    negative: bool = False
 
 
 class ClipForm(NamedTuple):
@@ -79,6 +86,7 @@ def prepare(
     cache: Cache,
     device: torch.device,
     dtype: torch.dtype,
+    negative_prompt: str | None = None,
 ) -> Generator[Event, None, list[PreparedClip]]:
     """Fill the cache for a folder of clips; yields events and returns the usable clips.
 
@@ -91,6 +99,7 @@ def prepare(
         cache: stores the entries.
         device: the device of the models.
         dtype: dtype of the text encoder.
+        negative_prompt: of the validation, to encode too.
 
     Raises:
         UserError: if the cache cannot be written, no clip is usable, or a prompt of `prompts` cannot be encoded.
@@ -98,7 +107,12 @@ def prepare(
     check_writable(cache.root, folder)
     cache.remove_leftovers()
     clips = yield from scan(family, folder, form)
-    clips = yield from _prepare_prompts(family, clips, prompts, cache, device, dtype)
+    texts = {Prompt(text) for text in prompts} | ({Prompt(negative_prompt, True)} if negative_prompt else set())
+    reasons = yield from encode_prompts(
+        family, texts | {Prompt(clip.clip.caption) for clip in clips}, cache, device, dtype
+    )
+    require_prompts(texts, reasons)
+    clips = yield from _with_captions(family, clips, reasons, dtype)
     clips = yield from _prepare_latents(family, clips, cache, device)
     if crepa is not None:
         clips = yield from _prepare_features(family, crepa, clips, cache, device)
@@ -107,9 +121,11 @@ def prepare(
     return clips
 
 
-def prompt_key(family: Family, caption: str, dtype: torch.dtype) -> str:
-    """The cache key of a caption's tensors."""
+def prompt_key(family: Family, caption: str, dtype: torch.dtype, *, negative: bool = False) -> str:
+    """The cache key of a caption's tensors, or of a negative prompt's; without a text they are the same."""
+    difference = {"negative": True} if negative and caption else {}
     return cache_key(
+        **difference,
         kind="prompts",
         family=family.name,
         pipeline=family.pipeline_class,
@@ -216,48 +232,57 @@ def encoder_config(crepa: CrepaSettings) -> dict[str, Any]:
     return read_config(need.name, "config.json", need.revision)
 
 
-def _prepare_prompts(
-    family: Family,
-    clips: list[PreparedClip],
-    prompts: Iterable[str],
-    cache: Cache,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Generator[Event, None, list[PreparedClip]]:
-    prompts = set(prompts)
-    texts = sorted({clip.clip.caption for clip in clips} | prompts)
-    keys = {text: prompt_key(family, text, dtype) for text in texts}
-    missing = from_main(lambda: [text for text in texts if not cache.has("prompts", keys[text])])
-    reasons: dict[str, str] = {}
-    if missing:
-        reasons = yield from _encode_prompts(family, {text: keys[text] for text in missing}, cache, device, dtype)
-        release_memory()
-    for text in sorted(reasons.keys() & prompts):
-        where = f"the validation prompt {text!r}" if text else "the empty prompt"
-        raise UserError(f"{where} cannot be used: {reasons[text]}. Try another model.dtype")
-    for clip in clips:
-        if clip.clip.caption in reasons:
-            yield ClipSkipped(_clip_name(clip), f"its caption: {reasons[clip.clip.caption]}")
-    usable = [clip for clip in clips if clip.clip.caption not in reasons]
-    return [replace(clip, prompt_key=keys[clip.clip.caption]) for clip in usable]
+def encode_prompts(
+    family: Family, prompts: Collection[Prompt], cache: Cache, device: torch.device, dtype: torch.dtype
+) -> Generator[Event, None, dict[Prompt, str]]:
+    """Fill the cache for some texts, and return why some of them cannot be used; see `prepare`."""
+    keys = {one: prompt_key(family, one.text, dtype, negative=one.negative) for one in sorted(prompts)}
+    missing = from_main(lambda: [one for one in keys if not cache.has("prompts", keys[one])])
+    if not missing:
+        return {}
+    reasons = yield from _encode_missing(family, {one: keys[one] for one in missing}, cache, device, dtype)
+    release_memory()
+    return reasons
 
 
-def _encode_prompts(
-    family: Family, keys: dict[str, str], cache: Cache, device: torch.device, dtype: torch.dtype
-) -> Generator[Event, None, dict[str, str]]:
-    """Encode the texts, and return why some of them cannot be used."""
+def _encode_missing(
+    family: Family, keys: dict[Prompt, str], cache: Cache, device: torch.device, dtype: torch.dtype
+) -> Generator[Event, None, dict[Prompt, str]]:
     yield Progress("prompts", 0, len(_share(keys)), "loading the text encoder")
     pipeline = family.load_text_pipeline(dtype).to(device)
 
-    def encode(text: str) -> tuple[str, str] | None:
+    def encode(prompt: Prompt) -> tuple[Prompt, str] | None:
+        encode_text = family.encode_negative_prompt if prompt.negative else family.encode_prompt
         try:
-            _store(cache, "prompts", keys[text], family.encode_prompt(pipeline, text))
+            _store(cache, "prompts", keys[prompt], encode_text(pipeline, prompt.text))
         except ClipError as error:
-            return text, str(error)
+            return prompt, str(error)
         return None
 
-    failed = yield from _each("prompts", list(keys), encode, name=repr)
+    failed = yield from _each("prompts", list(keys), encode, name=lambda prompt: repr(prompt.text))
     return dict(one for one in failed if one is not None)
+
+
+def require_prompts(prompts: Collection[Prompt], reasons: Mapping[Prompt, str]) -> None:
+    """Raise a UserError that names the first of some prompts that cannot be used, with the reason."""
+    for prompt in sorted(reasons.keys() & set(prompts)):
+        kind = "negative" if prompt.negative else "validation"
+        where = f"the {kind} prompt {prompt.text!r}" if prompt.text else "the empty prompt"
+        raise UserError(f"{where} cannot be used: {reasons[prompt]}. Try another model.dtype")
+
+
+def _with_captions(
+    family: Family, clips: list[PreparedClip], reasons: Mapping[Prompt, str], dtype: torch.dtype
+) -> Generator[Event, None, list[PreparedClip]]:
+    """The clips with the keys of their captions; those whose caption cannot be used are skipped."""
+    usable = []
+    for clip in clips:
+        caption = clip.clip.caption
+        if reason := reasons.get(Prompt(caption)):
+            yield ClipSkipped(_clip_name(clip), f"its caption: {reason}")
+        else:
+            usable.append(replace(clip, prompt_key=prompt_key(family, caption, dtype)))
+    return usable
 
 
 def _prepare_latents(
@@ -266,7 +291,9 @@ def _prepare_latents(
     vae = _digests(family.vae_components, family)
 
     def key(clip: PreparedClip) -> str:
-        return cache_key(kind="latents", family=family.name, task=family.task, vae=vae, **_content(clip))
+        return cache_key(
+            kind="latents", family=family.name, task=family.task, vae=vae, **family.encoding, **_content(clip)
+        )
 
     clips = [replace(clip, latents_key=key(clip)) for clip in clips]
     missing = from_main(lambda: [clip for clip in clips if not cache.has("latents", clip.latents_key)])
@@ -285,7 +312,9 @@ def _encode_latents(
 
     def encode(clip: PreparedClip) -> PreparedClip:
         video = clip_pixels(clip).transpose(0, 1).float() / 127.5 - 1
-        tensors = family.encode_clip(pipeline, video) | {"fps": torch.tensor(clip.fps)}
+        # The same noise whenever this entry is computed, and another for every clip.
+        generator = torch.Generator().manual_seed(int(clip.latents_key[:15], 16)) if family.samples_posterior else None
+        tensors = family.encode_clip(pipeline, video, generator) | {"fps": torch.tensor(clip.fps)}
         _store(cache, "latents", clip.latents_key, tensors)
         return clip
 

@@ -24,6 +24,7 @@ from crepa_cli.models.family import Family
 from crepa_cli.profile import CrepaSettings, Profile, ResolvedProfile
 from crepa_cli.runs.checks import missing_optimizer, missing_trackers, open_family
 from crepa_cli.runs.folder import RunFolder
+from crepa_cli.runs.prompts import negative_prompt, sampled_texts
 from crepa_cli.runs.sources import needs
 from crepa_cli.runs.warnings import neighbor_warnings, setting_warnings
 
@@ -160,11 +161,12 @@ def _check_clips(plan: Plan, family: Family | None, profile: Profile, listener: 
 
 
 def _check_cache(plan: Plan, family: Family, profile: Profile, clips: list[PreparedClip]) -> None:
-    texts = {clip.clip.caption for clip in clips} | {*profile.validation.prompts, ""}
+    texts = {clip.clip.caption for clip in clips} | {*sampled_texts(profile.validation, family), ""}
+    prompts = len(texts) + bool(negative_prompt(profile.validation, family))
     stored = _teacher(profile.crepa) if profile.crepa.teacher_cache else None
     buckets = [clip.bucket for clip in clips]
     dtype = torch_dtype(profile.model.dtype)
-    parts = plan.attempt("cache", lambda: cache_bytes(family, buckets, len(texts), dtype, stored))
+    parts = plan.attempt("cache", lambda: cache_bytes(family, buckets, prompts, dtype, stored))
     if parts is None:
         return
     plan.cache_bytes = parts

@@ -24,6 +24,7 @@ from transformers import (
 from crepa_cli.alignment import TokenGrid
 from crepa_cli.models.base import BaseCheckpoint
 from crepa_cli.models.family import Family, Tensors, TransformerStep, add_noise
+from crepa_cli.models.vae import encoded_latents
 
 PROMPT_TOKENS = 512
 """Most tokens of a caption in the pipeline's call."""
@@ -96,6 +97,11 @@ class Kandinsky5Video(Family):
         "i2v": "kandinskylab/Kandinsky-5.0-I2V-Lite-5s-Diffusers",
     }
     text_components = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    vae_tiling = True
+    negative_prompt = (
+        "Static, 2D cartoon, cartoon, 2d animation, paintings, images, worst quality, low quality, ugly, "
+        "deformed, walking backwards"
+    )
     comfyui_names = {}
     settings = {
         "crepa": {"block_index": 8},
@@ -227,11 +233,13 @@ class Kandinsky5Video(Family):
             "pooled_embeds": torch.empty(self.config["in_text_dim2"], dtype=dtype),
         }
 
-    def encode_clip(self, pipeline: DiffusionPipeline, video: Tensor) -> Tensors:
+    def encode_clip(
+        self, pipeline: DiffusionPipeline, video: Tensor, generator: torch.Generator | None = None
+    ) -> Tensors:
         """`latents` `[C, T, h, w]`, and for image to video `first_frame` `[C, 1, h, w]`, encoded on its own."""
-        tensors = {"latents": _scaled_latents(pipeline.vae, video)}
+        tensors = {"latents": _scaled_latents(pipeline.vae, video, generator)}
         if self.task == "i2v":
-            tensors["first_frame"] = _scaled_latents(pipeline.vae, video[:, :1])
+            tensors["first_frame"] = _scaled_latents(pipeline.vae, video[:, :1], generator)
         return tensors
 
     def decode_latents(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
@@ -294,11 +302,10 @@ class Kandinsky5Video(Family):
         return _prompt_arguments("", prompt) | _prompt_arguments("negative_", negative_prompt)
 
 
-def _scaled_latents(vae: Any, video: Tensor) -> Tensor:
-    """The mode of the posterior of a video `[3, F, H, W]`, scaled: `[C, T, h, w]`, float32."""
-    posterior = vae.encode(video[None].to(vae.device, vae.dtype)).latent_dist
-    latents: Tensor = posterior.mode()[0].float() * vae.config.scaling_factor
-    return latents
+def _scaled_latents(vae: Any, video: Tensor, generator: torch.Generator | None) -> Tensor:
+    """The latents of a video `[3, F, H, W]`, scaled: `[C, T, h, w]`, float32."""
+    scaled: Tensor = encoded_latents(vae, video, generator) * vae.config.scaling_factor
+    return scaled
 
 
 def _prompt_arguments(prefix: str, prompt: Tensors) -> dict[str, Tensor]:

@@ -15,7 +15,8 @@ from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
 from torch import Tensor
 
 from crepa_cli.alignment import TokenGrid
-from crepa_cli.models.family import Family, Tensors, TransformerStep, add_noise, decoded_video, normalized_latents
+from crepa_cli.models.family import Family, Tensors, TransformerStep, add_noise
+from crepa_cli.models.vae import decoded_video, normalized_latents
 
 SHIFT = {"base_image_seq_len": 1024, "max_image_seq_len": 4096, "base_shift": 0.95, "max_shift": 2.05}
 """Logarithm of the shift, linear in the number of latents, that all versions are trained with (LTX-Video-Trainer)."""
@@ -34,6 +35,8 @@ class LtxVideo(Family):
     pipelines = {"t2v": "LTXPipeline", "i2v": "LTXImageToVideoPipeline"}
     # The newest of 2B that has diffusers' layout (LTX-Video-Trainer: model_loader.py); its license is OpenRAIL-M.
     checkpoints = dict.fromkeys(pipelines, "Lightricks/LTX-Video-0.9.5")
+    samples_posterior = True
+    negative_prompt = "worst quality, inconsistent motion, blurry, jittery, distorted"
     comfyui_names = {r"^proj_in$": "patchify_proj", r"^time_embed\b": "adaln_single"}
     # Of its authors' code (pipeline_ltx_video.py); the pipelines of diffusers cut at 128 up to version 0.9.1.
     caption_tokens = 256
@@ -101,9 +104,11 @@ class LtxVideo(Family):
         embeds = torch.empty(self.caption_tokens, self.config["caption_channels"], dtype=dtype)
         return {"prompt_embeds": embeds, "prompt_attention_mask": torch.empty(self.caption_tokens, dtype=torch.bool)}
 
-    def encode_clip(self, pipeline: DiffusionPipeline, video: Tensor) -> Tensors:
+    def encode_clip(
+        self, pipeline: DiffusionPipeline, video: Tensor, generator: torch.Generator | None = None
+    ) -> Tensors:
         """`latents` `[C, T, h, w]`, normalized; the first of them is that of the first frame alone."""
-        return {"latents": normalized_latents(pipeline.vae, video)}
+        return {"latents": normalized_latents(pipeline.vae, video, generator)}
 
     def decode_latents(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
         """The inverse of `encode_clip`, as far as the VAE is; a denoising decoder gets a noise level of 0."""
@@ -155,6 +160,11 @@ class LtxVideo(Family):
         positions = torch.cartesian_prod(frames, rows, columns).T.float()
         units = torch.stack([fps, torch.ones_like(fps), torch.ones_like(fps)], dim=1)
         return positions / units[:, :, None]
+
+    @property
+    def fewest_sampling_steps(self) -> int:
+        """Two if the scheduler stretches the noise levels between the first and the last one."""
+        return 2 if self.base.read_config("scheduler/scheduler_config.json").get("shift_terminal") else 1
 
     def sampling_arguments(self, prompt: Tensors, negative_prompt: Tensors) -> dict[str, Any]:
         """Both prompts, and what a decoder that denoises takes (LTX-Video: configs/ltxv-2b-0.9.5.yaml)."""

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from crepa_cli.errors import UserError
 from crepa_cli.models.base import BaseCheckpoint
-from crepa_cli.models.family import Family, Tensors, TransformerStep, add_noise, decoded_video, normalized_latents
+from crepa_cli.models.family import Family, Tensors, TransformerStep, add_noise
+from crepa_cli.models.vae import decoded_video, normalized_latents
 
 PROMPT_TOKENS = 512
 """Length of the text sequence in the pipeline's call; the transformer's image attention relies on it."""
@@ -73,6 +74,12 @@ class Wan(Family):
             "train": {"timestep_shift": 5.0},
         },
     }
+    negative_prompt = (
+        "Bright tones, overexposed, static, blurred details, subtitles, style, works, paintings, images, static, "
+        "overall gray, worst quality, low quality, JPEG compression residue, ugly, incomplete, extra fingers, "
+        "poorly drawn hands, poorly drawn faces, deformed, disfigured, misshapen limbs, fused fingers, still "
+        "picture, messy background, three legs, many people in the background, walking backwards"
+    )
     comfyui_names = {
         r"\battn1\b": "self_attn",
         r"\battn2\b": "cross_attn",
@@ -167,13 +174,15 @@ class Wan(Family):
         """`prompt_embeds` `[512, D]`."""
         return {"prompt_embeds": torch.empty(PROMPT_TOKENS, self.config["text_dim"], dtype=dtype)}
 
-    def encode_clip(self, pipeline: DiffusionPipeline, video: Tensor) -> Tensors:
+    def encode_clip(
+        self, pipeline: DiffusionPipeline, video: Tensor, generator: torch.Generator | None = None
+    ) -> Tensors:
         """`latents` `[C, T, h, w]`, normalized.
 
         For image to video also `condition` `[4 + C, T, h, w]`, the mask and the latents of the first frame followed by
         gray, and with an image encoder `image_embeds` `[N, D]` of the first frame.
         """
-        tensors = {"latents": normalized_latents(pipeline.vae, video)}
+        tensors = {"latents": normalized_latents(pipeline.vae, video, generator)}
         if self.task == "i2v" and not self.per_token_timesteps:
             tensors["condition"] = _first_frame_condition(pipeline, video, tensors["latents"])
         if self.image_components:

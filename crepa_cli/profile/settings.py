@@ -48,6 +48,15 @@ class ModelSettings(Table):
         default="bfloat16",
         description="Data type of the frozen weights and of the computation. float32 takes twice the memory.",
     )
+    vae_dtype: Literal["bfloat16", "float32"] = Field(
+        default="float32",
+        description="Data type of the VAE and of the image encoder. bfloat16 takes half the memory and is less exact.",
+    )
+    vae_tiling: bool | None = Field(
+        default=None,
+        description="Let the VAE work on overlapping tiles of the frames: far less memory for large videos, a little "
+        "slower, and slightly different. none: as the model's own code does.",
+    )
 
 
 class AdapterSettings(Table):
@@ -195,11 +204,26 @@ class TrainSettings(Table):
 class ValidationSettings(Table):
     """Validation videos sampled during training."""
 
-    every: int = Field(default=500, ge=0, description="Optimizer steps between validations; 0 turns validation off.")
-    prompts: Texts = Field(default=(), description="Prompts to sample videos from, one video per prompt.")
+    every: int = Field(
+        default=500,
+        ge=0,
+        description="Optimizer steps between validations, the first of which comes before training; 0 turns them off.",
+    )
+    prompts: Texts = Field(
+        default=(),
+        description="Prompts to sample videos from, one video per prompt. Without any, two captions of the clips are "
+        "taken, and for image to video the first frames of these clips.",
+    )
+    negative_prompt: str | None = Field(
+        default=None,
+        description='What the videos should not look like. none: as published with the model; "" for nothing.',
+    )
     images: Texts = Field(
         default=(),
         description="Image files used as first frames for image to video, one per prompt, in the same order.",
+    )
+    motion_score: int | None = Field(
+        default=None, ge=0, description="Amount of motion that the prompts ask SANA-Video for, such as 30. none: none."
     )
     steps: int = Field(default=30, ge=1, description="Denoising steps per video.")
     guidance_scale: float = resolved_later(
