@@ -7,7 +7,7 @@ in memory together. A stage whose entries are all cached loads no model. The pro
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Generator, Iterable, Mapping
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,6 +64,7 @@ class PreparedClip:
     """
 
     clip: Clip
+    info: VideoInfo
     bucket: Bucket
     digest: str
     fps: float
@@ -156,7 +157,20 @@ def scan(family: Family, folder: Path, form: ClipForm) -> Generator[Event, None,
                 f"{_clip_name(clip)} is slower than data.fps = {form.fps:g}: {clip.repeated} of its "
                 f"{clip.bucket.frames} frames repeat the one before"
             )
+    yield from _unused(clips, form)
     return clips
+
+
+def _unused(clips: Sequence[PreparedClip], form: ClipForm) -> Iterator[Notice]:
+    """Say what part of long clips is trained on."""
+    long = [clip for clip in clips if frames_available(clip.info, clip.fps) > form.frames]
+    if long:
+        share = sum(clip.bucket.frames / clip.fps for clip in clips) / sum(clip.info.duration for clip in clips)
+        yield Notice(
+            f"{len(long)} of {counted(len(clips), 'clip')} longer than data.frames = {form.frames}: only the first "
+            f"{form.frames / form.fps:.1f} s of each are trained on, {share:.0%} of all seconds; cut long clips into "
+            "several to use the rest"
+        )
 
 
 def _placed(clip: Clip, family: Family, form: ClipForm) -> PreparedClip:
@@ -177,7 +191,8 @@ def _placed(clip: Clip, family: Family, form: ClipForm) -> PreparedClip:
             f"needs at least {min(form.frames, family.frame_multiple + 1)}"
         )
     size = nearest_bucket(info.width, info.height, bucket_sizes(form.width, form.height, family.size_multiple))
-    return PreparedClip(clip, Bucket(frames, size.height, size.width), file_digest(clip.path), fps, repeated)
+    bucket = Bucket(frames, size.height, size.width)
+    return PreparedClip(clip, info, bucket, file_digest(clip.path), fps, repeated)
 
 
 def _repeated(info: VideoInfo, frames: int, fps: float) -> int:

@@ -103,7 +103,10 @@ class Wan(Family):
             self.image_components = ("image_encoder", "image_processor")
         takes_image = self.config["in_channels"] != (self.config.get("out_channels") or self.config["in_channels"])
         if not self.per_token_timesteps and takes_image != (task == "i2v"):
-            raise UserError(f"{checkpoint} generates from {'an image' if takes_image else 'text alone'}, not {task!r}")
+            raise UserError(
+                f"{checkpoint} generates from {'an image' if takes_image else 'text alone'}, not {task!r}; "
+                f"--checkpoint {self.checkpoints[task]} does, and so does leaving --checkpoint out"
+            )
 
     @classmethod
     def published_like(cls, base: BaseCheckpoint, task: str) -> str | None:
