@@ -7,15 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import av
 import pytest
 import torch
 from conftest import OpenTiny
 
 from crepa_cli.data.cache import Cache
-from crepa_cli.data.prepare import ClipForm, PreparedClip, prepare
+from crepa_cli.data.prepare import ClipForm, PreparedClip, prepare, scan
+from crepa_cli.data.video import DECODING_VERSION
 from crepa_cli.demo.clips import write_demo_clips
 from crepa_cli.errors import UserError
-from crepa_cli.events import ClipSkipped, Event, drained
+from crepa_cli.events import ClipSkipped, Event, Notice, drained
 from crepa_cli.models.family import Family
 from crepa_cli.profile import CrepaSettings
 from crepa_cli.teachers.dinov2 import Dinov2Teacher
@@ -131,3 +133,36 @@ def test_an_entry_of_an_old_cache_that_is_not_finite_is_made_again(
     prepared(Cache(cache.root, on_damage=lambda *damage: damaged.append(damage)))
     assert damaged == [(path, f"{name}: not finite")]
     assert torch.equal(cache.read(kind, path.stem)[name], good[name])
+
+
+def test_what_changes_in_clips_and_what_is_left_out_is_named_once(family: Family, tmp_path: Path) -> None:
+    for name, width, transfer in (("wide.mp4", 256, 1), ("fits.mp4", 96, 1), ("phone.mp4", 96, 18)):
+        with av.open(str(tmp_path / name), "w") as container:
+            stream = container.add_stream("libx264", rate=16)
+            assert isinstance(stream, av.VideoStream)
+            stream.width, stream.height, stream.color_trc = width, 64, transfer
+            for _ in range(5):
+                container.mux(stream.encode(av.VideoFrame(width, 64, "yuv420p")))
+            container.mux(stream.encode())
+        tmp_path.joinpath(name).with_suffix(".txt").write_text("a clip")
+    tmp_path.joinpath("photo.heic").touch()
+    events: list[Event] = []
+    clips = drained(scan(family, tmp_path, ClipForm(96, 64, 5, 16)), events.append)
+    wide = next(clip for clip in clips if clip.clip.path.name == "wide.mp4")
+    across, down = wide.bucket.width / 256, wide.bucket.height / 64
+    assert wide.fit == pytest.approx((down, 1 - across / down))
+    assert [event.message for event in events if isinstance(event, Notice)] == [
+        "1 file left out, of no kind of video: photo.heic",
+        "1 clip in HDR, tone-mapped to BT.709: phone.mp4 (HLG)",
+        f"1 clip cropped by more than a tenth: wide.mp4 loses {wide.fit.cropped:.0%} (256x64 scaled by {down:.2f} for "
+        f"{wide.bucket.width}x{wide.bucket.height})",
+    ]
+
+
+def test_pixels_of_another_decoding_have_other_entries(prepared: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, _ = prepared()
+    monkeypatch.setattr("crepa_cli.data.prepare.DECODING_VERSION", DECODING_VERSION + 1)
+    after, _ = prepared()
+    for one, other in zip(before, after, strict=True):
+        assert one.prompt_key == other.prompt_key
+        assert not {one.latents_key, one.features_key} & {other.latents_key, other.features_key}

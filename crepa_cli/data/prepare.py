@@ -6,7 +6,7 @@ in memory together. A stage whose entries are all cached loads no model. The pro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Iterable, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
@@ -17,12 +17,12 @@ from accelerate import PartialState
 from torch import Tensor
 
 from crepa_cli.alignment.grid import matching_frames
-from crepa_cli.data.buckets import Bucket, bucket_sizes, nearest_bucket, valid_frames
+from crepa_cli.data.buckets import Bucket, Fit, Size, bucket_sizes, fit, nearest_bucket, valid_frames
 from crepa_cli.data.cache import Cache, cache_key, check_writable, not_finite
 from crepa_cli.data.clips import Clip, ClipError, file_digest, find_clips
-from crepa_cli.data.video import decode, frames_available, probe
-from crepa_cli.errors import UserError, counted
-from crepa_cli.events import ClipSkipped, Event, Progress
+from crepa_cli.data.video import DECODING_VERSION, VideoInfo, decode, frames_available, probe
+from crepa_cli.errors import UserError, counted, listed
+from crepa_cli.events import ClipSkipped, Event, Notice, Progress
 from crepa_cli.heap import release_memory
 from crepa_cli.models.family import Family, Tensors
 from crepa_cli.models.hub import fetch, fingerprint, read_config
@@ -30,6 +30,7 @@ from crepa_cli.processes import from_all, from_main
 from crepa_cli.profile import CrepaSettings, DataSettings
 from crepa_cli.teachers.dinov2 import ENCODERS, Dinov2Teacher, input_size
 
+LARGE_CROP = 0.1
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -53,11 +54,17 @@ class PreparedClip:
     """A clip and the keys of its cache entries; `features_key` is None if no encoder is the teacher."""
 
     clip: Clip
+    info: VideoInfo
     bucket: Bucket
     digest: str
     prompt_key: str = ""
     latents_key: str = ""
     features_key: str | None = None
+
+    @property
+    def fit(self) -> Fit:
+        """How much the clip is enlarged and cropped for its bucket."""
+        return fit(self.info.width, self.info.height, Size(self.bucket.width, self.bucket.height))
 
 
 def prepare(
@@ -110,7 +117,7 @@ def prompt_key(family: Family, caption: str, dtype: torch.dtype) -> str:
 
 
 def scan(family: Family, folder: Path, form: ClipForm) -> Generator[Event, None, list[PreparedClip]]:
-    """Find the clips of a folder and the bucket of each; yields progress and skipped clips.
+    """Find the clips of a folder and the bucket of each; yields progress, skipped clips, and what changes in clips.
 
     Raises:
         UserError: if the folder does not exist or has no usable clips.
@@ -118,9 +125,12 @@ def scan(family: Family, folder: Path, form: ClipForm) -> Generator[Event, None,
     found = find_clips(folder)
     for skipped in found.skipped:
         yield ClipSkipped(skipped.name, skipped.reason)
+    if found.left_out:
+        yield Notice(f"{counted(len(found.left_out), 'file')} left out, of no kind of video: {listed(found.left_out)}")
 
     def place(clip: Clip) -> PreparedClip:
-        return PreparedClip(clip, bucket_of(clip, family, form), file_digest(clip.path))
+        info = probe(clip.path)
+        return PreparedClip(clip, info, bucket_of(info, family, form), file_digest(clip.path))
 
     clips = yield from _each("scanning", found.clips, place, name=lambda clip: clip.path.name)
     if not clips:
@@ -128,16 +138,36 @@ def scan(family: Family, folder: Path, form: ClipForm) -> Generator[Event, None,
             f"no usable clips in {folder}: {len(found.clips) + len(found.skipped)} found, all skipped for the reasons "
             "given above"
         )
+    yield from _changes(clips)
     return clips
 
 
-def bucket_of(clip: Clip, family: Family, form: ClipForm) -> Bucket:
+def _changes(clips: Sequence[PreparedClip]) -> Iterator[Notice]:
+    """Name the clips that are trained on in another look than their own."""
+    changed = {
+        "in HDR, tone-mapped to BT.709": [f"{_clip_name(clip)} ({clip.info.hdr})" for clip in clips if clip.info.hdr],
+        "interlaced, deinterlaced": [_clip_name(clip) for clip in clips if clip.info.interlaced],
+        "cropped by more than a tenth": [_crop(clip) for clip in clips if clip.fit.cropped > LARGE_CROP],
+    }
+    for how, names in changed.items():
+        if names:
+            yield Notice(f"{counted(len(names), 'clip')} {how}: {listed(names)}")
+
+
+def _crop(clip: PreparedClip) -> str:
+    info, bucket = clip.info, clip.bucket
+    return (
+        f"{_clip_name(clip)} loses {clip.fit.cropped:.0%} ({info.width}x{info.height} scaled "
+        f"by {clip.fit.enlargement:.2f} for {bucket.width}x{bucket.height})"
+    )
+
+
+def bucket_of(info: VideoInfo, family: Family, form: ClipForm) -> Bucket:
     """The size and frame count at which a clip is trained.
 
     Raises:
-        ClipError: if it cannot be read or is too short.
+        ClipError: if it is too short.
     """
-    info = probe(clip.path)
     available = frames_available(info, form.fps)
     frames = valid_frames(available, form.frames, family.frame_multiple)
     if frames is None:
@@ -343,6 +373,7 @@ def _content(clip: PreparedClip, fps: float) -> dict[str, object]:
     """The part of a cache key that determines a clip's pixels."""
     bucket = clip.bucket
     return {
+        "decoding": DECODING_VERSION,
         "digest": clip.digest,
         "fps": fps,
         "frames": bucket.frames,

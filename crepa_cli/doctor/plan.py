@@ -17,7 +17,7 @@ from crepa_cli.doctor.findings import BucketCount, Plan
 from crepa_cli.doctor.fit import Target, check_memory
 from crepa_cli.doctor.hub import check_hub, check_repository
 from crepa_cli.errors import counted
-from crepa_cli.events import ClipSkipped, Event, drained
+from crepa_cli.events import ClipSkipped, Event, Notice, drained
 from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
 from crepa_cli.profile import CrepaSettings, Profile, ResolvedProfile
@@ -147,6 +147,8 @@ def _check_clips(plan: Plan, family: Family | None, profile: Profile, listener: 
         if isinstance(event, ClipSkipped):
             plan.skipped[event.name] = event.reason
             plan.add("clip", "warning", f"skipped {event.name}: {event.reason}")
+        elif isinstance(event, Notice):
+            plan.add("clips", "warning", event.message)
 
     clips = plan.attempt("clips", lambda: drained(scan(family, folder, ClipForm.of(profile.data)), listen))
     if clips:
