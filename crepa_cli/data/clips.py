@@ -82,13 +82,7 @@ def find_clips(folder: Path) -> ClipScan:
     root = _existing(folder)
     videos, metadata, left_out, skipped = _walk(root)
     if not videos:
-        suffixes = ", ".join(suffix[1:] for suffix in VIDEO_SUFFIXES)
-        others = f", but {counted(len(left_out), 'other file')}: {listed(_names(left_out, root))}" if left_out else ""
-        raise UserError(
-            f"No clips in {_printable(str(folder))}: it and its subfolders contain no file that ends in "
-            f"{suffixes}{others}. Each clip needs a caption: clip.txt next to clip.mp4, or metadata.jsonl with "
-            "file_name and text."
-        )
+        raise _no_clips(folder, _names(left_out, root))
     captions = _metadata_captions(root, metadata, videos, skipped)
     clips = []
     for video in videos:
@@ -97,6 +91,18 @@ def find_clips(folder: Path) -> ClipScan:
         except (ClipError, OSError) as error:
             skipped.append(SkippedClip(_name(video, root), str(error)))
     return ClipScan(sorted(clips), sorted(skipped), _names(left_out, root))
+
+
+def check_clips(folder: Path) -> None:
+    """Check that `find_clips` would find a video file, without reading captions.
+
+    Raises:
+        UserError: if the folder does not exist or contains no video file.
+    """
+    root = _existing(folder)
+    videos, _, left_out, _ = _walk(root)
+    if not videos:
+        raise _no_clips(folder, _names(left_out, root))
 
 
 def file_digest(path: Path) -> str:
@@ -110,6 +116,15 @@ def file_digest(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise ClipError(f"cannot be read: {error.strerror}") from error
+
+
+def _no_clips(folder: Path, left_out: list[str]) -> UserError:
+    suffixes = ", ".join(suffix[1:] for suffix in VIDEO_SUFFIXES)
+    others = f", but {counted(len(left_out), 'other file')}: {listed(left_out)}" if left_out else ""
+    return UserError(
+        f"No clips in {_printable(str(folder))}: it and its subfolders hold no file that ends in {suffixes}{others}. "
+        "Each clip needs a caption: clip.txt next to clip.mp4, or metadata.jsonl with file_name and text."
+    )
 
 
 def _existing(folder: Path) -> Path:
