@@ -27,6 +27,7 @@ from crepa_cli.data.clips import clips_folder
 from crepa_cli.data.dataset import ClipDataset
 from crepa_cli.data.online import OnlineTeacher
 from crepa_cli.data.prepare import ClipForm, PreparedClip, encoder_config, prepare, prompt_key
+from crepa_cli.data.video import DECODING_VERSION
 from crepa_cli.errors import RunError, UserError, counted
 from crepa_cli.events import Event, Notice, Progress, RunOpened, TrainingEnded, TrainingStarted
 from crepa_cli.models.dtypes import torch_dtype
@@ -225,7 +226,15 @@ def _newest_checkpoint(run: RunFolder, steps: int) -> Generator[Event, None, Pat
         yield Notice(message)
     if path is None:
         yield Notice(f"{run.path} has no complete checkpoint: it starts from step 0")
-    elif (done := read_progress(path).get("step", 0)) >= steps:
+        return None
+    progress = read_progress(path)
+    # Checkpoints of the first version have no number.
+    if progress.get("decoding", 1) != DECODING_VERSION:
+        yield Notice(
+            f"{run.path} was trained on clips as an earlier version read them, and goes on with pixels that differ: by "
+            "1 or 2 levels, more in HDR and interlaced clips. Train anew if that matters"
+        )
+    if (done := progress.get("step", 0)) >= steps:
         yield Notice(
             f"{run.path} is finished: it has trained {counted(done, 'step')}, and train.steps is {steps:,}. Its "
             f"weights are only written again; to train further, give --steps a number above {done:,}"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from crepa_cli.data.dataset import Batch
 from crepa_cli.data.online import OnlineTeacher
+from crepa_cli.data.video import DECODING_VERSION
 from crepa_cli.errors import RunError
 from crepa_cli.events import (
     AlignmentDropped,
@@ -249,7 +250,8 @@ class Trainer:
         return bool(self.accelerator.reduce(asked, "sum").item())
 
     def _save(self) -> CheckpointSaved:
-        event = self.checkpointer.save(self.learner, {"step": self.done, "skipped": self.skipped.state_dict()})
+        progress = {"step": self.done, "skipped": self.skipped.state_dict(), "decoding": DECODING_VERSION}
+        event = self.checkpointer.save(self.learner, progress)
         self.saved = self.done
         return event
 
