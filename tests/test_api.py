@@ -106,7 +106,7 @@ def test_resumed_at_the_step_where_alignment_ends(tmp_path: Path) -> None:
     events: list[Event] = []
     resumed = api.train(profile, output=cut, resume=True, listeners=[events.append])
     assert next(event.step for event in events if isinstance(event, TrainingStarted)) == 2
-    assert not any("pixels that differ" in event.message for event in events if isinstance(event, Notice))
+    assert not any("read in another way" in event.message for event in events if isinstance(event, Notice))
     _assert_same(resumed.weights / LORA, whole.weights / LORA)
     assert read_metrics(resumed.metrics)[2:] != []
     for name in ("model", "optimizer"):
@@ -127,7 +127,7 @@ def test_a_resumed_run_takes_a_new_learning_rate_and_weight_decay_and_names_anot
     with monkeypatch.context() as patch:
         patch.setattr(api, "DECODING_VERSION", DECODING_VERSION + 1)
         api.train(slower, output=run.path, resume=True, listeners=[events.append])
-    assert any("goes on with pixels that differ" in event.message for event in events if isinstance(event, Notice))
+    assert any("read in another way" in event.message for event in events if isinstance(event, Notice))
     rates = [line["learning_rate"] for line in read_metrics(run.metrics)]
     fresh = api.train(slower, output=tmp_path / "fresh")
     assert rates[:2] == [2 * line["learning_rate"] for line in read_metrics(fresh.metrics)[:2]]

@@ -6,33 +6,31 @@ in memory together. A stage whose entries are all cached loads no model. The pro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
 from crepa_cli.alignment.grid import matching_frames
 from crepa_cli.data.buckets import Bucket, Fit, Size, bucket_sizes, fit, nearest_bucket, valid_frames
 from crepa_cli.data.cache import Cache, cache_key, check_writable, not_finite
 from crepa_cli.data.clips import Clip, ClipError, file_digest, find_clips
+from crepa_cli.data.share import each, share
 from crepa_cli.data.video import DECODING_VERSION, VideoInfo, decode, frames_available, probe
 from crepa_cli.errors import UserError, counted, listed
 from crepa_cli.events import ClipSkipped, Event, Notice, Progress
 from crepa_cli.heap import release_memory
+from crepa_cli.hub.download import Need, fetch
+from crepa_cli.hub.read import fingerprint, read_config
 from crepa_cli.models.family import Family, Tensors
-from crepa_cli.models.hub import fetch, fingerprint, read_config
-from crepa_cli.processes import from_all, from_main
+from crepa_cli.processes import from_main
 from crepa_cli.profile import CrepaSettings, DataSettings
 from crepa_cli.teachers.dinov2 import ENCODERS, Dinov2Teacher, input_size
 
 LARGE_CROP = 0.1
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 class ClipForm(NamedTuple):
@@ -132,7 +130,7 @@ def scan(family: Family, folder: Path, form: ClipForm) -> Generator[Event, None,
         info = probe(clip.path)
         return PreparedClip(clip, info, bucket_of(info, family, form), file_digest(clip.path))
 
-    clips = yield from _each("scanning", found.clips, place, name=lambda clip: clip.path.name)
+    clips = yield from each("scanning", found.clips, place, name=lambda clip: clip.path.name)
     if not clips:
         raise UserError(
             f"no usable clips in {folder}: {len(found.clips) + len(found.skipped)} found, all skipped for the reasons "
@@ -191,14 +189,20 @@ def load_teacher(crepa: CrepaSettings, device: torch.device) -> Dinov2Teacher:
     return Dinov2Teacher.load(encoder_folder(crepa), device)
 
 
+def encoder_need(crepa: CrepaSettings) -> Need:
+    """The repository or folder of the encoder."""
+    return Need(ENCODERS.get(crepa.encoder, crepa.encoder), crepa.encoder_revision, ("",))
+
+
 def encoder_folder(crepa: CrepaSettings) -> Path:
     """The local folder of the encoder, downloaded if necessary."""
-    return fetch(ENCODERS.get(crepa.encoder, crepa.encoder))
+    return fetch(encoder_need(crepa))
 
 
 def encoder_config(crepa: CrepaSettings) -> dict[str, Any]:
     """The encoder's configuration, with its patch size and the width of its features."""
-    return read_config(ENCODERS.get(crepa.encoder, crepa.encoder), "config.json")
+    need = encoder_need(crepa)
+    return read_config(need.name, "config.json", need.revision)
 
 
 def _prepare_prompts(
@@ -231,7 +235,7 @@ def _encode_prompts(
     family: Family, keys: dict[str, str], cache: Cache, device: torch.device, dtype: torch.dtype
 ) -> Generator[Event, None, dict[str, str]]:
     """Encode the texts, and return why some of them cannot be used."""
-    yield Progress("prompts", 0, len(_share(keys)), "loading the text encoder")
+    yield Progress("prompts", 0, len(share(keys)), "loading the text encoder")
     pipeline = family.load_text_pipeline(dtype).to(device)
 
     def encode(text: str) -> tuple[str, str] | None:
@@ -241,7 +245,7 @@ def _encode_prompts(
             return text, str(error)
         return None
 
-    failed = yield from _each("prompts", list(keys), encode, name=repr)
+    failed = yield from each("prompts", list(keys), encode, name=repr)
     return dict(one for one in failed if one is not None)
 
 
@@ -265,7 +269,7 @@ def _prepare_latents(
 def _encode_latents(
     family: Family, clips: list[PreparedClip], fps: float, cache: Cache, device: torch.device
 ) -> Generator[Event, None, list[PreparedClip]]:
-    yield Progress("latents", 0, len(_share(clips)), "loading the VAE")
+    yield Progress("latents", 0, len(share(clips)), "loading the VAE")
     pipeline = family.load_vae_pipeline().to(device)
 
     def encode(clip: PreparedClip) -> PreparedClip:
@@ -274,7 +278,7 @@ def _encode_latents(
         _store(cache, "latents", clip.latents_key, tensors)
         return clip
 
-    return (yield from _each("latents", clips, encode, name=_clip_name))
+    return (yield from each("latents", clips, encode, name=_clip_name))
 
 
 def _prepare_features(
@@ -308,7 +312,7 @@ def _encode_features(
     cache: Cache,
     device: torch.device,
 ) -> Generator[Event, None, list[PreparedClip]]:
-    yield Progress("features", 0, len(_share(clips)), "loading the teacher")
+    yield Progress("features", 0, len(share(clips)), "loading the teacher")
     teacher = load_teacher(crepa, device)
 
     def encode(clip: PreparedClip) -> PreparedClip:
@@ -317,45 +321,7 @@ def _encode_features(
         _store(cache, "features", str(clip.features_key), {"features": features})
         return clip
 
-    return (yield from _each("features", clips, encode, name=_clip_name))
-
-
-def _each(
-    stage: str, items: Sequence[Item], work: Callable[[Item], Result], *, name: Callable[[Item], str]
-) -> Generator[Event, None, list[Result]]:
-    """Process each item, yield progress and return the results; items with unreadable clips are skipped.
-
-    The processes of a run split the items, and each process returns all results. A UserError in one is raised in all.
-    """
-    mine = _share(items)
-    outcomes: list[tuple[int, Result | ClipError | UserError]] = []
-    for done, index in enumerate(mine):
-        yield Progress(stage, done, len(mine), name(items[index]))
-        try:
-            with torch.no_grad():
-                outcomes.append((index, work(items[index])))
-        except ClipError as error:
-            outcomes.append((index, error))
-        except UserError as error:
-            outcomes.append((index, error))
-            break
-    else:
-        yield Progress(stage, len(mine), len(mine))
-    results = []
-    for index, outcome in sorted(from_all(outcomes), key=itemgetter(0)):
-        if isinstance(outcome, UserError):
-            raise outcome
-        if isinstance(outcome, ClipError):
-            yield ClipSkipped(name(items[index]), str(outcome))
-        else:
-            results.append(outcome)
-    return results
-
-
-def _share(items: Collection[object]) -> range:
-    """The indices of the items that this process works on."""
-    state = PartialState()
-    return range(len(items))[state.process_index :: state.num_processes]
+    return (yield from each("features", clips, encode, name=_clip_name))
 
 
 def _clip_name(clip: PreparedClip) -> str:
@@ -383,7 +349,8 @@ def _content(clip: PreparedClip, fps: float) -> dict[str, object]:
 
 
 def _digests(components: Iterable[str], family: Family) -> list[str]:
-    folder = family.base.fetch()
+    components = list(components)
+    folder = family.base.fetch(*components)
     return [fingerprint(folder / name) for name in components]
 
 
