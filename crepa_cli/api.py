@@ -25,13 +25,8 @@ from crepa_cli.data.cache import Cache, cache_folder
 from crepa_cli.data.clips import clips_folder
 from crepa_cli.data.dataset import ClipDataset
 from crepa_cli.data.online import OnlineTeacher
-from crepa_cli.data.prepare import (
-    ClipForm,
-    PreparedClip,
-    encoder_config,
-    prepare,
-    prompt_key,
-)
+from crepa_cli.data.prepare import ClipForm, PreparedClip, encoder_config, prepare, prompt_key
+from crepa_cli.data.video import DECODING_VERSION
 from crepa_cli.errors import RunError, UserError, counted
 from crepa_cli.events import Event, Notice, Progress, RunOpened, TrainingEnded, TrainingStarted
 from crepa_cli.hub.download import download as download_needs
@@ -271,13 +266,16 @@ def _newest_checkpoint(run: RunFolder, steps: int) -> Generator[Event, None, Pat
     path, messages = from_main(lambda: newest_checkpoint(run.checkpoints))
     for message in messages:
         yield Notice(message)
+    progress = read_progress(path) if path else {}
     if path is None:
         yield Notice(f"{run.path} has no complete checkpoint: it starts from step 0")
-    elif (done := read_progress(path).get("step", 0)) >= steps:
+    elif (done := progress.get("step", 0)) >= steps:
         yield Notice(
             f"{run.path} is finished: it has trained {counted(done, 'step')}, and train.steps is {steps:,}. Its "
             f"weights are only written again; to train further, give --steps a number above {done:,}"
         )
+    elif progress.get("decoding", 1) != DECODING_VERSION:  # the first version wrote none
+        yield Notice(f"{run.path} goes on with clips that are read in another way: colors differ by 1 or 2 levels")
     return path
 
 

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from crepa_cli.alignment.grid import matching_frames
-from crepa_cli.data.buckets import Bucket, bucket_sizes, nearest_bucket, valid_frames
+from crepa_cli.data.buckets import Bucket, Fit, Size, bucket_sizes, fit, nearest_bucket, valid_frames
 from crepa_cli.data.cache import Cache, cache_key, check_writable
 from crepa_cli.data.clips import Clip, ClipError, file_digest, find_clips
 from crepa_cli.data.stages import each, share, store
-from crepa_cli.data.video import VideoInfo, decode, frames_available, probe
-from crepa_cli.errors import UserError, counted
+from crepa_cli.data.video import DECODING_VERSION, VideoInfo, decode, frames_available, probe
+from crepa_cli.errors import UserError, counted, listed
 from crepa_cli.events import ClipSkipped, Event, Notice, Progress
 from crepa_cli.heap import release_memory
 from crepa_cli.hub.download import Need, fetch
@@ -33,6 +33,7 @@ from crepa_cli.teachers.dinov2 import ENCODERS, Dinov2Teacher, input_size
 
 SAME_RATE = 0.99
 """Clips that have this share of a frame rate or more are trained frame by frame, as if they had it: 29.97 is 30."""
+LARGE_CROP = 0.1
 
 
 class Prompt(NamedTuple):
@@ -72,6 +73,11 @@ class PreparedClip:
     prompt_key: str = ""
     latents_key: str = ""
     features_key: str | None = None
+
+    @property
+    def fit(self) -> Fit:
+        """How much the clip is enlarged and cropped for its bucket."""
+        return fit(self.info.width, self.info.height, Size(self.bucket.width, self.bucket.height))
 
 
 def prepare(
@@ -134,7 +140,7 @@ def prompt_key(family: Family, caption: str, dtype: torch.dtype, *, negative: bo
 
 
 def scan(family: Family, folder: Path, form: ClipForm) -> Generator[Event, None, list[PreparedClip]]:
-    """Find the clips of a folder and the bucket of each; yields progress and skipped clips.
+    """Find the clips of a folder and the bucket of each; yields progress, skipped clips, and what changes in clips.
 
     Raises:
         UserError: if the folder does not exist or has no usable clips.
@@ -142,7 +148,8 @@ def scan(family: Family, folder: Path, form: ClipForm) -> Generator[Event, None,
     found = find_clips(folder)
     for skipped in found.skipped:
         yield ClipSkipped(skipped.name, skipped.reason)
-
+    if found.left_out:
+        yield Notice(f"{counted(len(found.left_out), 'file')} left out, of no kind of video: {listed(found.left_out)}")
     clips = yield from each(
         "scanning", found.clips, lambda clip: _placed(clip, family, form), name=lambda clip: clip.path.name
     )
@@ -158,6 +165,7 @@ def scan(family: Family, folder: Path, form: ClipForm) -> Generator[Event, None,
                 f"{clip.bucket.frames} frames repeat the one before"
             )
     yield from _unused(clips, form)
+    yield from _changes(clips)
     return clips
 
 
@@ -171,6 +179,26 @@ def _unused(clips: Sequence[PreparedClip], form: ClipForm) -> Iterator[Notice]:
             f"{form.frames / form.fps:.1f} s of each are trained on, {share:.0%} of all seconds; cut long clips into "
             "several to use the rest"
         )
+
+
+def _changes(clips: Sequence[PreparedClip]) -> Iterator[Notice]:
+    """Name the clips that are trained on in another look than their own."""
+    changed = {
+        "in HDR, tone-mapped to BT.709": [f"{_clip_name(clip)} ({clip.info.hdr})" for clip in clips if clip.info.hdr],
+        "interlaced, deinterlaced": [_clip_name(clip) for clip in clips if clip.info.interlaced],
+        "cropped by more than a tenth": [_crop(clip) for clip in clips if clip.fit.cropped > LARGE_CROP],
+    }
+    for how, names in changed.items():
+        if names:
+            yield Notice(f"{counted(len(names), 'clip')} {how}: {listed(names)}")
+
+
+def _crop(clip: PreparedClip) -> str:
+    info, bucket = clip.info, clip.bucket
+    return (
+        f"{_clip_name(clip)} loses {clip.fit.cropped:.0%} ({info.width}x{info.height} scaled "
+        f"by {clip.fit.enlargement:.2f} for {bucket.width}x{bucket.height})"
+    )
 
 
 def _placed(clip: Clip, family: Family, form: ClipForm) -> PreparedClip:
@@ -373,6 +401,7 @@ def _content(clip: PreparedClip) -> dict[str, object]:
     """The part of a cache key that determines a clip's pixels."""
     bucket = clip.bucket
     return {
+        "decoding": DECODING_VERSION,
         "digest": clip.digest,
         "fps": clip.fps,
         "frames": bucket.frames,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from crepa_cli.data.dataset import Batch
 from crepa_cli.data.online import OnlineTeacher
+from crepa_cli.data.video import DECODING_VERSION
 from crepa_cli.errors import RunError
 from crepa_cli.events import (
     AlignmentDropped,
@@ -257,8 +258,12 @@ class Trainer:
         return bool(self.accelerator.reduce(asked, "sum").item())
 
     def _save(self) -> CheckpointSaved:
-        revisions = {"model": self.profile.model.revision, "encoder": self.profile.crepa.encoder_revision}
-        progress = {"step": self.done, "skipped": self.skipped.state_dict(), "revisions": revisions}
+        progress = {
+            "step": self.done,
+            "skipped": self.skipped.state_dict(),
+            "revisions": {"model": self.profile.model.revision, "encoder": self.profile.crepa.encoder_revision},
+            "decoding": DECODING_VERSION,
+        }
         event = self.checkpointer.save(self.learner, progress)
         self.saved = self.done
         return event
