@@ -34,12 +34,14 @@ from crepa_cli.models.family import Family
 from crepa_cli.models.hub import fetch
 from crepa_cli.processes import PRECISION, from_main, start_processes
 from crepa_cli.profile import Profile
-from crepa_cli.report.card import loading_lines, write_model_card
+from crepa_cli.report.card import write_model_card
+from crepa_cli.report.loading import loading_lines
 from crepa_cli.report.metrics import MetricsFile
 from crepa_cli.report.plot import CurvesFile
 from crepa_cli.report.trackers import Trackers
 from crepa_cli.runs.capabilities import attention_mistakes, compile_mistakes, dtype_mistakes
 from crepa_cli.runs.checks import open_family, require_packages
+from crepa_cli.runs.facts import write_facts
 from crepa_cli.runs.folder import RunFolder
 from crepa_cli.runs.resume import resume_mistakes
 from crepa_cli.settings import resolve
@@ -214,9 +216,11 @@ def _run(
     should_stop: StopRequest,
 ) -> Events:
     """Prepare, build the trainer, train."""
-    yield RunOpened(run.path, _device_memory(accelerator.device), loading_lines(family, profile, run.weights))
+    yield RunOpened(run.path, _device_memory(accelerator.device), loading_lines(run, family, profile))
     checkpoint = (yield from _newest_checkpoint(run)) if resume else None
     prepared = yield from _prepared(profile, family, accelerator)
+    if accelerator.is_main_process:
+        write_facts(run, family, [clip.clip.caption for clip in prepared.clips], _device_name(accelerator))
     yield Progress("loading", 0, 1, "the transformer")
     trainer = _build_trainer(profile, family, run, accelerator, prepared, checkpoint)
     yield from trainer.train(should_stop)
@@ -298,6 +302,13 @@ def _accelerator(profile: Profile) -> Accelerator:
         # The trainer accumulates by itself; without the plugin an environment variable would divide the gradients.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )
+
+
+def _device_name(accelerator: Accelerator) -> str:
+    """The device and how many take part."""
+    device = accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    return f"{accelerator.num_processes} x {name}"
 
 
 def _device_memory(device: torch.device) -> int:

@@ -63,7 +63,7 @@ CREPA_DEFAULTS = {
 }
 KEYS = {
     "model": "family task checkpoint revision dtype variant",
-    "adapter": "kind rank alpha dropout target_modules export",
+    "adapter": "kind rank alpha dropout target_modules export export_dtype",
     "data": "path width height frames fps repeats caption_dropout cache",
     "train": "steps batch_size gradient_accumulation learning_rate optimizer weight_decay lr_scheduler "
     "lr_warmup_steps max_grad_norm max_skipped_steps sharding activation_checkpointing compile ema timestep_sampling "
@@ -134,7 +134,7 @@ def family_defaults(family: str, task: str) -> dict[str, dict[str, object]]:
         raise UserError("the families with CREPA support are wan and ltxvideo")
     return {
         "model": {"checkpoint": "org/wan"},
-        "adapter": {"rank": 32, "target_modules": ["to_q"]},
+        "adapter": {"rank": 32, "target_modules": ["to_q"], "export": ["diffusers"]},
         "data": {"width": 832, "height": 480, "frames": 81 if task == "t2v" else 49, "fps": 16.0},
         "train": {"learning_rate": 1e-4, "timestep_shift": 3.0},
         "validation": {"guidance_scale": 5.0},
@@ -243,6 +243,7 @@ def test_later_layers_win_and_every_value_knows_its_source(folder: Path):
         ("adapter", "rank"): ("32", "family wan"),
         ("adapter", "alpha"): ("32.0", "family wan"),
         ("adapter", "target_modules"): ('["to_q"]', "family wan"),
+        ("adapter", "export"): ('["diffusers"]', "family wan"),
         ("train", "learning_rate"): ("0.0001", "family wan"),
         ("train", "timestep_shift"): ("3.0", "family wan"),
         ("validation", "guidance_scale"): ("5.0", "family wan"),

@@ -41,7 +41,7 @@ def test_the_demo_leaves_the_files_of_a_run(demo_run: Path) -> None:
         video = probe(demo_run / "samples" / f"step-{step:06d}" / "00.mp4")
         assert (video.frames, video.width, video.height) == (17, 96, 64)
     card = (demo_run / "README.md").read_text()
-    assert 'pipeline.load_lora_weights("weights"' in card
+    assert 'pipeline.load_lora_weights(".", weight_name="weights/pytorch_lora_weights.safetensors")' in card
     assert len(load_file(demo_run / WEIGHTS)) > 0
     assert len(read_metrics(demo_run / "metrics.jsonl")) == 60
 

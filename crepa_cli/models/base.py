@@ -9,6 +9,7 @@ import diffusers
 import torch
 import transformers
 from diffusers import DiffusionPipeline, ModelMixin
+from huggingface_hub import ModelCard
 from transformers import AutoConfig
 
 from crepa_cli.models import hub
@@ -38,6 +39,21 @@ class BaseCheckpoint:
         if filename not in self._configs:
             self._configs[filename] = hub.read_config(self.name, filename, self.revision)
         return self._configs[filename]
+
+    @property
+    def shown_name(self) -> str:
+        """The Hub id, or the name of the local folder without the path to it."""
+        return Path(self.name).name if Path(self.name).exists() else self.name
+
+    @property
+    def license(self) -> str | None:
+        """The license in the model card, if there is one."""
+        card = self.fetch() / "README.md"
+        if not card.is_file():
+            return None
+        data = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
+        name = data.get("license_name") or data.get("license")
+        return None if name is None else str(name)
 
     @property
     def components(self) -> list[str]:

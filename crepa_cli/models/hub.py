@@ -75,7 +75,7 @@ def go_offline_without_hub() -> bool:
 
 
 def fetch(checkpoint: str, revision: str | None = None, folders: Iterable[str] | None = None) -> Path:
-    """The local folder of a checkpoint; from the Hub only configurations, tokenizers and safetensors are fetched.
+    """The local folder of a checkpoint; from the Hub come only card, configurations, tokenizers and safetensors.
 
     Args:
         checkpoint: a local folder or a Hub id.
@@ -95,7 +95,7 @@ def needed_files(folders: Iterable[str] | None = None) -> list[str]:
     kinds = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
     if folders is None:
         return list(kinds)
-    return ["*.json", *(f"{folder}/{kind}" for folder in folders for kind in kinds)]
+    return ["*.json", "README.md", *(f"{folder}/{kind}" for folder in folders for kind in kinds)]
 
 
 def _from_hub(download: Any, repository: str, **arguments: Any) -> str:

@@ -87,6 +87,8 @@ class Kandinsky5Video(Family):
     }
     text_components = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     comfyui_names = {}
+    comfyui_prefix = "transformer."
+    architecture = "Kandinsky-5"
     settings = {
         "crepa": {"block_index": 8},
         "adapter": {
@@ -100,6 +102,7 @@ class Kandinsky5Video(Family):
                 "feed_forward.in_layer",
                 "feed_forward.out_layer",
             ],
+            "export": ["diffusers", "comfyui"],
         },
         "data": {"width": 768, "height": 512, "frames": 121, "fps": 24.0},
         "train": {"learning_rate": 1e-4},

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
 from functools import cached_property
 from inspect import signature
 from typing import Any
@@ -35,10 +37,19 @@ class LtxVideo(Family):
     blocks_attribute = "transformer_blocks"
     pipelines = {"t2v": "LTXPipeline", "i2v": "LTXImageToVideoPipeline"}
     checkpoints = {"t2v": "Lightricks/LTX-Video", "i2v": "Lightricks/LTX-Video"}
-    comfyui_names = {r"^proj_in$": "patchify_proj", r"^time_embed\b": "adaln_single"}
+    comfyui_names = {
+        r"^proj_in$": "patchify_proj",
+        r"^time_embed\b": "adaln_single",
+        r"\bnorm_([qk])$": r"\1_norm",
+    }
+    architecture = "ltx-video"
     settings = {
         "crepa": {"block_index": 8},
-        "adapter": {"rank": 32, "target_modules": ["to_q", "to_k", "to_v", "to_out.0"]},
+        "adapter": {
+            "rank": 32,
+            "target_modules": ["to_q", "to_k", "to_v", "to_out.0"],
+            "export": ["diffusers", "comfyui"],
+        },
         "data": {"width": 768, "height": 512, "frames": 121, "fps": 25.0},
         "train": {"learning_rate": 2e-4},
         "validation": {"guidance_scale": 3.0},
@@ -58,6 +69,13 @@ class LtxVideo(Family):
     def pipeline_class(self) -> str:
         """One pipeline for both tasks from version 0.9.5 on."""
         return "LTXConditionPipeline" if self._causal_positions else super().pipeline_class
+
+    @property
+    def comfyui_header(self) -> Mapping[str, str]:
+        """Positions of the first frame from version 0.9.5 on, which no tensor tells."""
+        if not self._causal_positions:
+            return {}
+        return {"config": json.dumps({"transformer": {"causal_temporal_positioning": True}})}
 
     def timestep_shift(self, latents: Tensor) -> float:
         """Grows with the number of latents, as the pipeline's does, whatever the scheduler of later versions says."""

@@ -78,8 +78,14 @@ class AdapterSettings(Table):
         description="Layers that get an adapter, by name or by the end of the name.",
         min_length=1,
     )
-    export: Annotated[tuple[Export, ...], LISTED, Field(strict=False)] = Field(
-        default=("diffusers",), min_length=1, description="File formats to export the trained adapter to."
+    export: Annotated[tuple[Export, ...], LISTED, Field(strict=False)] = resolved_later(
+        FAMILY_DEFAULT,
+        example=("diffusers", "comfyui"),
+        description="Programs to export the trained weights for, each with its own names of layers.",
+        min_length=1,
+    )
+    export_dtype: Literal["bfloat16", "float32"] = Field(
+        default="bfloat16", description="Data type of the exported weights. float32 takes twice the space."
     )
 
 

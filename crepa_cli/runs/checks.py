@@ -109,12 +109,8 @@ def _unreadable(path: str) -> list[str]:
 
 
 def export_mistakes(family: Family, adapter: AdapterSettings) -> list[str]:
-    """Layouts of the settings that the adapter cannot be exported in."""
-    if "comfyui" not in adapter.export:
-        return []
-    if adapter.kind == "full":
-        return ["adapter.export: comfyui is a layout for LoRA, and adapter.kind is full; leave comfyui out"]
-    if family.comfyui_names is None:
+    """Programs in the settings that do not run the family."""
+    if "comfyui" in adapter.export and family.comfyui_names is None:
         known = [name for name in FAMILIES if load_family(name).comfyui_names is not None]
         return [f"adapter.export: ComfyUI does not run {family.name}; comfyui is for {', '.join(known)}"]
     return []
