@@ -76,7 +76,7 @@ def check(profile: Profile, *, resume: bool = False) -> Family:
         UserError: says what is wrong and what to do.
     """
     require_packages(profile)
-    family = _opened(profile)
+    family = _opened(profile, resume=resume)
     if resume:
         _run_to_resume(profile)
     else:
@@ -84,9 +84,9 @@ def check(profile: Profile, *, resume: bool = False) -> Family:
     return family
 
 
-def _opened(profile: Profile) -> Family:
+def _opened(profile: Profile, *, resume: bool) -> Family:
     check_writable(cache_folder(profile.data), clips_folder(profile.data))
-    return open_family(profile)
+    return open_family(profile, resume=resume)
 
 
 def _run_to_resume(profile: Profile) -> RunFolder:
@@ -128,7 +128,7 @@ def train(
     profile = _with_output(profile, output)
     state = start_processes()
     require_packages(profile)
-    family = _opened(profile)
+    family = _opened(profile, resume=resume)
     if mistakes := [
         *dtype_mistakes(profile, state.device),
         *compile_mistakes(profile, state.device),
@@ -161,7 +161,7 @@ def fill_cache(
 ) -> None:
     """Prepare the clips for later runs, and train nothing; see `train`."""
     start_processes()
-    family = _opened(profile)
+    family = _opened(profile, resume=True)
     accelerator = Accelerator(mixed_precision=PRECISION[profile.model.dtype])
     _follow(lambda _: _prepared(profile, family, accelerator), listeners, should_stop)
 

@@ -63,7 +63,7 @@ CREPA_DEFAULTS = {
 }
 KEYS = {
     "model": "family task checkpoint revision dtype variant",
-    "adapter": "kind rank alpha dropout target_modules export export_dtype",
+    "adapter": "kind rank alpha dropout target_modules init_from export export_dtype",
     "data": "path width height frames fps repeats caption_dropout cache",
     "train": "steps batch_size gradient_accumulation learning_rate optimizer weight_decay lr_scheduler "
     "lr_warmup_steps max_grad_norm max_skipped_steps sharding activation_checkpointing compile ema timestep_sampling "

@@ -53,7 +53,7 @@ def read_config(checkpoint: str, filename: str, revision: str | None = None) -> 
 
 def _config_from_hub(repository: str, filename: str, revision: str | None) -> Path:
     try:
-        return Path(_from_hub(hf_hub_download, repository, filename=filename, revision=revision))
+        return Path(from_hub(hf_hub_download, repository, filename=filename, revision=revision))
     except UserError as error:
         published = PUBLISHED / repository / filename
         if isinstance(error.__cause__, LocalEntryNotFoundError) and published.is_file():
@@ -87,7 +87,7 @@ def fetch(checkpoint: str, revision: str | None = None, folders: Iterable[str] |
     """
     if Path(checkpoint).is_dir():
         return Path(checkpoint)
-    return Path(_from_hub(snapshot_download, checkpoint, revision=revision, allow_patterns=needed_files(folders)))
+    return Path(from_hub(snapshot_download, checkpoint, revision=revision, allow_patterns=needed_files(folders)))
 
 
 def needed_files(folders: Iterable[str] | None = None) -> list[str]:
@@ -98,9 +98,14 @@ def needed_files(folders: Iterable[str] | None = None) -> list[str]:
     return ["*.json", "README.md", *(f"{folder}/{kind}" for folder in folders for kind in kinds)]
 
 
-def _from_hub(download: Any, repository: str, **arguments: Any) -> str:
+def from_hub(request: Any, repository: str, **arguments: Any) -> Any:
+    """The result of a function of huggingface_hub for a repository.
+
+    Raises:
+        UserError: says why there is none.
+    """
     try:
-        return str(download(repository, **arguments))
+        return request(repository, **arguments)
     except HFValidationError as error:
         raise UserError(f"no folder {repository!r}, and it is not a Hub id (owner/name) either") from error
     except GatedRepoError as error:

@@ -78,6 +78,11 @@ class AdapterSettings(Table):
         description="Layers that get an adapter, by name or by the end of the name.",
         min_length=1,
     )
+    init_from: Text | None = Field(
+        default=None,
+        description="LoRA to start from, of the same rank: a file, a folder, a Hub id, or owner/repository/file, for "
+        "diffusers or ComfyUI. none: a new one, without effect.",
+    )
     export: Annotated[tuple[Export, ...], LISTED, Field(strict=False)] = resolved_later(
         FAMILY_DEFAULT,
         example=("diffusers", "comfyui"),

@@ -11,6 +11,7 @@ from crepa_cli.data.images import first_frame
 from crepa_cli.errors import UserError
 from crepa_cli.models import FAMILIES, load_family
 from crepa_cli.models.family import Family
+from crepa_cli.models.lora import fetch_lora, lora_rank
 from crepa_cli.profile import AdapterSettings, DataSettings, Profile, ValidationSettings
 
 
@@ -42,8 +43,12 @@ def missing_trackers(profile: Profile) -> dict[str, str]:
     }
 
 
-def open_family(profile: Profile) -> Family:
+def open_family(profile: Profile, *, resume: bool = False) -> Family:
     """The family of the settings with its checkpoint, checked against the settings.
+
+    Args:
+        profile: the settings.
+        resume: whether they resume a run, which reads no `adapter.init_from`.
 
     Raises:
         UserError: lists all mistakes: family, checkpoint, task, block indices, sizes, images, export layouts.
@@ -55,6 +60,7 @@ def open_family(profile: Profile) -> Family:
         *_size_mistakes(family, profile.data),
         *image_mistakes(profile.validation, model.task),
         *export_mistakes(family, profile.adapter),
+        *([] if resume else start_mistakes(profile.adapter)),
     ]
     if mistakes:
         raise UserError("\n".join(mistakes))
@@ -113,4 +119,21 @@ def export_mistakes(family: Family, adapter: AdapterSettings) -> list[str]:
     if "comfyui" in adapter.export and family.comfyui_names is None:
         known = [name for name in FAMILIES if load_family(name).comfyui_names is not None]
         return [f"adapter.export: ComfyUI does not run {family.name}; comfyui is for {', '.join(known)}"]
+    return []
+
+
+def start_mistakes(adapter: AdapterSettings) -> list[str]:
+    """Whether training cannot start from the LoRA of the settings."""
+    if adapter.init_from is None:
+        return []
+    if adapter.kind == "full":
+        return [
+            "adapter.init_from: a LoRA cannot start a full fine-tune: merge it with crepa export, and name the result"
+        ]
+    try:
+        rank = lora_rank(fetch_lora(adapter.init_from))
+    except UserError as error:
+        return [str(error)]
+    if rank != adapter.rank:
+        return [f"adapter.init_from = {adapter.init_from!r}: its rank is {rank}; set adapter.rank = {rank}"]
     return []

@@ -8,12 +8,11 @@ from pathlib import Path
 
 from crepa_cli.errors import UserError
 from crepa_cli.files import write_whole
+from crepa_cli.models import FINAL_LORA
 from crepa_cli.profile import Profile, dump_toml
 
 RUNS = Path("runs")
 """Parent of the folders of runs whose output is not named."""
-FINAL_LORA = "pytorch_lora_weights.safetensors"
-"""The end of the name by which `load_lora_weights` finds a LoRA among the files of a repository."""
 
 
 @dataclass(frozen=True)

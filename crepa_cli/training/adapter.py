@@ -6,8 +6,11 @@ import torch
 from diffusers import ModelMixin
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 
 from crepa_cli.errors import UserError
+from crepa_cli.models.family import Family
+from crepa_cli.models.lora import fetch_lora, read_lora
 from crepa_cli.profile import AdapterSettings
 
 
@@ -31,3 +34,24 @@ def make_trainable(transformer: ModelMixin, adapter: AdapterSettings) -> None:
     except ValueError as error:
         raise UserError(f"adapter.target_modules = {list(adapter.target_modules)}: {error}") from error
     cast_training_params(transformer, dtype=torch.float32)
+
+
+@torch.no_grad()
+def start_from(transformer: ModelMixin, family: Family, adapter: AdapterSettings) -> None:
+    """Give the LoRA of a transformer the weights of `adapter.init_from`; layers that are not in it stay without effect.
+
+    Raises:
+        UserError: if there is no such LoRA, or it does not fit.
+    """
+    assert adapter.init_from is not None
+    layers = {name: module for name, module in transformer.named_modules() if isinstance(module, LoraLayer)}
+    path = fetch_lora(adapter.init_from)
+    for name, (down, up, scale) in read_lora(path, family, layers).items():
+        ours = layers[name].lora_A["default"].weight, layers[name].lora_B["default"].weight
+        if (down.shape, up.shape) != tuple(weight.shape for weight in ours):
+            raise UserError(
+                f"adapter.init_from: {path} does not fit: {name} has {tuple(down.shape)} and {tuple(up.shape)} there, "
+                f"{tuple(ours[0].shape)} and {tuple(ours[1].shape)} here"
+            )
+        ours[0].copy_(down)
+        ours[1].copy_(up.float() * (scale * adapter.rank / adapter.alpha))

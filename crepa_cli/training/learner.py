@@ -20,6 +20,7 @@ from crepa_cli.alignment import CoefficientSchedule
 from crepa_cli.heap import release_memory
 from crepa_cli.models.family import Family
 from crepa_cli.profile import Profile
+from crepa_cli.training.adapter import start_from
 from crepa_cli.training.aligned import AlignedTransformer
 from crepa_cli.training.build import build_model, coefficient_schedule, frozen_dtype, make_optimizer, trainable
 from crepa_cli.training.checkpoints import Snapshot, holds_projector, load_checkpoint, take_snapshot
@@ -185,6 +186,8 @@ def build_learner(
     torch.manual_seed(train.seed)
     transformer = family.load_transformer(frozen_dtype(profile))
     aligned = build_model(profile, family, transformer, teacher_size if aligns else None)
+    if checkpoint is None and profile.adapter.init_from:
+        start_from(transformer, family, profile.adapter)
     if train.sharding:
         shard(aligned, family.blocks(transformer), accelerator)
     model = replicated(aligned, accelerator)
