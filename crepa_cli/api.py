@@ -22,12 +22,12 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
 from accelerate.utils.memory import should_reduce_batch_size
 
-from crepa_cli.data.cache import Cache, cache_folder, check_writable
+from crepa_cli.data.cache import Cache, cache_folder
 from crepa_cli.data.clips import clips_folder
 from crepa_cli.data.dataset import ClipDataset
 from crepa_cli.data.online import OnlineTeacher
 from crepa_cli.data.prepare import ClipForm, PreparedClip, encoder_config, prepare, prompt_key
-from crepa_cli.errors import RunError, UserError
+from crepa_cli.errors import RunError, UserError, counted
 from crepa_cli.events import Event, Notice, Progress, RunOpened, TrainingEnded, TrainingStarted
 from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
@@ -40,7 +40,7 @@ from crepa_cli.report.metrics import MetricsFile
 from crepa_cli.report.plot import CurvesFile
 from crepa_cli.report.trackers import Trackers
 from crepa_cli.runs.capabilities import attention_mistakes, compile_mistakes, dtype_mistakes
-from crepa_cli.runs.checks import open_family, require_packages
+from crepa_cli.runs.checks import open_run
 from crepa_cli.runs.facts import write_facts
 from crepa_cli.runs.folder import RunFolder
 from crepa_cli.runs.resume import resume_mistakes
@@ -75,18 +75,12 @@ def check(profile: Profile, *, resume: bool = False) -> Family:
     Raises:
         UserError: says what is wrong and what to do.
     """
-    require_packages(profile)
-    family = _opened(profile, resume=resume)
+    family = open_run(profile, resumes=resume)
     if resume:
         _run_to_resume(profile)
     else:
         RunFolder.next(profile)
     return family
-
-
-def _opened(profile: Profile, *, resume: bool) -> Family:
-    check_writable(cache_folder(profile.data), clips_folder(profile.data))
-    return open_family(profile, resume=resume)
 
 
 def _run_to_resume(profile: Profile) -> RunFolder:
@@ -127,8 +121,7 @@ def train(
     """
     profile = _with_output(profile, output)
     state = start_processes()
-    require_packages(profile)
-    family = _opened(profile, resume=resume)
+    family = open_run(profile, resumes=resume)
     if mistakes := [
         *dtype_mistakes(profile, state.device),
         *compile_mistakes(profile, state.device),
@@ -138,7 +131,10 @@ def train(
     # One process decides: once it has made the folder, the others would find a run in it.
     run = from_main(lambda: _run_to_resume(profile) if resume else RunFolder.claim(profile))
     accelerator = _accelerator(profile)
-    with ExitStack() as stack, _advice_on_memory(profile, family, accelerator.device):
+    with ExitStack() as stack:
+        stack.enter_context(_advice_on_memory(profile, family, accelerator.device))
+        if state.is_main_process and not resume:
+            listeners = [stack.enter_context(_removed_unless_started(run)), *listeners]
         if state.is_main_process:
             if resume:
                 run.write_profile(profile)
@@ -161,7 +157,7 @@ def fill_cache(
 ) -> None:
     """Prepare the clips for later runs, and train nothing; see `train`."""
     start_processes()
-    family = _opened(profile, resume=True)
+    family = open_run(profile)
     accelerator = Accelerator(mixed_precision=PRECISION[profile.model.dtype])
     _follow(lambda _: _prepared(profile, family, accelerator), listeners, should_stop)
 
@@ -191,7 +187,7 @@ def _follow(
                         listener(event)
                 except BaseException as error:
                     events.throw(error)
-                if isinstance(event, Progress) and should_stop():
+                if isinstance(event, Progress) and signals.at_once and should_stop():
                     break
         signals.raise_first()
     return event
@@ -217,7 +213,7 @@ def _run(
 ) -> Events:
     """Prepare, build the trainer, train."""
     yield RunOpened(run.path, _device_memory(accelerator.device), loading_lines(run, family, profile))
-    checkpoint = (yield from _newest_checkpoint(run)) if resume else None
+    checkpoint = (yield from _newest_checkpoint(run, profile.train.steps)) if resume else None
     prepared = yield from _prepared(profile, family, accelerator)
     if accelerator.is_main_process:
         write_facts(run, family, [clip.clip.caption for clip in prepared.clips], _device_name(accelerator))
@@ -226,13 +222,18 @@ def _run(
     yield from trainer.train(should_stop)
 
 
-def _newest_checkpoint(run: RunFolder) -> Generator[Event, None, Path | None]:
-    """The checkpoint to resume from; None if the run has none yet."""
+def _newest_checkpoint(run: RunFolder, steps: int) -> Generator[Event, None, Path | None]:
+    """The checkpoint to resume from, for a run of so many steps; None if the run has none yet."""
     path, messages = from_main(lambda: newest_checkpoint(run.checkpoints))
     for message in messages:
         yield Notice(message)
     if path is None:
         yield Notice(f"{run.path} has no complete checkpoint: it starts from step 0")
+    elif (done := read_progress(path).get("step", 0)) >= steps:
+        yield Notice(
+            f"{run.path} is finished: it has trained {counted(done, 'step')}, and train.steps is {steps:,}. Its "
+            f"weights are only written again; to train further, give --steps a number above {done:,}"
+        )
     return path
 
 
@@ -316,6 +317,27 @@ def _device_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return int(psutil.virtual_memory().total)
+
+
+@contextmanager
+def _removed_unless_started(run: RunFolder) -> Iterator[Listener]:
+    """Remove a new run that fails before its training starts, so that `--resume` picks none without a beginning.
+
+    A run that is stopped in its preparation stays: there is nothing wrong with it. Yields the listener that notices
+    the start.
+    """
+    started = False
+
+    def notice(event: Event) -> None:
+        nonlocal started
+        started = started or isinstance(event, TrainingStarted)
+
+    try:
+        yield notice
+    except Exception:
+        if not started:
+            run.remove()
+        raise
 
 
 @contextmanager

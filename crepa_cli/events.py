@@ -16,7 +16,7 @@ class Progress:
 
     The first one of a stage comes before its first item. `item` is what is worked on from now on, such as the name of a
     clip or "loading the VAE"; it is empty once the stage is finished. Preparation has the stages scanning, prompts,
-    latents and features, training loading, and a measurement blocks and projectors.
+    latents and features, training loading and validation, and a measurement blocks and projectors.
     """
 
     stage: str

@@ -81,14 +81,14 @@ def _examine(resolve: Callable[[], ResolvedProfile] | None, demo: bool, vram: fl
 
 
 def _overview(machine: Report, target: Target, status: Status) -> Report:
-    """The machine, and the memory that each family would need on it."""
+    """The machine, and the memory that each family would need on it, or on a GPU if it has none."""
     from crepa_cli.doctor.disk import check_folder
     from crepa_cli.doctor.findings import Check, Report
     from crepa_cli.doctor.overview import family_memories
     from crepa_cli.settings import resolve
 
-    def preset(family: str) -> Profile:
-        return resolve("t2v", {"model.family": family}).profile
+    def preset(family: str, task: str) -> Profile:
+        return resolve(task, {"model.family": family}).profile
 
     found = list(family_memories(preset, target, status.update))
     checks = [one for one in found if isinstance(one, Check)]

@@ -45,7 +45,8 @@ def init(
     ] = None,
     data: Annotated[str | None, typer.Option(help="Folder of clips.", metavar="FOLDER")] = None,
     vram: Annotated[
-        float | None, typer.Option(min=1, help="Memory of the GPU in GiB, to choose settings that fit.", metavar="GIB")
+        float | None,
+        typer.Option(min=1, help="Memory of the GPU in GB (10^9 bytes), to choose settings that fit.", metavar="GB"),
     ] = None,
     from_json: Annotated[
         Path | None,
@@ -155,16 +156,16 @@ def _ask(choices: _Choices, imported: Imported | None) -> None:
         choices.data = Prompt.ask("Folder of clips", default="clips")
     if imported is None and choices.vram is None:
         name, memory = detected_gpu() or ("no NVIDIA GPU found", 24.0)
-        choices.vram = FloatPrompt.ask(f"GPU memory in GiB ({name})", default=memory)
+        choices.vram = FloatPrompt.ask(f"GPU memory in GB ({name})", default=memory)
 
 
 def detected_gpu() -> tuple[str, float] | None:
-    """Name and memory in GiB of the first NVIDIA GPU; None if nvidia-smi cannot tell."""
+    """Name and memory in GB of the first NVIDIA GPU; None if nvidia-smi cannot tell."""
     command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     try:
         output = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
         name, _, mebibytes = output.splitlines()[0].rpartition(",")
-        return name, round(float(mebibytes) / 1024, 1)
+        return name, round(float(mebibytes) * 2**20 / 10**9, 1)
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return None
 

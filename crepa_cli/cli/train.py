@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING, Annotated, TextIO, cast
 
@@ -31,7 +32,7 @@ def train(
     resume: Annotated[bool, Flag("--resume", help="Resume a run from its newest checkpoint.")] = False,
     demo: Annotated[bool, Flag("--demo", help="Train a tiny model on generated clips; downloads nothing.")] = False,
     plain: Annotated[bool, Flag("--plain", help="Plain lines instead of the dashboard.")] = False,
-    quiet: Annotated[bool, Flag("--quiet", help="Print nothing but errors.")] = False,
+    quiet: Annotated[bool, Flag("--quiet", help="Print only problems, to standard error.")] = False,
     log_level: Annotated[LogLevel, Flag(help="Show log messages of libraries from this level on.")] = "warning",
     print_profile: Annotated[bool, Flag("--print-profile", help="Show the settings, and train nothing.")] = False,
     cache_only: Annotated[bool, Flag("--cache-only", help="Prepare the clips, and train nothing.")] = False,
@@ -45,6 +46,7 @@ def train(
     from crepa_cli.settings import resolve
 
     silence_libraries()
+    named = output is not None
     if resume:
         run = RunFolder.to_resume(output)
         output = str(run.path)
@@ -67,6 +69,8 @@ def train(
         _check_launch(resolved.profile, processes, resume=resume, demo=demo)
         raise typer.Exit(launch(processes))
     else:
+        if resume and not named and not quiet and os.environ.get("RANK", "0") == "0":
+            console.print(f"resuming {output}, the run in runs/ that was written to last", markup=False, soft_wrap=True)
         view = open_view(resolved.profile, console, plain=plain, quiet=quiet, log_level=log_level)
         raise typer.Exit(_train(resolved.profile, view, resume=resume, cache_only=cache_only, demo=demo))
 

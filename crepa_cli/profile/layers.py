@@ -65,6 +65,29 @@ class Setting(NamedTuple):
         return f"{self.source}: {self.table}.{self.key} = {shown(self.value)}"
 
 
+class SettingsError(UserError):
+    """Mistakes in the settings, one message each.
+
+    Attributes:
+        mistakes: the messages.
+        rest: the settings without those at fault, over the family's defaults; what is missing has no valid value.
+    """
+
+    def __init__(self, mistakes: Sequence[str], rest: Mapping[Key, Setting]) -> None:
+        heading = f"{len(mistakes)} mistakes in the settings:"
+        super().__init__(mistakes[0] if len(mistakes) == 1 else "\n  ".join([heading, *mistakes]))
+        self.mistakes = mistakes
+        self.rest = rest
+
+    @property
+    def profile(self) -> Profile | None:
+        """The profile of the rest; None if the family's defaults are not known."""
+        try:
+            return _resolved(self.rest).profile
+        except (KeyError, ValidationError):
+            return None
+
+
 class _File(NamedTuple):
     tables: Mapping[str, object]
     label: str
@@ -82,7 +105,7 @@ class ResolvedProfile:
         """Table, key, value as text and source of every setting, in the order of the tables."""
         for table, values in self.profile.model_dump().items():
             for key, value in values.items():
-                yield table, key, shown(value), self.sources[f"{table}.{key}"]
+                yield table, key, shown(value, limit=None), self.sources[f"{table}.{key}"]
 
 
 def resolve_profile(
@@ -259,17 +282,17 @@ def check_settings(
     """The settings over `defaults`, merged, with nothing wrong in them; those of the family may be missing.
 
     Raises:
-        UserError: lists `mistakes`, values out of range and broken rules.
+        SettingsError: lists `mistakes`, values out of range and broken rules.
     """
+    defaults = list(defaults)
     checked = merged(settings, defaults)
-    mistakes = [*mistakes, *_wrong_values(checked)]
-    if mistakes:
-        heading = f"{len(mistakes)} mistakes in the settings:"
-        raise UserError(mistakes[0] if len(mistakes) == 1 else "\n  ".join([heading, *mistakes]))
+    wrong, rest = _wrong_values(checked)
+    if mistakes := [*mistakes, *wrong]:
+        raise SettingsError(mistakes, {one.name: one for one in defaults} | rest)
     return checked
 
 
-def _resolved(settings: dict[Key, Setting]) -> ResolvedProfile:
+def _resolved(settings: Mapping[Key, Setting]) -> ResolvedProfile:
     """The profile of checked settings, complete but for adapter.alpha, which is the rank if it is not set."""
     rank = settings[RANK]
     settings = {ALPHA: Setting(*ALPHA, rank.value, rank.source), **settings}
@@ -285,16 +308,21 @@ def _values(settings: Mapping[Key, Setting]) -> dict[Key, object]:
     return {name: one.value for name, one in settings.items()}
 
 
-def _wrong_values(settings: Mapping[Key, Setting]) -> Iterator[str]:
-    """A message for each value out of range and each broken rule. What is already wrong is left out of later checks."""
-    remaining = _values(settings)
+def _wrong_values(settings: Mapping[Key, Setting]) -> tuple[list[str], dict[Key, Setting]]:
+    """A message for each value out of range and each broken rule, and the settings without those at fault.
+
+    What is already wrong is left out of later checks.
+    """
+    messages: list[str] = []
     blamed: set[Key] = set()
-    while errors := _errors(remaining):
+    rest = dict(settings)
+    while errors := _errors(_values(rest)):
         for keys, must in errors:
             if blamed.isdisjoint(keys):
-                yield f"{settings[keys[0]]}: {must}"
+                messages.append(f"{settings[keys[0]]}: {must}")
             blamed.update(keys)
-        remaining = {name: value for name, value in remaining.items() if name not in blamed}
+        rest = {name: one for name, one in rest.items() if name not in blamed}
+    return messages, rest
 
 
 def _errors(values: Mapping[Key, object]) -> list[tuple[list[Key], str]]:

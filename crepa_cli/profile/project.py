@@ -37,19 +37,19 @@ MEMORY_SETTINGS: tuple[tuple[float, dict[str, dict[str, object]]], ...] = (
     (12, {"data": {"frames": 49}}),
     (0, {"data": {"frames": 33}, "crepa": {"encoder": "dinov2_vits14", "encoder_image_size": 224}}),
 )
-"""Smallest GPU memory in GiB, and the settings for it that differ from the defaults; the first that fits is used."""
+"""Smallest GPU memory in GB, and the settings for it that differ from the defaults; the first that fits is used."""
 
 
-def memory_settings(gibibytes: float) -> Mapping[str, Mapping[str, object]]:
+def memory_settings(gigabytes: float) -> Mapping[str, Mapping[str, object]]:
     """A first guess at settings that fit a GPU; `crepa doctor` checks them.
 
     | GPU memory      | settings                                           |
     | --------------- | -------------------------------------------------- |
-    | 24 GiB and more | the defaults, which checkpoint activations         |
-    | 12 to 24 GiB    | 49 frames                                          |
-    | below 12 GiB    | 33 frames, dinov2_vits14 at 224 pixels as teacher  |
+    | 24 GB and more  | the defaults, which checkpoint activations         |
+    | 12 to 24 GB     | 49 frames                                          |
+    | below 12 GB     | 33 frames, dinov2_vits14 at 224 pixels as teacher  |
     """
-    return next((settings for limit, settings in MEMORY_SETTINGS if gibibytes >= limit), MEMORY_SETTINGS[-1][1])
+    return next((settings for limit, settings in MEMORY_SETTINGS if gigabytes >= limit), MEMORY_SETTINGS[-1][1])
 
 
 def project_settings(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import TracebackType
 
 from rich import progress as bars
@@ -14,8 +14,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from crepa_cli.alignment import CoefficientSchedule
-from crepa_cli.events import Event, Progress, RunOpened, StepDone, TrainingStarted
-from crepa_cli.report.metrics import read_metrics
+from crepa_cli.events import Event, Progress, RunOpened, TrainingStarted
 from crepa_cli.report.panels import (
     BORDER,
     MARGIN,
@@ -28,8 +27,7 @@ from crepa_cli.report.panels import (
 )
 from crepa_cli.report.plain import StageClock, duration, item_text
 from crepa_cli.report.state import RunState
-from crepa_cli.report.summary import Summary
-from crepa_cli.runs.folder import RunFolder
+from crepa_cli.report.summary import Summary, steps_before
 
 HEIGHT = 24
 PROGRESS_HEIGHT = 5
@@ -101,11 +99,8 @@ class Dashboard:
         if isinstance(event, Progress):
             self._advance(event)
         if isinstance(event, TrainingStarted):
-            for step in _steps_before(event):
-                self._show(step)
-        self._show(event)
-
-    def _show(self, event: Event) -> None:
+            for step in steps_before(event):
+                self.state(step)
         self.state(event)
         self.summary(event)
 
@@ -160,10 +155,3 @@ class Dashboard:
             self.stages[event.stage] = self.progress.add_task(event.stage, total=event.total)
         self.progress.update(self.stages[event.stage], completed=event.done, total=event.total)
         self.stage(event)
-
-
-def _steps_before(started: TrainingStarted) -> Iterator[StepDone]:
-    """The steps of earlier sessions, so that curves and best values cover the whole run."""
-    for line in read_metrics(RunFolder(started.output).metrics) if started.step else ():
-        if line["step"] < started.step and not line.pop("skipped", None):
-            yield StepDone(**line)

@@ -132,11 +132,11 @@ class PlainLines:
     """A listener that prints lines that are easy to grep.
 
     A stage of the preparation has a line at its start, at its end and every `quiet` seconds. As a context manager, it
-    also prints one if no event comes for so long, because an item may take minutes.
+    also prints one if no event comes for so long, because an item, a step or a validation may take minutes.
 
     Args:
         console: prints them.
-        every: number of steps from one line of step values to the next.
+        every: number of steps from one line of step values to the next; the first and the last step have one too.
         quiet: seconds.
         clock: returns the time in seconds.
     """
@@ -154,6 +154,11 @@ class PlainLines:
         self.quiet = quiet
         self.clock = clock
         self.stage = StageClock(clock)
+        self.training: TrainingStarted | None = None
+        self.step, self.step_started = 0, 0.0
+        """The step at work, and the time at which it started."""
+        self.unprinted: StepDone | None = None
+        """The latest step, if it has no line."""
         self.printed_at = clock()
         self.lock = threading.Lock()
         self.closed = threading.Event()
@@ -179,14 +184,45 @@ class PlainLines:
                 return
             if not isinstance(event, ClipSkipped | Notice):
                 self.stage.latest = None
-            if not isinstance(event, StepDone) or event.step % self.every == 0:
+                self._follow_steps(event)
+            if event is not self.unprinted:
                 self._print(describe(event))
+
+    def _follow_steps(self, event: Event) -> None:
+        self.step_started = self.clock()
+        match event:
+            case TrainingStarted():
+                self.training, self.step = event, event.step
+            case StepDone():
+                self.step = event.step + 1
+                self.unprinted = None if self._has_line(event) else event
+            case StepSkipped():
+                self.step = event.step + 1
+            case TrainingEnded():
+                self.training = None
+                if self.unprinted is not None:
+                    self._print(describe(self.unprinted))
+
+    def _has_line(self, event: StepDone) -> bool:
+        ends = (self.training.step, self.training.steps - 1) if self.training else ()
+        return event.step % self.every == 0 or event.step in ends
 
     def beat(self) -> None:
         """Say what is worked on, if nothing has been printed for `quiet` seconds."""
         with self.lock:
-            if self.stage.latest is not None and self._seconds_to_beat() <= 0:
-                self._print(self._state(f"{duration(self.stage.item_seconds)} so far"))
+            if self._seconds_to_beat() <= 0 and (work := self._work()):
+                self._print(work)
+
+    def _work(self) -> str:
+        """The work since the last event; empty before the first stage and after the last step."""
+        latest = self.stage.latest
+        if latest is not None:
+            seconds = f"{duration(self.stage.item_seconds)} so far"
+            finished = latest.done == latest.total
+            return f"after {latest.stage}: looking into the cache, {seconds}" if finished else self._state(seconds)
+        if self.training is None:
+            return ""
+        return f"step {self.step} of {self.training.steps}: {duration(self.clock() - self.step_started)} so far"
 
     def _progress(self, event: Progress) -> None:
         before = self.stage.latest

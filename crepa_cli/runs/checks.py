@@ -2,17 +2,72 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
+from typing import TypeVar
 
 from accelerate.tracking import get_available_trackers
 from PIL import Image
 
+from crepa_cli.data.cache import cache_folder, check_writable
+from crepa_cli.data.clips import check_clips, clips_folder
 from crepa_cli.data.images import first_frame
 from crepa_cli.errors import UserError
 from crepa_cli.models import FAMILIES, load_family
 from crepa_cli.models.family import Family
 from crepa_cli.models.lora import fetch_lora, lora_rank
 from crepa_cli.profile import AdapterSettings, DataSettings, Profile, ValidationSettings
+
+Result = TypeVar("Result")
+
+
+def open_run(profile: Profile, *, resumes: bool = False) -> Family:
+    """The family with its checkpoint, for a run whose packages, cache, clips and settings have been checked.
+
+    Args:
+        profile: the resolved settings.
+        resumes: whether they resume a run.
+
+    Raises:
+        UserError: lists all mistakes.
+    """
+    mistakes: list[str] = []
+    attempt(mistakes, lambda: require_packages(profile))
+    attempt(mistakes, lambda: check_folders(profile))
+    family = attempt(mistakes, lambda: open_family(profile, resumes=resumes))
+    if family is None or mistakes:
+        raise UserError("\n".join(mistakes))
+    return family
+
+
+def start_mistakes(profile: Profile) -> list[str]:
+    """All mistakes that `open_run` would list, without those in clips that no setting names."""
+    mistakes: list[str] = []
+    attempt(mistakes, lambda: require_packages(profile))
+    if profile.data.path is not None:
+        attempt(mistakes, lambda: check_folders(profile))
+    attempt(mistakes, lambda: open_family(profile))
+    return mistakes
+
+
+def attempt(mistakes: list[str], check: Callable[[], Result]) -> Result | None:
+    """The result of a check; if it raises a UserError, add its message to `mistakes` and return None."""
+    try:
+        return check()
+    except UserError as error:
+        mistakes.append(str(error))
+        return None
+
+
+def check_folders(profile: Profile) -> None:
+    """Check that there are clips, and that the cache can be written.
+
+    Raises:
+        UserError: if not.
+    """
+    folder = clips_folder(profile.data)
+    check_clips(folder)
+    check_writable(cache_folder(profile.data), folder)
 
 
 def require_packages(profile: Profile) -> None:
@@ -30,7 +85,7 @@ def missing_optimizer(profile: Profile) -> dict[str, str]:
     """The mistake in the settings, with the command that installs the optimizer; empty if it is installed."""
     if profile.train.optimizer != "adamw8bit" or find_spec("bitsandbytes") is not None:
         return {}
-    return {"adamw8bit needs bitsandbytes": "pip install 'crepa[bnb]'"}
+    return {"train.optimizer: adamw8bit needs bitsandbytes": "pip install bitsandbytes"}
 
 
 def missing_trackers(profile: Profile) -> dict[str, str]:
@@ -43,12 +98,13 @@ def missing_trackers(profile: Profile) -> dict[str, str]:
     }
 
 
-def open_family(profile: Profile, *, resume: bool = False) -> Family:
+def open_family(profile: Profile, *, resumes: bool = False) -> Family:
     """The family of the settings with its checkpoint, checked against the settings.
 
     Args:
-        profile: the settings.
-        resume: whether they resume a run, which reads no `adapter.init_from`.
+        profile: the resolved settings.
+        resumes: whether they resume a run, of which some were started when any number of frames was accepted, and
+            which reads no `adapter.init_from`.
 
     Raises:
         UserError: lists all mistakes: family, checkpoint, task, block indices, sizes, images, export layouts.
@@ -58,9 +114,10 @@ def open_family(profile: Profile, *, resume: bool = False) -> Family:
     mistakes = [
         *_block_mistakes(family, profile),
         *_size_mistakes(family, profile.data),
+        *([] if resumes else _length_mistakes(family, profile)),
         *image_mistakes(profile.validation, model.task),
         *export_mistakes(family, profile.adapter),
-        *([] if resume else start_mistakes(profile.adapter)),
+        *([] if resumes else warm_start_mistakes(profile.adapter)),
     ]
     if mistakes:
         raise UserError("\n".join(mistakes))
@@ -97,6 +154,17 @@ def _size_mistakes(family: Family, data: DataSettings) -> list[str]:
     return mistakes
 
 
+def _length_mistakes(family: Family, profile: Profile) -> list[str]:
+    step = family.frame_multiple
+    lengths = {"data.frames": profile.data.frames, "validation.frames": profile.validation.frames}
+    return [
+        f"{name} = {frames}: {family.name} takes one frame more than a multiple of {step}, "
+        f"such as {lower} or {lower + step}"
+        for name, frames in lengths.items()
+        if frames is not None and frames != (lower := (frames - 1) // step * step + 1)
+    ]
+
+
 def image_mistakes(validation: ValidationSettings, task: str) -> list[str]:
     """Mistakes in the images that validation videos start from."""
     if task == "t2v":
@@ -122,7 +190,7 @@ def export_mistakes(family: Family, adapter: AdapterSettings) -> list[str]:
     return []
 
 
-def start_mistakes(adapter: AdapterSettings) -> list[str]:
+def warm_start_mistakes(adapter: AdapterSettings) -> list[str]:
     """Whether training cannot start from the LoRA of the settings."""
     if adapter.init_from is None:
         return []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -170,6 +171,12 @@ class RunFolder:
             else:
                 run.write_profile(profile)
                 return run
+
+    def remove(self) -> None:
+        """Undo `claim`: the folder stays if there is anything else in it."""
+        self.profile.unlink(missing_ok=True)
+        with suppress(OSError):
+            self.path.rmdir()
 
     def _taken(self) -> UserError:
         return UserError(f"{self.path} already holds a run: add --resume to resume it, or choose another --output")

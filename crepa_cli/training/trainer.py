@@ -20,6 +20,7 @@ from crepa_cli.events import (
     CheckpointSaved,
     Event,
     Notice,
+    Progress,
     StepDone,
     StepSkipped,
     TrainingEnded,
@@ -131,6 +132,7 @@ class Trainer:
             if self._stopping(should_stop):
                 break
             if profile.validation.prompts and _due(self.done, profile.validation.every):
+                yield Progress("validation", 0, len(profile.validation.prompts), "sampling videos")
                 yield self.validator.sample(self.learner, self.done, should_stop)
                 self.peak.restart()
         if self.done < last:
