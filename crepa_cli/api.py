@@ -215,10 +215,10 @@ def _run(
     yield RunOpened(run.path, _device_memory(accelerator.device), loading_lines(run, family, profile))
     checkpoint = (yield from _newest_checkpoint(run, profile.train.steps)) if resume else None
     prepared = yield from _prepared(profile, family, accelerator)
-    if accelerator.is_main_process:
-        write_facts(run, family, [clip.clip.caption for clip in prepared.clips], _device_name(accelerator))
     yield Progress("loading", 0, 1, "the transformer")
     trainer = _build_trainer(profile, family, run, accelerator, prepared, checkpoint)
+    if accelerator.is_main_process:
+        write_facts(run, family, [clip.clip.caption for clip in prepared.clips], _device_name(accelerator))
     yield from trainer.train(should_stop)
 
 

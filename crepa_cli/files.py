@@ -71,21 +71,14 @@ def whole_folder(path: Path, size: int) -> Iterator[Path]:
 
 @contextmanager
 def whole_files(folder: Path, size: int) -> Iterator[Path]:
-    """Like `whole_folder`, but what is filled takes its place file by file: other folders in `folder` stay.
-
-    Files of `folder` that were not written again are deleted.
-    """
+    """Like `whole_folder`, but what is filled takes its place file by file, and what else is in `folder` stays."""
     with _partial_folder(folder, size) as partial:
         yield partial
         _finish(partial)
         folder.mkdir(exist_ok=True)
-        written = {entry.name for entry in partial.iterdir()}
-        for entry in partial.iterdir():
+        for entry in list(partial.iterdir()):
             remove_folder(folder / entry.name)
             _retry(lambda source=entry: source.replace(folder / source.name))  # type: ignore[misc]
-        for entry in folder.iterdir():
-            if entry.is_file() and entry.name not in written:
-                _retry(entry.unlink)
         _sync(folder)
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from crepa_cli import __version__
 from crepa_cli.cli.doctor import doctor
 from crepa_cli.cli.encoding import print_any_text
+from crepa_cli.cli.export import export
 from crepa_cli.cli.init import init
 from crepa_cli.cli.probe import probe_blocks
 from crepa_cli.cli.terminal import in_notebook, write_plain_text
@@ -28,6 +29,7 @@ app.command()(init)
 app.command()(train)
 app.command()(probe_blocks)
 app.command()(doctor)
+app.command()(export)
 
 
 def _print_version(wanted: bool) -> None:
