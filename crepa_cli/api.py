@@ -29,10 +29,11 @@ from crepa_cli.data.online import OnlineTeacher
 from crepa_cli.data.prepare import ClipForm, PreparedClip, encoder_config, prepare, prompt_key
 from crepa_cli.errors import RunError, UserError, counted
 from crepa_cli.events import Event, Notice, Progress, RunOpened, TrainingEnded, TrainingStarted
+from crepa_cli.hub.download import download as download_needs
+from crepa_cli.hub.question import unreachable
 from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
-from crepa_cli.models.hub import fetch
-from crepa_cli.processes import PRECISION, from_main, start_processes
+from crepa_cli.processes import PRECISION, from_all, from_main, start_processes
 from crepa_cli.profile import Profile
 from crepa_cli.report.card import write_model_card
 from crepa_cli.report.loading import loading_lines
@@ -40,10 +41,12 @@ from crepa_cli.report.metrics import MetricsFile
 from crepa_cli.report.plot import CurvesFile
 from crepa_cli.report.trackers import Trackers
 from crepa_cli.runs.capabilities import attention_mistakes, compile_mistakes, dtype_mistakes
-from crepa_cli.runs.checks import open_run
+from crepa_cli.runs.checks import attempt, open_family, open_run
 from crepa_cli.runs.facts import write_facts
 from crepa_cli.runs.folder import RunFolder
 from crepa_cli.runs.resume import resume_mistakes
+from crepa_cli.runs.sources import at_commits, commits, keep_commits, needs
+from crepa_cli.runs.warnings import neighbor_warnings, setting_warnings
 from crepa_cli.settings import resolve
 from crepa_cli.signals import stop_signals
 from crepa_cli.training.batches import Batches
@@ -55,7 +58,7 @@ from crepa_cli.training.skipped import RUN, SkippedSteps
 from crepa_cli.training.trainer import Trainer
 from crepa_cli.training.validator import Prompts, Validator
 
-__all__ = ["check", "fill_cache", "resolve", "train"]
+__all__ = ["check", "download", "fill_cache", "resolve", "train"]
 
 Listener = Callable[[Event], None]
 StopRequest = Callable[[], bool]
@@ -121,7 +124,7 @@ def train(
     """
     profile = _with_output(profile, output)
     state = start_processes()
-    family = open_run(profile, resumes=resume)
+    profile, family = _opened(profile, resume=resume)
     if mistakes := [
         *dtype_mistakes(profile, state.device),
         *compile_mistakes(profile, state.device),
@@ -157,9 +160,40 @@ def fill_cache(
 ) -> None:
     """Prepare the clips for later runs, and train nothing; see `train`."""
     start_processes()
-    family = open_run(profile)
+    profile, family = _opened(profile)
     accelerator = Accelerator(mixed_precision=PRECISION[profile.model.dtype])
     _follow(lambda _: _prepared(profile, family, accelerator), listeners, should_stop)
+
+
+def download(profile: Profile, *, listeners: Sequence[Listener] = (), should_stop: StopRequest = lambda: False) -> None:
+    """Download what a run needs, for a machine that will train without network; see `train`."""
+    start_processes()
+    profile = from_main(lambda: _pinned(profile, resume=False))
+    family = open_family(profile)
+    _follow(lambda _: _downloaded(profile, family), listeners, should_stop)
+
+
+def _opened(profile: Profile, *, resume: bool = False) -> tuple[Profile, Family]:
+    """The settings with the commits of their models, and the family with its checkpoint.
+
+    Raises:
+        UserError: lists all mistakes.
+    """
+    mistakes: list[str] = []
+    pinned = attempt(mistakes, lambda: from_main(lambda: _pinned(profile, resume=resume))) or profile
+    family = attempt(mistakes, lambda: open_run(pinned, resumes=resume))
+    if family is None or mistakes:
+        # A repository that does not exist is a mistake for both.
+        raise UserError("\n".join(dict.fromkeys("\n".join(mistakes).splitlines())))
+    return pinned, family
+
+
+def _pinned(profile: Profile, *, resume: bool) -> Profile:
+    """The settings with the commits of the models; a resumed run stays at its own."""
+    if resume:
+        saved = RunFolder.to_resume(profile.train.output).profile
+        profile = keep_commits(resolve(str(saved)).profile, profile)
+    return at_commits(profile, commits(profile))
 
 
 def _follow(
@@ -213,8 +247,12 @@ def _run(
 ) -> Events:
     """Prepare, build the trainer, train."""
     yield RunOpened(run.path, _device_memory(accelerator.device), loading_lines(run, family, profile))
+    for warning in setting_warnings(profile):
+        yield Notice(warning)
     checkpoint = (yield from _newest_checkpoint(run, profile.train.steps)) if resume else None
     prepared = yield from _prepared(profile, family, accelerator)
+    for warning in neighbor_warnings(profile.crepa, family, (clip.bucket.frames for clip in prepared.clips)):
+        yield Notice(warning)
     yield Progress("loading", 0, 1, "the transformer")
     trainer = _build_trainer(profile, family, run, accelerator, prepared, checkpoint)
     if accelerator.is_main_process:
@@ -237,10 +275,22 @@ def _newest_checkpoint(run: RunFolder, steps: int) -> Generator[Event, None, Pat
     return path
 
 
+def _downloaded(profile: Profile, family: Family) -> Events:
+    """Bring the models of a run onto this machine; an error in one process is raised in all."""
+    if silence := unreachable():
+        yield Notice(f"{silence.reason}; the run uses what is on this machine")
+    failures: list[UserError] = []
+    try:
+        yield from download_needs(needs(profile, family))
+    except UserError as error:
+        failures.append(error)
+    for failure in from_all(failures):
+        raise failure
+
+
 def _prepared(profile: Profile, family: Family, accelerator: Accelerator) -> Generator[Event, None, _Prepared]:
     """Fill the cache with everything that depends on the clips alone."""
-    # Without network this ends here, not after an hour of reading clips.
-    fetch(family.base.name, family.base.revision, folders=())
+    yield from _downloaded(profile, family)
     crepa, form = profile.crepa, ClipForm.of(profile.data)
     damaged: list[str] = []
     cache = Cache(

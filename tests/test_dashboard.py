@@ -75,6 +75,7 @@ def recorded_events(plan: CoefficientSchedule, steps: int, *, aligned: bool = Tr
             )
             yield AlignmentDropped(step, reason)
         coefficient = 0.0 if dropped else plan.coefficient(step)
+        cut_off = aligned and (plan.cut_off or dropped)
         similarity = None if dropped else 0.9 - 0.8 * math.exp(-step / 600) + 0.02 * math.sin(step)
         if similarity is not None:
             plan.observe(similarity)
@@ -88,7 +89,7 @@ def recorded_events(plan: CoefficientSchedule, steps: int, *, aligned: bool = Tr
             crepa_similarity=similarity,
             crepa_similarity_ema=plan.similarity_ema,
             crepa_coefficient=coefficient,
-            crepa_cutoff=aligned and (plan.cut_off or dropped),
+            crepa_cutoff=cut_off,
             layersync_loss=None,
             learning_rate=1e-4,
             grad_norm=0.5321,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 import tomllib
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 import typer
-from conftest import RunCrepa
+from conftest import OpenTiny, RunCrepa
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
@@ -24,6 +25,7 @@ from crepa_cli.cli.terminal import NOTEBOOK_VARIABLES
 from crepa_cli.errors import UserError
 from crepa_cli.models.flavours import FLAVOURS
 from crepa_cli.profile import ResolvedProfile, description, json_schema, known_keys, resolve_profile
+from crepa_cli.profile.layers import complete
 from crepa_cli.profile.project import commented_toml, memory_settings, project_settings
 from crepa_cli.profile.simpletuner import COUNTERPARTS, export_crepa, import_config, read_config
 
@@ -35,13 +37,29 @@ DEFAULTS: dict[str, dict[str, object]] = {
     "validation": {"guidance_scale": 5.0},
     "crepa": {"block_index": 8},
 }
-SCRIPT = "import typer; from crepa_cli.cli.init import init; typer.run(init)"
+SCRIPT = f"""
+import sys, typer
+from crepa_cli.cli.init import init
+from crepa_cli.profile.layers import complete
+checks = sys.modules["crepa_cli.cli.init"]
+checks._checked = lambda settings, vram: (complete(settings, lambda *_: {DEFAULTS!r}), [])
+typer.run(init)
+"""
+"""The checks against the checkpoint, which load torch, have tests of their own."""
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder, without a network."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     return tmp_path
+
+
+@pytest.fixture
+def _no_predictions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prediction has its own tests and would take half a minute in each of these."""
+    monkeypatch.setattr(sys.modules["crepa_cli.cli.init"], "_memory_notes", lambda *_: [])
 
 
 def run(*arguments: str) -> Result:
@@ -63,7 +81,13 @@ def refusal(*arguments: str) -> str:
 
 
 def written(folder: Path) -> dict[str, Any]:
-    return tomllib.loads((folder / "crepa.toml").read_text(encoding="utf-8"))
+    """The settings in crepa.toml, without tables that hold comments alone."""
+    tables = tomllib.loads((folder / "crepa.toml").read_text(encoding="utf-8"))
+    return {name: table for name, table in tables.items() if table}
+
+
+def as_toml(tables: dict[str, dict[str, Any]]) -> str:
+    return commented_toml(tables, complete(tables, lambda *_: DEFAULTS))
 
 
 def resolved(folder: Path) -> ResolvedProfile:
@@ -101,30 +125,84 @@ def test_flags_alone_write_a_file_that_means_the_preset(folder: Path, preset: st
         family_defaults=lambda *_: DEFAULTS,
     )
     assert resolved(folder).profile == expected.profile
-    assert set(resolved(folder).sources.values()) == {"built-in default", "crepa.toml", "family wan"}
+    sources = {"built-in default", f"preset {preset}", "crepa.toml", "family wan"}
+    assert set(resolved(folder).sources.values()) == sources
 
 
 def test_the_file_has_comments_a_schema_and_nothing_that_is_a_default(folder: Path):
-    succeed("--model", "wan", "--task", "i2v")
+    succeed("--model", "wan", "--task", "i2v", "--data", "clips")
     text = (folder / "crepa.toml").read_text(encoding="utf-8")
     assert text.startswith("#:schema ./crepa.schema.json\n")
-    assert written(folder) == {"model": {"family": "wan", "task": "i2v"}}
-    assert f"# {description('model', 'task')}\ntask = " in text
+    assert written(folder) == {"preset": "i2v", "model": {"family": "wan"}, "data": {"path": "clips"}}
+    assert f"# {description('model', 'family')}\nfamily = " in text
     assert json.loads((folder / "crepa.schema.json").read_text(encoding="utf-8")) == json_schema()
     assert {path.name for path in folder.iterdir()} == {"crepa.toml", "crepa.schema.json"}
 
 
 def test_the_task_chooses_the_preset(folder: Path):
     succeed("--model", "wan")
-    assert written(folder)["crepa"]["scheduler"] == "cosine"
+    assert written(folder)["preset"] == "t2v"
 
 
+@pytest.mark.usefixtures("_no_predictions")
 def test_memory_lowers_frames_and_teacher(folder: Path):
     succeed("--model", "wan", "--vram", "8")
     assert written(folder)["data"] == {"frames": 33}
     assert written(folder)["crepa"]["encoder"] == "dinov2_vits14"
     assert (memory_settings(80), memory_settings(24), memory_settings(float("nan"))) == ({}, {}, memory_settings(0))
     assert memory_settings(16) == {"data": {"frames": 49}}
+
+
+@pytest.mark.slow
+def test_settings_that_do_not_fit_the_gpu_are_written_with_a_warning(
+    open_tiny: OpenTiny, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "predictions"))
+    (folder / "large.toml").write_text("[data]\nwidth = 3328\nheight = 1920\n")
+    flags = ["--model", "wan", "--profile", "large.toml", "--checkpoint", open_tiny("wan", "t2v").base.name]
+    assert "These settings need" not in succeed(*flags, "--vram", "1000")
+    output = succeed(*flags, "--vram", "1", "--force")
+    needed = r"These settings need [\d.]+ GB of GPU memory, and there are 1 GB. Settings that need less: "
+    assert re.search(rf"{needed}crepa doctor --vram 1\n", output)
+    assert written(folder)["model"]["checkpoint"] == flags[-1]
+
+
+def test_a_block_that_the_checkpoint_does_not_have_is_refused_before_anything_is_written(folder: Path):
+    config = {"model_family": "wan", "crepa_enabled": True, "crepa_block_index": 30}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "30 blocks; choose one of 0 to 29" in refusal("--from", "config.json")
+    assert not (folder / "crepa.toml").exists()
+
+
+def test_the_settings_that_are_changed_most_stand_in_comments_at_their_defaults(folder: Path):
+    succeed("--model", "wan", "--profile", "i2v")
+    text = (folder / "crepa.toml").read_text(encoding="utf-8")
+    assert "# block_index = 8\n" in text
+    assert "takes more memory. none: the\n# family's default.\n# rank = 32\n" in text
+    before = resolved(folder).profile
+    names = ("block_index", "lambda", "encoder", "rank", "steps", "prompts")
+    uncommented = re.sub(rf"^# ({'|'.join(names)}) = ", r"\1 = ", text, flags=re.MULTILINE)
+    (folder / "crepa.toml").write_text(uncommented, encoding="utf-8")
+    assert resolved(folder).profile == before
+    assert {name for name, source in resolved(folder).sources.items() if source == "crepa.toml"} >= {
+        *("crepa.block_index", "crepa.lambda", "crepa.encoder", "adapter.rank", "train.steps", "validation.prompts")
+    }
+
+
+def test_two_folders_of_clips_are_refused(folder: Path):
+    assert "--data is given 2 times (a, b)" in refusal("--model", "wan", "--data", "a", "--data", "b")
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("command", ["train", "init", "doctor", "probe-blocks"])
+def test_help_lists_families_and_presets(
+    command: str, run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run_crepa(command, "--help") == 0
+    text = capsys.readouterr().out
+    assert "wan, ltxvideo, sanavideo, kandinsky5_video" in text
+    assert "i2v, solid-background, t2v" in text
 
 
 def test_every_memory_setting_is_valid(folder: Path):
@@ -223,7 +301,7 @@ def test_a_terminal_is_asked_with_defaults(folder: Path):
     assert "no NVIDIA GPU found" in screen
     assert written(folder)["model"] == {"family": "wan"}
     assert written(folder)["data"] == {"path": "clips"}
-    assert written(folder)["crepa"]["scheduler"] == "cosine"
+    assert written(folder)["preset"] == "t2v"
 
 
 def test_a_terminal_is_asked_again_after_a_wrong_answer_and_shows_the_gpu(folder: Path):
@@ -233,7 +311,7 @@ def test_a_terminal_is_asked_again_after_a_wrong_answer_and_shows_the_gpu(folder
     code, screen = terminal(folder, "wann\nwan\ni2v\n\nmy clips\n\n")
     assert code == 0, screen
     assert "Tiny GPU" in screen
-    assert written(folder)["model"] == {"family": "wan", "task": "i2v"}
+    assert (written(folder)["preset"], written(folder)["model"]) == ("i2v", {"family": "wan"})
     assert written(folder)["data"] == {"path": "my clips", "frames": 33}
 
 
@@ -242,7 +320,7 @@ def test_a_terminal_is_asked_only_for_what_no_flag_has_said(folder: Path):
     code, screen = terminal(folder, "", *flags)
     assert code == 0, screen
     assert "Model family" not in screen
-    assert written(folder)["crepa"]["cutoff_step"] == 2000
+    assert written(folder) == {"preset": "solid-background", "model": {"family": "wan"}, "data": {"path": "clips"}}
 
 
 def test_a_terminal_is_not_asked_when_the_file_is_there(folder: Path):
@@ -258,7 +336,7 @@ def test_nobody_is_asked_in_a_notebook_or_ci(folder: Path, variable: str):
     code, screen = terminal(folder, "\x04", "--model", "wan", **{variable: "1"})
     assert code == 0, screen
     assert "Text to video" not in screen
-    assert written(folder)["crepa"]["scheduler"] == "cosine"
+    assert written(folder)["preset"] == "t2v"
 
 
 def test_the_end_of_input_writes_nothing(folder: Path):
@@ -344,7 +422,7 @@ def test_flags_win_over_an_imported_configuration(folder: Path):
 )
 def test_options_have_their_counterparts(folder: Path, config: dict[str, Any], setting: str, value: object):
     settings, left_out = imported(config)
-    (folder / "crepa.toml").write_text(commented_toml(settings))
+    (folder / "crepa.toml").write_text(as_toml(settings))
     table, key = setting.split(".")
     assert json.loads(resolved(folder).profile.model_dump_json())[table][key] == value
     assert left_out == {}
@@ -430,7 +508,7 @@ def test_the_alignment_settings_are_written_as_json(folder: Path):
     succeed("--to", "config.json")
     config = json.loads((folder / "config.json").read_text())
     assert config["crepa_block_index"] == 8
-    assert config["crepa_similarity_threshold"] == 0.85
+    assert config["crepa_similarity_threshold"] == 0.5
     assert "crepa_teacher_block_index" not in config
     assert all(name.startswith("crepa_") for name in config)
 
@@ -500,11 +578,11 @@ def test_the_round_trip_loses_nothing(folder: Path, values: dict[str, object], d
     first = {f"{'--' if dashes else ''}crepa_{key}": value for key, value in values.items()}
     settings, left_out = imported(first)
     assert left_out == {}
-    (folder / "crepa.toml").write_text(commented_toml(settings), encoding="utf-8")
+    (folder / "crepa.toml").write_text(as_toml(settings), encoding="utf-8")
     read_back = resolved(folder).profile
     second = export_crepa(read_back, first)
     assert {name: second[name] for name in first} == first
-    (folder / "crepa.toml").write_text(commented_toml(imported(second)[0]), encoding="utf-8")
+    (folder / "crepa.toml").write_text(as_toml(imported(second)[0]), encoding="utf-8")
     assert resolved(folder).profile == read_back
 
 
@@ -543,10 +621,11 @@ def test_no_configuration_ends_in_a_traceback(config: dict[str, Any]):
     names = [name.lstrip("-") for name in config]
     try:
         settings, left_out = imported(config)
+        text = as_toml(settings)
     except UserError:
         return
     assert set(left_out) <= set(names)
-    assert tomllib.loads(commented_toml(settings))["model"]["family"]
+    assert tomllib.loads(text)["model"]["family"]
 
 
 @FUZZ
@@ -589,6 +668,7 @@ def test_every_preset_of_every_family_makes_a_profile(
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert f'"{family}"' in lines["model.family"]
     assert "crepa.toml" in lines["model.family"]
+    assert f"preset {preset}" in lines["model.task"]
     assert ("cosine" if task == "t2v" else "constant") in lines["crepa.scheduler"]
-    assert ("2000" if preset == "solid-background" else " 0 ") in lines["crepa.cutoff_step"]
+    assert ("40%" if preset == "solid-background" else " 0 ") in lines["crepa.cutoff_step"]
     assert f"family {family}" in lines["crepa.block_index"]

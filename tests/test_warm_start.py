@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -120,7 +121,7 @@ def test_a_file_on_the_hub_is_named_or_chosen_as_diffusers_does(monkeypatch: pyt
     from crepa_cli.models import lora as module
 
     files = ["README.md", "a_comfyui.safetensors", "weights/pytorch_lora_weights.safetensors"]
-    monkeypatch.setattr(module, "list_repo_files", lambda _: files)
-    monkeypatch.setattr(module, "hf_hub_download", lambda repository, filename: f"{repository}:{filename}")
+    monkeypatch.setattr(module, "list_files", lambda _: SimpleNamespace(files=dict.fromkeys(files)))
+    monkeypatch.setattr(module, "fetch_file", lambda repository, filename: Path(f"{repository}:{filename}"))
     assert fetch_lora("user/repo") == Path("user/repo:weights/pytorch_lora_weights.safetensors")
     assert fetch_lora("user/repo/a_comfyui.safetensors") == Path("user/repo:a_comfyui.safetensors")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from crepa_cli.cli.flags import CheckpointFlag, DataFlag, ModelFlag, ProfileFlag, SetFlag, TaskFlag
+from crepa_cli.cli.flags import CheckpointFlag, DataFlag, ModelFlag, ProfileFlag, SetFlag, TaskFlag, one_folder
 
 if TYPE_CHECKING:
     from rich.status import Status
@@ -46,7 +46,7 @@ def doctor(
     from crepa_cli.profile.files import find_project_file
     from crepa_cli.settings import resolve
 
-    flags = {"model.family": model, "model.checkpoint": checkpoint, "model.task": task, "data.path": data}
+    flags = {"model.family": model, "model.checkpoint": checkpoint, "model.task": task, "data.path": one_folder(data)}
     given = any([profile, *flags.values(), demo, sets]) or find_project_file(Path()) is not None
     settings = (lambda: resolve(profile, flags, sets or [], demo=demo)) if given else None
     with Console(stderr=True).status("checking this machine") as status:

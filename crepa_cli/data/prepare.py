@@ -24,8 +24,9 @@ from crepa_cli.data.video import decode, frames_available, probe
 from crepa_cli.errors import UserError, counted
 from crepa_cli.events import ClipSkipped, Event, Progress
 from crepa_cli.heap import release_memory
+from crepa_cli.hub.download import Need, fetch
+from crepa_cli.hub.read import fingerprint, read_config
 from crepa_cli.models.family import Family, Tensors
-from crepa_cli.models.hub import fetch, fingerprint, read_config
 from crepa_cli.processes import from_all, from_main
 from crepa_cli.profile import CrepaSettings, DataSettings
 from crepa_cli.teachers.dinov2 import ENCODERS, Dinov2Teacher, input_size
@@ -161,14 +162,20 @@ def load_teacher(crepa: CrepaSettings, device: torch.device) -> Dinov2Teacher:
     return Dinov2Teacher.load(encoder_folder(crepa), device)
 
 
+def encoder_need(crepa: CrepaSettings) -> Need:
+    """The repository or folder of the encoder."""
+    return Need(ENCODERS.get(crepa.encoder, crepa.encoder), crepa.encoder_revision, ("",))
+
+
 def encoder_folder(crepa: CrepaSettings) -> Path:
     """The local folder of the encoder, downloaded if necessary."""
-    return fetch(ENCODERS.get(crepa.encoder, crepa.encoder))
+    return fetch(encoder_need(crepa))
 
 
 def encoder_config(crepa: CrepaSettings) -> dict[str, Any]:
     """The encoder's configuration, with its patch size and the width of its features."""
-    return read_config(ENCODERS.get(crepa.encoder, crepa.encoder), "config.json")
+    need = encoder_need(crepa)
+    return read_config(need.name, "config.json", need.revision)
 
 
 def _prepare_prompts(
@@ -352,7 +359,8 @@ def _content(clip: PreparedClip, fps: float) -> dict[str, object]:
 
 
 def _digests(components: Iterable[str], family: Family) -> list[str]:
-    folder = family.base.fetch()
+    components = list(components)
+    folder = family.base.fetch(*components)
     return [fingerprint(folder / name) for name in components]
 
 

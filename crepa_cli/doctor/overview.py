@@ -30,7 +30,7 @@ def family_memories(
     if target.device.type == "cpu":
         target = Target(torch.device("cuda"), None)
     profiles = [default_profile(name, task) for name in FAMILIES for task in load_family(name).checkpoints]
-    yield from check_hub(str(profile.model.checkpoint) for profile in profiles)
+    yield from check_hub((str(profile.model.checkpoint), profile.model.revision) for profile in profiles)
     for profile in profiles:
         checkpoint = str(profile.model.checkpoint)
         report(f"predicting the memory of {checkpoint}, {profile.model.task}")

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from crepa_cli.alignment import TokenGrid
 from crepa_cli.errors import UserError
 from crepa_cli.models.base import BaseCheckpoint
-from crepa_cli.models.hub import require_class
 
 Tensors = dict[str, Tensor]
 
@@ -78,7 +77,12 @@ class Family(ABC):
         self.task = task
         self.component = self._expert(variant)
         self.config = self.base.read_config(f"{self.component}/config.json")
-        require_class(checkpoint, self.config, self.transformer_class, self.name)
+        found = self.config.get("_class_name")
+        if found != self.transformer_class:
+            raise UserError(
+                f"{checkpoint} holds a {found}, the family {self.name} needs a {self.transformer_class}; "
+                "check --model and --checkpoint"
+            )
 
     @classmethod
     def defaults(cls, task: str) -> dict[str, dict[str, object]]:

@@ -169,7 +169,7 @@ class Kandinsky5Video(Family):
         pipeline = self.base.load_pipeline(
             self.pipeline_class, dtype=dtype, without=("transformer", "vae", "tokenizer")
         )
-        pipeline.tokenizer = AutoTokenizer.from_pretrained(self.base.fetch() / "tokenizer")
+        pipeline.tokenizer = AutoTokenizer.from_pretrained(self.base.fetch("tokenizer") / "tokenizer")
         return pipeline
 
     def encode_prompt(self, pipeline: DiffusionPipeline, caption: str) -> Tensors:

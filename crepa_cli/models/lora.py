@@ -7,14 +7,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from huggingface_hub import hf_hub_download, list_repo_files
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from crepa_cli.errors import UserError, counted
+from crepa_cli.hub.question import list_files
+from crepa_cli.hub.read import fetch_file
 from crepa_cli.models import FINAL_LORA
 from crepa_cli.models.family import Family, Tensors
-from crepa_cli.models.hub import from_hub
 
 SUFFIX = ".safetensors"
 PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.", "lora_unet_")
@@ -58,8 +58,8 @@ def fetch_lora(source: str) -> Path:
     if path.is_absolute() or (source.endswith(SUFFIX) and not filename):
         raise UserError(f"adapter.init_from = {source!r}: there is no such file")
     repository = f"{owner}/{name}"
-    filename = filename or _only_lora(source, from_hub(list_repo_files, repository))
-    return Path(from_hub(hf_hub_download, repository, filename=filename))
+    filename = filename or _only_lora(source, list_files(repository).files)
+    return fetch_file(repository, filename)
 
 
 def _only_lora(source: str, files: Iterable[str]) -> str:

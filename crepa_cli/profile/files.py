@@ -7,6 +7,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import tomli_w
 
@@ -14,7 +15,11 @@ from crepa_cli.errors import UserError
 from crepa_cli.profile.describe import shown
 from crepa_cli.profile.settings import Profile
 
+Value = TypeVar("Value")
+
 PROJECT_FILE = "crepa.toml"
+PRESET = "preset"
+"""Key of a TOML file, above its tables, that names the preset below its settings."""
 PATHS = {("data", "path"), ("data", "cache"), ("train", "output"), ("validation", "images")}
 PATHS_OR_NAMES = {("model", "checkpoint"), ("adapter", "init_from"), ("crepa", "encoder")}
 CONTROL = re.compile(r"[\x00-\x1f]")
@@ -55,6 +60,31 @@ def find_profile(name: str, folder: Path) -> tuple[Path, str]:
     nearest = difflib.get_close_matches(name, known, n=1)
     hint = f" (did you mean {nearest[0]}?)" if nearest else ""
     raise UserError(f"--profile: no preset or file is named {shown(name)}{hint}; the presets are {', '.join(known)}")
+
+
+def preset_tables(tables: Mapping[str, object], label: str) -> dict[str, object] | None:
+    """The settings of the preset that a file names with `preset = "..."`; None if it names none.
+
+    Args:
+        tables: of the file.
+        label: of the file in messages.
+
+    Raises:
+        UserError: if there is no such preset.
+    """
+    if PRESET not in tables:
+        return None
+    name, known = tables[PRESET], presets()
+    if not isinstance(name, str) or name not in known:
+        nearest = difflib.get_close_matches(str(name), known, n=1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        raise UserError(f"{label}: {PRESET} = {shown(name)}: must be one of {', '.join(known)}{hint}")
+    return parse_toml(read_text(known[name], f"preset {name}"), f"preset {name}")
+
+
+def without_preset(tables: Mapping[str, Value]) -> dict[str, Value]:
+    """The tables of a file without the name of its preset."""
+    return {name: values for name, values in tables.items() if name != PRESET}
 
 
 def exists(path: Path) -> bool:

@@ -25,12 +25,16 @@ from crepa_cli.profile.describe import (
 from crepa_cli.profile.files import (
     PATHS,
     PATHS_OR_NAMES,
+    PRESET,
+    PROJECT_FILE,
     RESOLVED_MARK,
     exists,
     find_profile,
     find_project_file,
     parse_toml,
+    preset_tables,
     read_text,
+    without_preset,
 )
 from crepa_cli.profile.settings import Profile
 
@@ -123,8 +127,8 @@ def resolve_profile(
     depends on the family goes back to that default if a layer sets it to "none".
 
     Args:
-        profile: name of a preset or path of a TOML file. A file that `dump_toml` wrote replaces the family's defaults
-            and crepa.toml, so that it repeats its run.
+        profile: name of a preset or path of a TOML file; it replaces the preset that crepa.toml names. A file that
+            `dump_toml` wrote replaces the family's defaults and crepa.toml, so that it repeats its run.
         flags: values by "table.key"; None means that the flag was not given.
         sets: "table.key=value", the value as TOML or else a bare string.
         folder: the first folder to search for crepa.toml; its parents come next.
@@ -175,13 +179,13 @@ def _defaults(
 
 
 def _read_files(profile: str | None, folder: Path, mistakes: list[str]) -> tuple[list[_File], bool]:
-    """The contents of `profile` and crepa.toml, and whether `profile` repeats a run."""
-    files = []
+    """The contents of the preset, of `profile` and of crepa.toml, and whether `profile` repeats a run."""
+    files: list[_File] = []
     if profile is not None:
         try:
             path, label = find_profile(profile, folder)
             text = read_text(path, label)
-            files.append(_File(parse_toml(text, label), label))
+            files += _below(_File(parse_toml(text, label), label))
             if text.startswith(RESOLVED_MARK):
                 return files, True
         except UserError as error:
@@ -189,10 +193,21 @@ def _read_files(profile: str | None, folder: Path, mistakes: list[str]) -> tuple
     if project := find_project_file(folder):
         label = os.path.relpath(project, folder)
         try:
-            files.append(_File(parse_toml(read_text(project, label), label), label, Path(label).parent))
+            file = _File(parse_toml(read_text(project, label), label), label, Path(label).parent)
+            files += _below(file) if profile is None else [file]
         except UserError as error:
             mistakes.append(str(error))
-    return files, False
+    return [file._replace(tables=without_preset(file.tables)) for file in files], False
+
+
+def _below(file: _File) -> list[_File]:
+    """The preset that a file names, if any, and the file itself.
+
+    Raises:
+        UserError: if there is no such preset.
+    """
+    preset = preset_tables(file.tables, file.label)
+    return [file] if preset is None else [_File(preset, f"preset {file.tables[PRESET]}"), file]
 
 
 def _anchored(setting: Setting, base: Path, folder: Path) -> Setting:
@@ -208,6 +223,22 @@ def _anchored(setting: Setting, base: Path, folder: Path) -> Setting:
 
     value = setting.value
     return setting._replace(value=[anchor(one) for one in value] if isinstance(value, list) else anchor(value))
+
+
+def complete(tables: Mapping[str, object], family_defaults: Defaults) -> Profile:
+    """The profile that a crepa.toml with these tables, and the name of its preset, describes without flags.
+
+    Raises:
+        SettingsError: lists all mistakes.
+    """
+    mistakes: list[str] = []
+    settings = [
+        setting
+        for file in _below(_File(dict(tables), PROJECT_FILE))
+        for setting in known_settings(without_preset(file.tables), file.label, mistakes)
+    ]
+    defaults, _ = _defaults(merged(settings), family_defaults, None, mistakes)
+    return _resolved(check_settings(settings, mistakes, defaults)).profile
 
 
 def known_settings(tables: Mapping[str, object], source: str, mistakes: list[str]) -> Iterator[Setting]:

@@ -25,7 +25,7 @@ from crepa_cli.report.panels import (
     similarity_lines,
     titled,
 )
-from crepa_cli.report.plain import StageClock, duration, item_text
+from crepa_cli.report.plain import StageClock, amount, duration, item_text
 from crepa_cli.report.state import RunState
 from crepa_cli.report.summary import Summary, steps_before
 
@@ -60,7 +60,7 @@ class Dashboard:
         self.progress = bars.Progress(
             bars.TextColumn("{task.description:<10}"),
             bars.BarColumn(bar_width=None),
-            bars.MofNCompleteColumn(),
+            bars.TextColumn("{task.fields[amount]}"),
             bars.TextColumn("ETA"),
             bars.TimeRemainingColumn(),
             console=console,
@@ -122,7 +122,7 @@ class Dashboard:
         latest = self.stage.latest
         if latest is None or not latest.item:
             return ""
-        return f"{item_text(latest.item)}, {duration(self.stage.item_seconds)} so far"
+        return f"{item_text(latest.item)}, {self.stage.speed or f'{duration(self.stage.item_seconds)} so far'}"
 
     def _training(self, started: TrainingStarted, console: Console, width: int, height: int) -> Layout:
         """The panels during training; of a window's lines beyond 24, charts take a part and messages the rest."""
@@ -152,6 +152,6 @@ class Dashboard:
 
     def _advance(self, event: Progress) -> None:
         if event.stage not in self.stages:
-            self.stages[event.stage] = self.progress.add_task(event.stage, total=event.total)
-        self.progress.update(self.stages[event.stage], completed=event.done, total=event.total)
+            self.stages[event.stage] = self.progress.add_task(event.stage, total=event.total, amount="")
+        self.progress.update(self.stages[event.stage], completed=event.done, total=event.total, amount=amount(event))
         self.stage(event)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
+from rich.filesize import decimal
 
 from crepa_cli.errors import counted
 from crepa_cli.events import (
@@ -54,13 +55,20 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
+def amount(event: Progress) -> str:
+    """How much of a stage is done: `3/20`, or `1.2 GB/23.4 GB`."""
+    if event.unit == "B":
+        return f"{decimal(event.done)}/{decimal(event.total)}"
+    return f"{event.done}/{event.total}"
+
+
 def describe(event: Event) -> str:
     """An event as one line of text."""
     match event:
         case RunOpened(output):
             return f"run folder: {output}"
-        case Progress(stage, done, total, item):
-            return ", ".join([f"{stage}: {done}/{total}", *([item_text(item)] if item else [])])
+        case Progress(stage, _, _, item):
+            return ", ".join([f"{stage}: {amount(event)}", *([item_text(item)] if item else [])])
         case ClipSkipped(name, reason):
             return f"skipped {name}: {reason}"
         case Notice(message):
@@ -117,6 +125,14 @@ class StageClock:
     def item_seconds(self) -> float:
         """Seconds since the last event."""
         return self.clock() - self.item_started
+
+    @property
+    def speed(self) -> str | None:
+        """Bytes per second, such as `35.2 MB/s`; None for a stage that does not count bytes, or has none yet."""
+        done, started = self.first
+        if self.latest is None or self.latest.unit != "B" or self.latest.done <= done:
+            return None
+        return f"{decimal(round((self.latest.done - done) / max(self.item_started - started, 1e-3)))}/s"
 
     @property
     def seconds_left(self) -> float | None:
@@ -235,8 +251,9 @@ class PlainLines:
         latest, left = self.stage.latest, self.stage.seconds_left
         if latest is None:
             return ""
-        known = left is not None and latest.done < latest.total
-        return ", ".join([describe(latest), *more, *([f"{duration(left)} left"] if known and left is not None else [])])
+        speed = [self.stage.speed] if self.stage.speed else []
+        rest = [f"{duration(left)} left"] if left is not None and latest.done < latest.total else []
+        return ", ".join([describe(latest), *more, *speed, *rest])
 
     def _seconds_to_beat(self) -> float:
         return self.printed_at + self.quiet - self.clock()

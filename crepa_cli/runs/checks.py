@@ -51,11 +51,11 @@ def start_mistakes(profile: Profile) -> list[str]:
 
 
 def attempt(mistakes: list[str], check: Callable[[], Result]) -> Result | None:
-    """The result of a check; if it raises a UserError, add its message to `mistakes` and return None."""
+    """The result of a check; if it raises a UserError, add the lines of its message to `mistakes` and return None."""
     try:
         return check()
     except UserError as error:
-        mistakes.append(str(error))
+        mistakes += str(error).splitlines()
         return None
 
 
@@ -109,19 +109,32 @@ def open_family(profile: Profile, *, resumes: bool = False) -> Family:
     Raises:
         UserError: lists all mistakes: family, checkpoint, task, block indices, sizes, images, export layouts.
     """
+    family = load_checkpoint(profile)
+    if mistakes := family_mistakes(family, profile, resumes=resumes):
+        raise UserError("\n".join(mistakes))
+    return family
+
+
+def load_checkpoint(profile: Profile) -> Family:
+    """The family of the settings with its checkpoint, of which only the configuration is read.
+
+    Raises:
+        UserError: if it cannot be read, or is not for the family and the task.
+    """
     model = profile.model
-    family = load_family(model.family)(model.checkpoint, model.task, model.revision, model.variant)
-    mistakes = [
+    return load_family(model.family)(model.checkpoint, model.task, model.revision, model.variant)
+
+
+def family_mistakes(family: Family, profile: Profile, *, resumes: bool = False) -> list[str]:
+    """Settings that do not go with the checkpoint; see `open_family`."""
+    return [
         *_block_mistakes(family, profile),
         *_size_mistakes(family, profile.data),
         *([] if resumes else _length_mistakes(family, profile)),
-        *image_mistakes(profile.validation, model.task),
+        *image_mistakes(profile.validation, profile.model.task),
         *export_mistakes(family, profile.adapter),
         *([] if resumes else warm_start_mistakes(profile.adapter)),
     ]
-    if mistakes:
-        raise UserError("\n".join(mistakes))
-    return family
 
 
 def _block_mistakes(family: Family, profile: Profile) -> list[str]:

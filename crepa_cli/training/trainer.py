@@ -164,6 +164,7 @@ class Trainer:
         if not all(math.isfinite(value) for value in (*means.values(), norms.adapter, norms.projector or 0.0)):
             return self._skip(step, losses, clips)
         similarity = means.get("similarity")
+        cut_off = not learner.aligns or learner.schedule.cut_off
         self.updating = True
         learner.update(similarity)
         self.updating = False
@@ -178,7 +179,7 @@ class Trainer:
             layersync_loss=means.get("layersync"),
             crepa_similarity_ema=learner.schedule.similarity_ema,
             crepa_coefficient=coefficient,
-            crepa_cutoff=not learner.aligns or learner.schedule.cut_off or learner.schedule.finished(step),
+            crepa_cutoff=cut_off,
             learning_rate=learning_rate,
             grad_norm=norms.adapter,
             projector_grad_norm=norms.projector,
@@ -240,8 +241,8 @@ class Trainer:
         settings, schedule = self.profile.crepa, self.learner.schedule
         if schedule.cut_off:
             return f"similarity average {schedule.similarity_ema:.3f} >= {settings.similarity_threshold}"
-        if settings.cutoff_step and step >= settings.cutoff_step:
-            return f"cutoff_step {settings.cutoff_step} reached"
+        if schedule.cutoff_step and step >= schedule.cutoff_step:
+            return f"cutoff_step {schedule.cutoff_step} reached"
         return "the coefficient has decayed to 0"
 
     def _stopping(self, should_stop: StopRequest) -> bool:
@@ -252,7 +253,9 @@ class Trainer:
         return bool(self.accelerator.reduce(asked, "sum").item())
 
     def _save(self) -> CheckpointSaved:
-        event = self.checkpointer.save(self.learner, {"step": self.done, "skipped": self.skipped.state_dict()})
+        revisions = {"model": self.profile.model.revision, "encoder": self.profile.crepa.encoder_revision}
+        progress = {"step": self.done, "skipped": self.skipped.state_dict(), "revisions": revisions}
+        event = self.checkpointer.save(self.learner, progress)
         self.saved = self.done
         return event
 
