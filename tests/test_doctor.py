@@ -193,7 +193,7 @@ def test_no_features_where_no_encoder_teaches(doctor: Any) -> None:
 def test_an_optimizer_that_is_not_installed(doctor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("crepa_cli.runs.checks.find_spec", lambda _: None)
     report = doctor(*DEMO, "--set", "train.optimizer=adamw8bit", exit_code=2)
-    assert failures(report) == {"optimizer": "adamw8bit needs bitsandbytes"}
+    assert failures(report) == {"optimizer": "train.optimizer: adamw8bit needs bitsandbytes"}
 
 
 def test_a_machine_that_cannot_encode_video(doctor: Any, monkeypatch: pytest.MonkeyPatch) -> None:

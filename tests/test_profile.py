@@ -66,9 +66,9 @@ KEYS = {
     "model": "family task checkpoint revision dtype variant",
     "adapter": "kind rank alpha dropout target_modules init_from export export_dtype",
     "data": "path width height frames fps repeats caption_dropout cache",
-    "train": "steps batch_size gradient_accumulation learning_rate optimizer weight_decay lr_scheduler "
-    "lr_warmup_steps max_grad_norm max_skipped_steps sharding activation_checkpointing compile ema timestep_sampling "
-    "timestep_shift loss_weighting seed output",
+    "train": "steps batch_size gradient_accumulation learning_rate optimizer beta1 beta2 eps weight_decay "
+    "lr_scheduler lr_warmup_steps lr_floor max_grad_norm max_skipped_steps sharding activation_checkpointing compile "
+    "ema timestep_sampling timestep_shift loss_weighting seed output",
     "validation": "every prompts images steps guidance_scale frames",
     "checkpoints": "every keep",
     "report": "every trackers",
@@ -97,6 +97,10 @@ OUT_OF_RANGE = [
     "train.learning_rate=0",
     "train.learning_rate=nan",
     "train.optimizer=sgd",
+    "train.beta1=1.0",
+    "train.beta2=-0.1",
+    "train.eps=0",
+    "train.lr_floor=1.1",
     "train.compile=1",
     "train.ema=1",
     "train.seed=-1",

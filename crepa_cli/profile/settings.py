@@ -150,15 +150,30 @@ class TrainSettings(Table):
         description="Peak learning rate.",
         gt=0,
     )
-    optimizer: Literal["adamw", "adamw8bit"] = Field(
-        default="adamw", description="adamw8bit saves memory by storing its state in 8 bits; it needs the extra 'bnb'."
+    optimizer: Literal["adamw", "adamw8bit", "adafactor", "prodigy"] = Field(
+        default="adamw",
+        description="adamw8bit stores its state in 8 bits (it needs bitsandbytes), adafactor stores next to none, and "
+        "prodigy finds the learning rate (it needs prodigyopt, and learning_rate = 1).",
     )
+    beta1: float = Field(
+        default=0.9, ge=0, lt=1, description="Decay of the optimizer's average of the gradient; adafactor has none."
+    )
+    beta2: float = Field(
+        default=0.999, ge=0, lt=1, description="Decay of its average of the squared gradient; adafactor has its own."
+    )
+    eps: float = Field(default=1e-8, gt=0, description="Added to the optimizer's denominator; adafactor has its own.")
     weight_decay: float = Field(default=0.01, ge=0, description="Decoupled weight decay of the optimizer.")
     lr_scheduler: Literal[
         "constant", "linear", "cosine", "polynomial", "constant_with_warmup", "cosine_with_restarts"
     ] = Field(default="constant", description="Learning rate schedule, by its name in diffusers.")
     lr_warmup_steps: int = Field(
         default=0, ge=0, description="Optimizer steps over which the learning rate rises from 0; 'constant' ignores it."
+    )
+    lr_floor: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Share of the learning rate at which its schedule ends, such as 0.1, in place of 0.",
     )
     max_grad_norm: float = Field(
         default=1.0, ge=0, description="Maximum gradient norm for clipping; 0 turns clipping off."

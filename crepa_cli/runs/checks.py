@@ -16,7 +16,7 @@ from crepa_cli.errors import UserError
 from crepa_cli.models import FAMILIES, load_family
 from crepa_cli.models.family import Family
 from crepa_cli.models.lora import fetch_lora, lora_rank
-from crepa_cli.profile import AdapterSettings, DataSettings, Profile, ValidationSettings
+from crepa_cli.profile import AdapterSettings, DataSettings, Profile, TrainSettings, ValidationSettings
 
 Result = TypeVar("Result")
 
@@ -81,11 +81,17 @@ def require_packages(profile: Profile) -> None:
         raise UserError("\n".join(mistakes))
 
 
+OPTIMIZER_PACKAGES = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}
+"""The package of each optimizer that is not a dependency."""
+
+
 def missing_optimizer(profile: Profile) -> dict[str, str]:
     """The mistake in the settings, with the command that installs the optimizer; empty if it is installed."""
-    if profile.train.optimizer != "adamw8bit" or find_spec("bitsandbytes") is not None:
+    name = profile.train.optimizer
+    package = OPTIMIZER_PACKAGES.get(name)
+    if package is None or find_spec(package) is not None:
         return {}
-    return {"train.optimizer: adamw8bit needs bitsandbytes": "pip install bitsandbytes"}
+    return {f"train.optimizer: {name} needs {package}": f"pip install {package}"}
 
 
 def missing_trackers(profile: Profile) -> dict[str, str]:
@@ -132,6 +138,7 @@ def family_mistakes(family: Family, profile: Profile, *, resumes: bool = False) 
         *_size_mistakes(family, profile.data),
         *([] if resumes else _length_mistakes(family, profile)),
         *image_mistakes(profile.validation, profile.model.task),
+        *_sharding_mistakes(profile.train),
         *export_mistakes(family, profile.adapter),
         *([] if resumes else warm_start_mistakes(profile.adapter)),
     ]
@@ -176,6 +183,12 @@ def _length_mistakes(family: Family, profile: Profile) -> list[str]:
         for name, frames in lengths.items()
         if frames is not None and frames != (lower := (frames - 1) // step * step + 1)
     ]
+
+
+def _sharding_mistakes(train: TrainSettings) -> list[str]:
+    if not train.sharding or train.optimizer.startswith("adamw"):
+        return []
+    return [f"train.optimizer = {train.optimizer!r}: it needs whole weights, and train.sharding splits them; use adamw"]
 
 
 def image_mistakes(validation: ValidationSettings, task: str) -> list[str]:
