@@ -26,11 +26,20 @@ from crepa_cli.data.cache import Cache, cache_folder
 from crepa_cli.data.clips import clips_folder
 from crepa_cli.data.dataset import ClipDataset
 from crepa_cli.data.online import OnlineTeacher
-from crepa_cli.data.prepare import ClipForm, PreparedClip, encoder_config, prepare, prompt_key
+from crepa_cli.data.prepare import (
+    ClipForm,
+    PreparedClip,
+    Prompt,
+    encode_prompts,
+    encoder_config,
+    prepare,
+    prompt_key,
+    require_prompts,
+)
 from crepa_cli.errors import RunError, UserError, counted
 from crepa_cli.events import Event, Notice, Progress, RunOpened, TrainingEnded, TrainingStarted
 from crepa_cli.hub.download import download as download_needs
-from crepa_cli.hub.question import unreachable
+from crepa_cli.hub.question import ask_anew, unreachable
 from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
 from crepa_cli.processes import PRECISION, from_all, from_main, start_processes
@@ -44,6 +53,7 @@ from crepa_cli.runs.capabilities import attention_mistakes, compile_mistakes, dt
 from crepa_cli.runs.checks import attempt, open_family, open_run
 from crepa_cli.runs.facts import write_facts
 from crepa_cli.runs.folder import RunFolder
+from crepa_cli.runs.prompts import negative_prompt, sampled_texts, with_prompts, with_prompts_of
 from crepa_cli.runs.resume import resume_mistakes
 from crepa_cli.runs.sources import at_commits, commits, keep_commits, needs
 from crepa_cli.runs.warnings import neighbor_warnings, setting_warnings
@@ -133,6 +143,8 @@ def train(
         raise UserError("\n".join(mistakes))
     # One process decides: once it has made the folder, the others would find a run in it.
     run = from_main(lambda: _run_to_resume(profile) if resume else RunFolder.claim(profile))
+    if resume:
+        profile = with_prompts_of(resolve(str(run.profile)).profile, profile)
     accelerator = _accelerator(profile)
     with ExitStack() as stack:
         stack.enter_context(_advice_on_memory(profile, family, accelerator.device))
@@ -151,7 +163,8 @@ def train(
         )
     accelerator.end_training()
     if state.is_main_process and isinstance(last, TrainingEnded) and last.weights is not None:
-        write_model_card(run, family, profile)
+        # The prompts may be captions, which the settings of the run hold alone.
+        write_model_card(run, family, with_prompts_of(resolve(str(run.profile)).profile, profile))
     return run
 
 
@@ -233,7 +246,6 @@ class _Prepared(NamedTuple):
     clips: list[PreparedClip]
     cache: Cache
     form: ClipForm
-    prompts: Prompts
 
 
 def _run(
@@ -253,8 +265,10 @@ def _run(
     prepared = yield from _prepared(profile, family, accelerator)
     for warning in neighbor_warnings(profile.crepa, family, (clip.bucket.frames for clip in prepared.clips)):
         yield Notice(warning)
+    profile = from_main(lambda: with_prompts(profile, prepared.clips, run))
+    prompts = yield from _read_prompts(profile, family, prepared.cache, accelerator.device)
     yield Progress("loading", 0, 1, "the transformer")
-    trainer = _build_trainer(profile, family, run, accelerator, prepared, checkpoint)
+    trainer = _build_trainer(profile, family, run, accelerator, prepared, prompts, checkpoint)
     if accelerator.is_main_process:
         write_facts(run, family, [clip.clip.caption for clip in prepared.clips], _device_name(accelerator))
     yield from trainer.train(should_stop)
@@ -284,6 +298,8 @@ def _downloaded(profile: Profile, family: Family) -> Events:
         yield from download_needs(needs(profile, family))
     except UserError as error:
         failures.append(error)
+    # This run needs no more of it, and the next one in this process wants fresh answers.
+    ask_anew()
     for failure in from_all(failures):
         raise failure
 
@@ -298,15 +314,29 @@ def _prepared(profile: Profile, family: Family, accelerator: Accelerator) -> Gen
         on_damage=lambda path, reason: damaged.append(f"{path.name} in the cache is made again: {reason}"),
     )
     dtype = torch_dtype(profile.model.dtype)
-    texts = [*profile.validation.prompts, ""]
+    texts, negative = [*sampled_texts(profile.validation, family), ""], negative_prompt(profile.validation, family)
     reads_features = crepa.encoder_teaches and crepa.teacher_cache and not coefficient_schedule(profile).finished(0)
     stored = crepa if reads_features else None
     folder = clips_folder(profile.data)
-    clips = yield from prepare(family, folder, form, stored, texts, cache, accelerator.device, dtype)
+    clips = yield from prepare(family, folder, form, stored, texts, cache, accelerator.device, dtype, negative)
     for message in damaged:
         yield Notice(message)
-    *validation, empty = (cache.read("prompts", prompt_key(family, text, dtype)) for text in texts)
-    return _Prepared(clips, cache, form, Prompts(validation, empty))
+    return _Prepared(clips, cache, form)
+
+
+def _read_prompts(
+    profile: Profile, family: Family, cache: Cache, device: torch.device
+) -> Generator[Event, None, Prompts]:
+    """The encoded prompts of the validation; captions are encoded already, unless they ask for motion here."""
+    dtype = torch_dtype(profile.model.dtype)
+    prompts = [Prompt(text) for text in sampled_texts(profile.validation, family)]
+    require_prompts(prompts, (yield from encode_prompts(family, set(prompts), cache, device, dtype)))
+    negative = Prompt(negative_prompt(profile.validation, family), negative=True)
+    *sampled, unwanted = (
+        cache.read("prompts", prompt_key(family, one.text, dtype, negative=one.negative))
+        for one in [*prompts, negative]
+    )
+    return Prompts(sampled, unwanted)
 
 
 def _build_trainer(
@@ -315,6 +345,7 @@ def _build_trainer(
     run: RunFolder,
     accelerator: Accelerator,
     prepared: _Prepared,
+    prompts: Prompts,
     checkpoint: Path | None,
 ) -> Trainer:
     crepa = profile.crepa
@@ -332,7 +363,7 @@ def _build_trainer(
         learner,
         Batches(ClipDataset(prepared.clips, prepared.cache, empty_key), profile, accelerator, learner.aligns),
         Checkpointer(run, profile.checkpoints.keep, accelerator),
-        Validator(profile, family, prepared.prompts, prepared.form, run, accelerator),
+        Validator(profile, family, prompts, prepared.form, run, accelerator),
         accelerator,
         OnlineTeacher(family, crepa, accelerator.device) if online else None,
         SkippedSteps(profile.train.max_skipped_steps, skipped),

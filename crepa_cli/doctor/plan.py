@@ -17,12 +17,13 @@ from crepa_cli.doctor.findings import BucketCount, Plan
 from crepa_cli.doctor.fit import Target, check_memory
 from crepa_cli.doctor.hub import check_hub, check_need
 from crepa_cli.errors import counted
-from crepa_cli.events import ClipSkipped, Event, drained
+from crepa_cli.events import ClipSkipped, Event, Notice, drained
 from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
 from crepa_cli.profile import CrepaSettings, Profile, ResolvedProfile
 from crepa_cli.runs.checks import missing_optimizer, missing_trackers, open_family
 from crepa_cli.runs.folder import RunFolder
+from crepa_cli.runs.prompts import negative_prompt, sampled_texts
 from crepa_cli.runs.sources import needs
 from crepa_cli.runs.warnings import neighbor_warnings, setting_warnings
 
@@ -142,6 +143,8 @@ def _check_clips(plan: Plan, family: Family | None, profile: Profile, listener: 
         if isinstance(event, ClipSkipped):
             plan.skipped[event.name] = event.reason
             plan.add("clip", "warning", f"skipped {event.name}: {event.reason}")
+        elif isinstance(event, Notice):
+            plan.add("clip", "warning", event.message)
 
     clips = plan.attempt("clips", lambda: drained(scan(family, folder, ClipForm.of(profile.data)), listen))
     if clips:
@@ -159,11 +162,12 @@ def _summary(clips: int, buckets: Sequence[BucketCount]) -> str:
 
 
 def _check_cache(plan: Plan, family: Family, profile: Profile, clips: list[PreparedClip]) -> None:
-    texts = {clip.clip.caption for clip in clips} | {*profile.validation.prompts, ""}
+    texts = {clip.clip.caption for clip in clips} | {*sampled_texts(profile.validation, family), ""}
+    prompts = len(texts) + bool(negative_prompt(profile.validation, family))
     stored = _teacher(profile.crepa) if profile.crepa.teacher_cache else None
     buckets = [clip.bucket for clip in clips]
     dtype = torch_dtype(profile.model.dtype)
-    parts = plan.attempt("cache", lambda: cache_bytes(family, buckets, len(texts), dtype, stored))
+    parts = plan.attempt("cache", lambda: cache_bytes(family, buckets, prompts, dtype, stored))
     if parts is None:
         return
     plan.cache_bytes = parts
