@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -50,7 +50,10 @@ def init(
     from_json: Annotated[
         Path | None,
         typer.Option(
-            "--from", help="Start from SimpleTuner's JSON configuration.", metavar="FILE", autocompletion=json_files
+            "--from",
+            help="Start from a configuration of SimpleTuner, takenoko or musubi-tuner (JSON or TOML).",
+            metavar="FILE",
+            autocompletion=json_files,
         ),
     ] = None,
     to_json: Annotated[
@@ -65,7 +68,7 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
     list_presets: Annotated[bool, typer.Option("--list", help="List the presets and their purposes.")] = False,
 ) -> None:
-    """Write a crepa.toml for this folder, from a preset or from SimpleTuner's JSON.
+    """Write a crepa.toml for this folder, from a preset or from another trainer's configuration.
 
     In a terminal, it asks for everything that no flag gives; in notebooks and CI, it never asks.
     """
@@ -93,12 +96,13 @@ def _create(choices: _Choices, from_json: Path | None, *, force: bool) -> None:
     folder = Path()
     if not force:
         refuse_to_overwrite(folder)
-    imported = None if from_json is None else _imported(from_json)
+    config = None if from_json is None else _read(from_json)
     if sys.stdin.isatty() and interactive(Console()):
         try:
-            _ask(choices, imported)
+            _ask(choices, config)
         except EOFError as error:
             raise UserError("not all questions were answered; nothing was written") from error
+    imported = None if config is None else _imported(config, str(from_json), choices)
     if choices.profile is None and imported is None:
         choices.profile = choices.task if choices.task in presets() else "t2v"
     settings = project_settings(
@@ -111,6 +115,8 @@ def _create(choices: _Choices, from_json: Path | None, *, force: bool) -> None:
     )
     write_project(settings, folder)
     typer.echo(f"Wrote crepa.toml and {SCHEMA_FILE}.")
+    for note in imported.notes if imported else ():
+        typer.echo(f"  {note}")
     if imported and imported.without_counterpart:
         _show_without_counterpart(imported.without_counterpart, from_json)
     clips = settings.get("data", {}).get("path")
@@ -121,12 +127,47 @@ def _create(choices: _Choices, from_json: Path | None, *, force: bool) -> None:
     typer.echo("Next: crepa doctor, then crepa train.")
 
 
-def _imported(path: Path) -> Imported:
-    from crepa_cli.models.flavours import FLAVOURS
+def _read(path: Path) -> dict[str, Any]:
     from crepa_cli.profile.files import read_text
-    from crepa_cli.profile.simpletuner import import_config, read_config
+    from crepa_cli.profile.simpletuner import read_config
 
-    return import_config(read_config(read_text(path, str(path)), str(path)), str(path), FLAVOURS)
+    return read_config(read_text(path, str(path)), str(path))
+
+
+def _imported(config: Mapping[str, Any], label: str, choices: _Choices) -> Imported:
+    from crepa_cli.models import family_defaults
+    from crepa_cli.models.flavours import FLAVOURS
+    from crepa_cli.profile.project import memory_settings
+    from crepa_cli.profile.simpletuner import import_config
+
+    def latent_frames(model: Mapping[str, object]) -> int:
+        family, task = (choices.model or model.get("model.family"), choices.task or model.get("model.task", "t2v"))
+        if family not in family_names() or task not in ("t2v", "i2v"):
+            return 1  # The check of all settings refuses it.
+        defaults = family_defaults(str(family), str(task))
+        layers = (defaults, memory_settings(choices.vram) if choices.vram else {})
+        frames = [layer["data"]["frames"] for layer in layers if "frames" in layer.get("data", {})]
+        checkpoint = model.get("model.checkpoint", defaults["model"]["checkpoint"])
+        return _latent_frames(str(family), str(task), str(checkpoint), int(str(frames[-1])))
+
+    return import_config(config, label, FLAVOURS, latent_frames)
+
+
+def _latent_frames(family: str, task: str, checkpoint: str, frames: int) -> int:
+    """Frames of a clip's latents; if the checkpoint cannot be read, with the VAE of the family's default one."""
+    from crepa_cli.cli.view import silence_libraries
+    from crepa_cli.models import load_family
+
+    silence_libraries()
+    from crepa_cli.models.hub import go_offline_without_hub
+
+    kind = load_family(family)
+    go_offline_without_hub()
+    try:
+        opened = kind(checkpoint, task)
+    except UserError:
+        opened = kind(kind.checkpoints[task], task)
+    return (frames - 1) // opened.frame_multiple + 1
 
 
 def _show_without_counterpart(options: Mapping[str, object], path: Path | None) -> None:
@@ -137,23 +178,23 @@ def _show_without_counterpart(options: Mapping[str, object], path: Path | None) 
         typer.echo(f"  {name} = {shown(value)}")
 
 
-def _ask(choices: _Choices, imported: Imported | None) -> None:
-    """Ask for what is still open; after an import, that is at most the family and the clips."""
+def _ask(choices: _Choices, config: Mapping[str, Any] | None) -> None:
+    """Ask for what is still open; with another trainer's configuration, that is at most the family and the clips."""
     from rich.prompt import FloatPrompt, Prompt
 
     from crepa_cli.profile import presets
 
-    said = {f"{one.table}.{one.key}" for one in imported.settings} if imported else set()
-    if choices.model is None and "model.family" not in said:
+    said = {name.lstrip("-") for name in config or ()}
+    if choices.model is None and "model_family" not in said:
         choices.model = Prompt.ask("Model family", choices=family_names(), default=family_names()[0])
-    if imported is None and choices.profile is None:
+    if config is None and choices.profile is None:
         if choices.task is None:
             choices.task = Prompt.ask("Text to video or image to video", choices=["t2v", "i2v"], default="t2v")
         _show_presets()
         choices.profile = Prompt.ask("Preset", choices=list(presets()), default=choices.task)
-    if choices.data is None and "data.path" not in said:
+    if choices.data is None:
         choices.data = Prompt.ask("Folder of clips", default="clips")
-    if imported is None and choices.vram is None:
+    if config is None and choices.vram is None:
         name, memory = detected_gpu() or ("no NVIDIA GPU found", 24.0)
         choices.vram = FloatPrompt.ask(f"GPU memory in GiB ({name})", default=memory)
 
@@ -188,6 +229,12 @@ def _export(path: Path, profile: str | None, flags: Mapping[str, object], *, for
         folder=Path(),
         family_defaults=family_defaults,
     )
-    text = json.dumps(export_crepa(resolved.profile, config), indent=4, ensure_ascii=False)
+    model, frames = resolved.profile.model, resolved.profile.data.frames
+    exported = export_crepa(
+        resolved.profile, config, lambda: _latent_frames(model.family, model.task, model.checkpoint, frames)
+    )
+    text = json.dumps(exported.config, indent=4, ensure_ascii=False)
     write_whole(path, f"{text}\n".encode())
     typer.echo(f"Wrote the crepa_* options to {path}.")
+    for note in exported.notes:
+        typer.echo(f"  {note}")
