@@ -60,6 +60,7 @@ CREPA_DEFAULTS = {
     "similarity_threshold": None,
     "similarity_ema_decay": 0.99,
     "threshold_mode": "permanent",
+    "teacher_frame": "last",
 }
 KEYS = {
     "model": "family task checkpoint revision dtype variant",

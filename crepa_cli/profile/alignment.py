@@ -137,6 +137,11 @@ class CrepaSettings(Table):
         description="permanent: alignment stays off once the threshold is reached. "
         "recoverable: it is switched on again when the average falls below the threshold.",
     )
+    teacher_frame: Literal["last", "middle"] = Field(
+        default="last",
+        description="Which of the 4 or 8 video frames that a latent frame covers the encoder sees. The middle one "
+        "agrees better with all of them if the picture moves.",
+    )
 
     @property
     def encoder_teaches(self) -> bool:

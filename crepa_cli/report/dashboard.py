@@ -32,6 +32,7 @@ from crepa_cli.report.summary import Summary
 from crepa_cli.runs.folder import RunFolder
 
 HEIGHT = 24
+LOSSES = "losses: total = diffusion + lambda x alignment, which falls below 0"
 PROGRESS_HEIGHT = 5
 CHART_HEIGHT = 7
 
@@ -146,7 +147,7 @@ class Dashboard:
         layout = Layout()
         layout.split_column(
             Layout(titled("training", progress), size=PROGRESS_HEIGHT),
-            Layout(titled("losses", losses_lines(state, inner, rows)), size=losses),
+            Layout(titled(LOSSES, losses_lines(state, inner, rows)), size=losses),
             charts,
             Layout(messages),
         )
