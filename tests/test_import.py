@@ -20,10 +20,11 @@ from crepa_cli.alignment.loss import neighbor_weights
 from crepa_cli.errors import UserError
 from crepa_cli.models import FAMILIES, family_defaults
 from crepa_cli.models.flavours import FLAVOURS
-from crepa_cli.profile import CrepaSettings, Profile, resolve_profile
+from crepa_cli.profile import CrepaSettings, Profile
 from crepa_cli.profile.alignment import ENCODERS
 from crepa_cli.profile.conversion import mean_weight
-from crepa_cli.profile.project import commented_toml, project_settings
+from crepa_cli.profile.layers import complete
+from crepa_cli.profile.project import project_settings
 from crepa_cli.profile.simpletuner import Imported, export_crepa, import_config, read_config
 from crepa_cli.teachers import dinov2
 from crepa_cli.training.build import coefficient_schedule
@@ -41,6 +42,11 @@ def refusal(config: dict[str, Any]) -> str:
     return str(error.value)
 
 
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
 @pytest.fixture
 def profile_of(tmp_path: Path) -> Callable[..., Profile]:
     """The profile of the crepa.toml that a configuration is imported to."""
@@ -51,10 +57,7 @@ def profile_of(tmp_path: Path) -> Callable[..., Profile]:
         contents = project_settings(
             profile=None, vram=None, imported=found, flags=flags, folder=tmp_path, families=FAMILIES
         )
-        (tmp_path / "crepa.toml").write_text(commented_toml(contents))
-        return resolve_profile(
-            profile=None, flags={}, sets=(), folder=tmp_path, family_defaults=family_defaults
-        ).profile
+        return complete(contents, family_defaults)
 
     return make
 

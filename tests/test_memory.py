@@ -130,6 +130,7 @@ def highest_level(profiled: Any) -> int:
         ("ltxvideo", {"train": {"activation_checkpointing": False}}),
         ("ltxvideo", {"adapter": {"kind": "full"}}),
         ("wan", {"model": {"dtype": "bfloat16"}}),
+        ("sanavideo", {"model": {"dtype": "bfloat16"}}),
     ],
 )
 def test_predicted_and_measured_agree(name: str, tables: dict[str, dict[str, object]], open_tiny: OpenTiny) -> None:
@@ -317,10 +318,11 @@ def test_a_prediction_that_cannot_be_kept(tmp_path: Path, monkeypatch: pytest.Mo
 def test_an_overview_of_the_families(open_tiny: OpenTiny, tiny_dinov2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = open_tiny("ltxvideo", "t2v")
     known = settings(tiny, crepa={"encoder": str(tiny_dinov2), "encoder_image_size": 56})
-    profiles = {"ltxvideo": known, "wan": settings(tiny, model={"checkpoint": "nobody/nothing"})}
-    monkeypatch.setattr(overview, "FAMILIES", profiles)
-    hub, found, failed = overview.family_memories(profiles.__getitem__, Target(CPU, None), lambda _: None)
+    profiles = {"t2v": known, "i2v": settings(tiny, model={"checkpoint": "nobody/nothing"})}
+    monkeypatch.setattr(overview, "FAMILIES", ["ltxvideo"])
+    hub, found, failed = overview.family_memories(lambda _, task: profiles[task], Target(CPU, None), lambda _: None)
     assert isinstance(found, FamilyMemory)
+    assert found.card == "8 GB"
     assert found.shape == "96x96, 33 frames"
     assert found.training > 0
     assert isinstance(failed, Check)

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from crepa_cli.errors import UserError
-from crepa_cli.models import FAMILIES, load_family
+from crepa_cli.models import FAMILIES
 from crepa_cli.models import family_defaults as real_defaults
 from crepa_cli.models.flavours import FLAVOURS
 from crepa_cli.profile import (
@@ -31,7 +31,7 @@ from crepa_cli.profile import (
     resolve_profile,
 )
 from crepa_cli.profile.describe import family_keys
-from crepa_cli.profile.layers import Setting
+from crepa_cli.profile.layers import Setting, complete
 from crepa_cli.profile.project import project_settings, write_project
 from crepa_cli.profile.settings import TABLES
 from crepa_cli.profile.simpletuner import COUNTERPARTS, import_config
@@ -46,6 +46,7 @@ CREPA_DEFAULTS = {
     "normalize_by_frames": True,
     "spatial_align": True,
     "encoder": "dinov2_vitg14",
+    "encoder_revision": None,
     "encoder_image_size": 518,
     "use_backbone_features": False,
     "teacher_block_index": None,
@@ -63,13 +64,13 @@ CREPA_DEFAULTS = {
     "teacher_frame": "last",
 }
 KEYS = {
-    "model": "family task checkpoint revision dtype variant",
+    "model": "family task checkpoint revision variant dtype vae_dtype vae_tiling",
     "adapter": "kind rank alpha dropout target_modules export",
     "data": "path width height frames fps repeats caption_dropout cache",
     "train": "steps batch_size gradient_accumulation learning_rate optimizer weight_decay lr_scheduler "
     "lr_warmup_steps max_grad_norm max_skipped_steps sharding activation_checkpointing compile ema timestep_sampling "
     "timestep_shift loss_weighting seed output",
-    "validation": "every prompts images steps guidance_scale frames",
+    "validation": "every prompts negative_prompt images motion_score steps guidance_scale frames",
     "checkpoints": "every keep",
     "report": "every trackers",
     "crepa": "block_index " + " ".join(CREPA_DEFAULTS),
@@ -132,10 +133,10 @@ OUT_OF_RANGE = [
 ]
 
 
-def family_defaults(family: str, task: str) -> dict[str, dict[str, object]]:
+def family_defaults(family: str, task: str, _kind: str, _checkpoint: str | None) -> dict[str, dict[str, Any]]:
     if family != "wan":
         raise UserError("the families with CREPA support are wan and ltxvideo")
-    return {
+    defaults = {
         "model": {"checkpoint": "org/wan"},
         "adapter": {"rank": 32, "target_modules": ["to_q"]},
         "data": {"width": 832, "height": 480, "frames": 81 if task == "t2v" else 49, "fps": 16.0},
@@ -143,6 +144,7 @@ def family_defaults(family: str, task: str) -> dict[str, dict[str, object]]:
         "validation": {"guidance_scale": 5.0},
         "crepa": {"block_index": 8},
     }
+    return {"family wan": defaults}
 
 
 @pytest.fixture
@@ -363,7 +365,7 @@ def test_a_new_crepa_toml_has_only_what_differs_from_its_preset(folder: Path):
         "model": {"family": "wan"},
         "crepa": {"scheduler": "constant", "similarity_threshold": "none"},
     }
-    write_project(written, folder)
+    write_project(written, complete(written, real_defaults), folder)
     resolved = resolve(folder, flags={})
     assert (resolved.profile.crepa.scheduler, resolved.profile.crepa.similarity_threshold) == ("constant", None)
     assert resolved.profile.crepa.warmup_steps == 100
@@ -465,7 +467,7 @@ def test_a_profile_that_is_no_file_is_refused(folder: Path, name: str):
         (b'[data]\npath = "D:\\new\\train"', 'crepa.toml: data.path = "D:\\new\\train" is not a path; in double'),
         (b'[validation]\nimages = ["a.png", "b\\two.png"]', "single quotes ('D:\\clips')"),
         (b"\xff\xfe\x00", "crepa.toml: is not UTF-8 text"),
-        (b"#" * (2**20 + 1), "crepa.toml: is larger than 1 MiB"),
+        (b"#" * (10**6 + 1), "crepa.toml: is larger than 1 MB"),
         (b"x = " + b"[" * 10_000, "too deeply nested"),
         (b"x = " + b"9" * 5000, "not valid TOML"),
         (b"[data]\nwidth = 0x" + b"f" * 5000, "must have at most 64 bits"),
@@ -521,7 +523,7 @@ def test_alpha_follows_the_rank_unless_it_is_set(folder: Path):
 
 def family_settings(family: str, task: str) -> dict[str, object]:
     """The family's value of each setting that depends on the family, by "table.key"."""
-    defaults = load_family(family).defaults(task)
+    defaults = real_defaults(family, task, "lora", None)[f"family {family}"]
     return {f"{table}.{key}": defaults[table][key] for table, key in family_keys()}
 
 
@@ -567,7 +569,7 @@ def test_none_gives_the_default_of_every_family(folder: Path, family: str, task:
     written = project_settings(
         profile="lower.toml", vram=8, imported=imported, flags=flags, folder=folder, families=FAMILIES
     )
-    write_project(written, folder)
+    write_project(written, complete(written, real_defaults), folder)
     assert resolved(flags={}) == expected
 
 
@@ -578,9 +580,8 @@ def test_none_in_a_json_configuration_gives_the_default_of_the_family(folder: Pa
     assert "crepa.block_index" in names
     config = {"model_family": "wan", **{by_setting[name]: none for name in names}}
     imported = import_config(config, "config.json", FLAVOURS, lambda _: 21).settings
-    write_project(
-        project_settings(profile=None, vram=None, imported=imported, flags={}, folder=folder, families=FAMILIES), folder
-    )
+    written = project_settings(profile=None, vram=None, imported=imported, flags={}, folder=folder, families=FAMILIES)
+    write_project(written, complete(written, real_defaults), folder)
     found = values_and_sources(resolve(folder, flags={}, family_defaults=real_defaults))
     del found["model.checkpoint"]  # The import names the checkpoint: SimpleTuner's default need not be ours.
     expected = {name: (value, "family wan") for name, value in family_settings("wan", "t2v").items()}

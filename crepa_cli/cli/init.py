@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from crepa_cli.cli.completion import family_names, json_files, preset_names, task_names
+from crepa_cli.cli.flags import FAMILY_HELP, PROFILE_HELP, CheckpointFlag, DataFlag, one_folder
 from crepa_cli.cli.terminal import interactive
 from crepa_cli.errors import UserError
 
 if TYPE_CHECKING:
+    from crepa_cli.models.family import Family
+    from crepa_cli.profile import Profile
     from crepa_cli.profile.simpletuner import Imported
 
 
@@ -27,25 +30,28 @@ class _Choices:
     model: str | None
     task: str | None
     profile: str | None
+    checkpoint: str | None
     data: str | None
     vram: float | None
+    prompts: list[str] | None = None
+    images: list[str] | None = None
 
 
 def init(
-    model: Annotated[
-        str | None, typer.Option(help="Model family.", metavar="FAMILY", autocompletion=family_names)
-    ] = None,
+    model: Annotated[str | None, typer.Option(help=FAMILY_HELP, metavar="FAMILY", autocompletion=family_names)] = None,
     task: Annotated[
         str | None,
         typer.Option(help="Text to video or image to video.", metavar="t2v|i2v", autocompletion=task_names),
     ] = None,
     profile: Annotated[
         str | None,
-        typer.Option(help="Preset or TOML file to start from.", metavar="NAME|FILE", autocompletion=preset_names),
+        typer.Option(help=PROFILE_HELP, metavar="NAME|FILE", autocompletion=preset_names),
     ] = None,
-    data: Annotated[str | None, typer.Option(help="Folder of clips.", metavar="FOLDER")] = None,
+    checkpoint: CheckpointFlag = None,
+    data: DataFlag = None,
     vram: Annotated[
-        float | None, typer.Option(min=1, help="Memory of the GPU in GiB, to choose settings that fit.", metavar="GIB")
+        float | None,
+        typer.Option(min=1, help="Memory of the GPU in GB (10^9 bytes), to choose settings that fit.", metavar="GB"),
     ] = None,
     from_json: Annotated[
         Path | None,
@@ -77,7 +83,7 @@ def init(
     elif to_json is not None:
         _export(to_json, profile, {"model.family": model, "model.task": task}, force=force)
     else:
-        _create(_Choices(model, task, profile, data, vram), from_json, force=force)
+        _create(_Choices(model, task, profile, checkpoint, one_folder(data), vram), from_json, force=force)
 
 
 def _show_presets() -> None:
@@ -109,11 +115,20 @@ def _create(choices: _Choices, from_json: Path | None, *, force: bool) -> None:
         profile=choices.profile,
         vram=choices.vram,
         imported=imported.settings if imported else (),
-        flags={"model.family": choices.model, "model.task": choices.task, "data.path": choices.data},
+        flags={
+            "model.family": choices.model,
+            "model.task": choices.task,
+            "model.checkpoint": choices.checkpoint,
+            "data.path": choices.data,
+            "validation.prompts": choices.prompts,
+            "validation.images": choices.images,
+        },
         folder=folder,
         families=family_names(),
     )
-    write_project(settings, folder)
+    with Console(stderr=True).status("checking the settings"):
+        planned, notes = _checked(settings, choices.vram)
+    write_project(settings, planned, folder)
     typer.echo(f"Wrote crepa.toml and {SCHEMA_FILE}.")
     for note in imported.notes if imported else ():
         typer.echo(f"  {note}")
@@ -124,7 +139,55 @@ def _create(choices: _Choices, from_json: Path | None, *, force: bool) -> None:
         typer.echo("Where are the clips? Set path in [data], or give --data to crepa train.")
     elif not Path(clips).is_dir():
         typer.echo(f"The folder {clips} does not exist yet: put clips there before training.")
+    for note in notes:
+        typer.echo(note)
     typer.echo("Next: crepa doctor, then crepa train.")
+
+
+def _checked(settings: Mapping[str, object], vram: float | None) -> tuple[Profile, list[str]]:
+    """The profile that the settings describe, and what to say about its checkpoint and its memory.
+
+    Raises:
+        UserError: if the checkpoint can be read, and the settings are not for it.
+    """
+    from crepa_cli.cli.view import silence_libraries
+    from crepa_cli.models import family_defaults
+    from crepa_cli.profile.layers import complete
+
+    silence_libraries()
+    from crepa_cli.runs.checks import family_mistakes, image_mistakes, load_checkpoint
+
+    profile = complete(settings, family_defaults)
+    try:
+        family = load_checkpoint(profile)
+    except UserError as error:
+        return profile, [f"Blocks and sizes were not checked: {error}"]
+    # An imported configuration may name prompts, but no images that crepa could read.
+    open_ = image_mistakes(profile.validation, profile.model.task)
+    if mistakes := [one for one in family_mistakes(family, profile) if one not in open_]:
+        raise UserError("\n".join(mistakes))
+    notes = [f"Before training: {mistake}" for mistake in open_]
+    return profile, notes if vram is None else [*notes, *_memory_notes(profile, family, vram)]
+
+
+def _memory_notes(profile: Profile, family: Family, vram: float) -> list[str]:
+    """Whether the settings fit the GPU, if they do not."""
+    import torch
+    from rich.filesize import decimal
+
+    from crepa_cli.memory.prediction import predict
+    from crepa_cli.memory.shapes import form_bucket
+
+    try:
+        prediction = predict(profile, family, form_bucket(profile, family), torch.device("cuda"))
+    except UserError as error:
+        return [f"The memory was not predicted: {error}"]
+    if prediction.peak <= vram * 10**9:
+        return []
+    return [
+        f"These settings need {decimal(prediction.peak)} of GPU memory, and there are {vram:g} GB. Settings that need "
+        f"less: crepa doctor --vram {vram:g}"
+    ]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -135,39 +198,42 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _imported(config: Mapping[str, Any], label: str, choices: _Choices) -> Imported:
+    from crepa_cli.cli.view import silence_libraries
     from crepa_cli.models import family_defaults
     from crepa_cli.models.flavours import FLAVOURS
+    from crepa_cli.profile.layers import complete
     from crepa_cli.profile.project import memory_settings
     from crepa_cli.profile.simpletuner import import_config
 
-    def latent_frames(model: Mapping[str, object]) -> int:
-        family, task = (choices.model or model.get("model.family"), choices.task or model.get("model.task", "t2v"))
-        if family not in family_names() or task not in ("t2v", "i2v"):
-            return 1  # The check of all settings refuses it.
-        defaults = family_defaults(str(family), str(task))
-        layers = (defaults, memory_settings(choices.vram) if choices.vram else {})
-        frames = [layer["data"]["frames"] for layer in layers if "frames" in layer.get("data", {})]
-        checkpoint = model.get("model.checkpoint", defaults["model"]["checkpoint"])
-        return _latent_frames(str(family), str(task), str(checkpoint), int(str(frames[-1])))
+    flags = {"family": choices.model, "task": choices.task, "checkpoint": choices.checkpoint}
+
+    def latent_frames(settings: Mapping[str, object]) -> int:
+        silence_libraries()
+        model = {name.removeprefix("model."): value for name, value in settings.items()}
+        model |= {name: value for name, value in flags.items() if value is not None}
+        without_checkpoint = {name: value for name, value in model.items() if name != "checkpoint"}
+        for stated in (model, without_checkpoint):
+            contents = {"model": stated, **(memory_settings(choices.vram) if choices.vram else {})}
+            try:
+                return _latent_frames(complete(contents, family_defaults))
+            except UserError:  # an unknown family, which the check of all settings refuses, or an unknown checkpoint
+                continue
+        return 1
 
     return import_config(config, label, FLAVOURS, latent_frames)
 
 
-def _latent_frames(family: str, task: str, checkpoint: str, frames: int) -> int:
+def _latent_frames(profile: Profile) -> int:
     """Frames of a clip's latents; if the checkpoint cannot be read, with the VAE of the family's default one."""
-    from crepa_cli.cli.view import silence_libraries
     from crepa_cli.models import load_family
+    from crepa_cli.runs.checks import load_checkpoint
 
-    silence_libraries()
-    from crepa_cli.models.hub import go_offline_without_hub
-
-    kind = load_family(family)
-    go_offline_without_hub()
     try:
-        opened = kind(checkpoint, task)
+        family = load_checkpoint(profile)
     except UserError:
-        opened = kind(kind.checkpoints[task], task)
-    return (frames - 1) // opened.frame_multiple + 1
+        kind, task = load_family(profile.model.family), profile.model.task
+        family = kind(kind.checkpoints[task], task)
+    return (profile.data.frames - 1) // family.frame_multiple + 1
 
 
 def _show_without_counterpart(options: Mapping[str, object], path: Path | None) -> None:
@@ -185,6 +251,7 @@ def _ask(choices: _Choices, config: Mapping[str, Any] | None) -> None:
     from crepa_cli.profile import presets
 
     said = {name.lstrip("-") for name in config or ()}
+    everything_said = config is not None or None not in (choices.model, choices.profile, choices.data, choices.vram)
     if choices.model is None and "model_family" not in said:
         choices.model = Prompt.ask("Model family", choices=family_names(), default=family_names()[0])
     if config is None and choices.profile is None:
@@ -196,21 +263,39 @@ def _ask(choices: _Choices, config: Mapping[str, Any] | None) -> None:
         choices.data = Prompt.ask("Folder of clips", default="clips")
     if config is None and choices.vram is None:
         name, memory = detected_gpu() or ("no NVIDIA GPU found", 24.0)
-        choices.vram = FloatPrompt.ask(f"GPU memory in GiB ({name})", default=memory)
+        choices.vram = FloatPrompt.ask(f"GPU memory in GB ({name})", default=memory)
+    if not everything_said:
+        _ask_prompts(choices)
+
+
+def _ask_prompts(choices: _Choices) -> None:
+    """Ask for prompts until an empty answer; without any, training takes captions of the clips."""
+    from rich.prompt import Prompt
+
+    prompts, images = [], []
+    question = "Prompt to sample videos from (empty: two captions of your clips)"
+    while prompt := Prompt.ask(question, default="", show_default=False):
+        prompts.append(prompt)
+        if "i2v" in (choices.task, choices.profile):
+            images.append(Prompt.ask("Image that this video starts from"))
+        question = "Another prompt (empty: no more)"
+    if prompts:
+        choices.prompts, choices.images = prompts, images or None
 
 
 def detected_gpu() -> tuple[str, float] | None:
-    """Name and memory in GiB of the first NVIDIA GPU; None if nvidia-smi cannot tell."""
+    """Name and memory in GB of the first NVIDIA GPU; None if nvidia-smi cannot tell."""
     command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     try:
         output = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
         name, _, mebibytes = output.splitlines()[0].rpartition(",")
-        return name, round(float(mebibytes) / 1024, 1)
+        return name, round(float(mebibytes) * 2**20 / 10**9, 1)
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return None
 
 
 def _export(path: Path, profile: str | None, flags: Mapping[str, object], *, force: bool) -> None:
+    from crepa_cli.cli.view import silence_libraries
     from crepa_cli.files import write_whole
     from crepa_cli.models import family_defaults
     from crepa_cli.profile import resolve_profile
@@ -222,6 +307,7 @@ def _export(path: Path, profile: str | None, flags: Mapping[str, object], *, for
         if not force:
             raise UserError(f"{path}: already exists; --force replaces its crepa_* options and keeps the others")
         config = read_config(read_text(path, str(path)), str(path))
+    silence_libraries()
     resolved = resolve_profile(
         profile=profile,
         flags=flags,
@@ -229,10 +315,7 @@ def _export(path: Path, profile: str | None, flags: Mapping[str, object], *, for
         folder=Path(),
         family_defaults=family_defaults,
     )
-    model, frames = resolved.profile.model, resolved.profile.data.frames
-    exported = export_crepa(
-        resolved.profile, config, lambda: _latent_frames(model.family, model.task, model.checkpoint, frames)
-    )
+    exported = export_crepa(resolved.profile, config, lambda: _latent_frames(resolved.profile))
     text = json.dumps(exported.config, indent=4, ensure_ascii=False)
     write_whole(path, f"{text}\n".encode())
     typer.echo(f"Wrote the crepa_* options to {path}.")

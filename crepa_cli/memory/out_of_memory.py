@@ -31,6 +31,6 @@ def out_of_memory_message(error: BaseException, profile: Profile, family: Family
             *held,
             "Settings that reduce it most:" if advice else "No single setting reduces it: use a smaller checkpoint.",
             *advice,
-            "Then resume with --resume.",
+            "Then train again; a run that had begun to train resumes with --resume.",
         ]
     )

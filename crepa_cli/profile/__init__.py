@@ -3,7 +3,7 @@
 from crepa_cli.profile.alignment import CrepaSettings, LayerSyncSettings, step_count
 from crepa_cli.profile.describe import allowed_values, description, json_schema, known_keys
 from crepa_cli.profile.files import dump_toml, preset_purpose, presets
-from crepa_cli.profile.layers import Defaults, ResolvedProfile, resolve_profile
+from crepa_cli.profile.layers import Defaults, ResolvedProfile, SettingsError, resolve_profile
 from crepa_cli.profile.settings import (
     AdapterSettings,
     CheckpointsSettings,
@@ -26,6 +26,7 @@ __all__ = [
     "Profile",
     "ReportSettings",
     "ResolvedProfile",
+    "SettingsError",
     "TrainSettings",
     "ValidationSettings",
     "allowed_values",

@@ -80,6 +80,9 @@ class CrepaSettings(Table):
         description="Teacher: dinov2_vits14, dinov2_vitb14, dinov2_vitl14 or dinov2_vitg14 (each also with _reg), "
         "a Hub id or a local folder.",
     )
+    encoder_revision: Text | None = Field(
+        default=None, description="Branch, tag or commit of the encoder on the Hub. none: its main branch."
+    )
     encoder_image_size: Annotated[int, Field(ge=1)] | Literal["grid"] = Field(
         default=518,
         description="Side in pixels of the teacher's square input, a multiple of its patch size. "

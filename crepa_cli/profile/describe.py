@@ -124,15 +124,15 @@ def _allowed(schema: Mapping[str, Any]) -> str:
     return " ".join([_TYPES[schema["type"]], *([" and ".join(bounds)] if bounds else [])])
 
 
-def shown(value: object, limit: int = 100) -> str:
-    """A value in TOML's notation, cut to `limit` characters; "none" for None."""
+def shown(value: object, limit: int | None = 100) -> str:
+    """A value in TOML's notation, cut to `limit` characters, if there is a limit; "none" for None."""
     if value is None:
         return "none"
     try:
         text = json.dumps(value, ensure_ascii=False, default=str)
     except (ValueError, RecursionError):  # Python prints no integer of more than 4,300 digits.
         text = f"({type(value).__name__} too large to show)"
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    return text if limit is None or len(text) <= limit else text[: limit - 3] + "..."
 
 
 def unknown_table(table: str) -> str:

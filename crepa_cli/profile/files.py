@@ -27,7 +27,7 @@ BACKSLASHES = (
     'in double quotes a backslash starts an escape: write the path with slashes ("D:/clips") or in single quotes '
     "('D:\\clips')"
 )
-LARGEST_FILE = 2**20
+LARGEST_FILE = 10**6
 RESOLVED_MARK = "# All settings of a run, resolved."
 RESOLVED_HEADER = f"{RESOLVED_MARK} As --profile, this file alone decides: no crepa.toml is read beside it.\n\n"
 
@@ -115,7 +115,7 @@ def read_text(path: Path, label: str) -> str:
         with path.open("rb") as file:
             content = file.read(LARGEST_FILE + 1)
         if len(content) > LARGEST_FILE:
-            raise UserError(f"{label}: is larger than {LARGEST_FILE // 2**20} MiB; is this the right file?")
+            raise UserError(f"{label}: is larger than {LARGEST_FILE // 10**6} MB; is this the right file?")
         return content.decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"{label}: cannot be read: {error.strerror}") from error

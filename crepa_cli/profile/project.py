@@ -40,26 +40,34 @@ SCHEMA_FILE = "crepa.schema.json"
 HEADER = f"""\
 #:schema ./{SCHEMA_FILE}
 
-# Settings that differ from the defaults. `crepa train --print-profile` shows all settings and their sources.
+# Settings that differ from the defaults, and in comments the defaults of those that are changed most often.
+# `crepa train --print-profile` shows all settings and their sources.
 """
+KNOBS = {
+    "adapter": ("rank",),
+    "train": ("steps",),
+    "validation": ("prompts",),
+    "crepa": ("block_index", "lambda", "encoder"),
+}
+"""Settings that are changed most often, by table."""
 MEMORY_SETTINGS: tuple[tuple[float, dict[str, dict[str, object]]], ...] = (
     (24, {}),
     (12, {"data": {"frames": 49}}),
     (0, {"data": {"frames": 33}, "crepa": {"encoder": "dinov2_vits14", "encoder_image_size": 224}}),
 )
-"""Smallest GPU memory in GiB, and the settings for it that differ from the defaults; the first that fits is used."""
+"""Smallest GPU memory in GB, and the settings for it that differ from the defaults; the first that fits is used."""
 
 
-def memory_settings(gibibytes: float) -> Mapping[str, Mapping[str, object]]:
+def memory_settings(gigabytes: float) -> Mapping[str, Mapping[str, object]]:
     """A first guess at settings that fit a GPU; `crepa doctor` checks them.
 
     | GPU memory      | settings                                           |
     | --------------- | -------------------------------------------------- |
-    | 24 GiB and more | the defaults, which checkpoint activations         |
-    | 12 to 24 GiB    | 49 frames                                          |
-    | below 12 GiB    | 33 frames, dinov2_vits14 at 224 pixels as teacher  |
+    | 24 GB and more  | the defaults, which checkpoint activations         |
+    | 12 to 24 GB     | 49 frames                                          |
+    | below 12 GB     | 33 frames, dinov2_vits14 at 224 pixels as teacher  |
     """
-    return next((settings for limit, settings in MEMORY_SETTINGS if gibibytes >= limit), MEMORY_SETTINGS[-1][1])
+    return next((settings for limit, settings in MEMORY_SETTINGS if gigabytes >= limit), MEMORY_SETTINGS[-1][1])
 
 
 def project_settings(
@@ -120,19 +128,33 @@ def _dumped(settings: Mapping[Key, Setting]) -> dict[Key, Any]:
     return {(table, key): value for table, keys in profile.model_dump().items() for key, value in keys.items()}
 
 
-def commented_toml(contents: Mapping[str, Any]) -> str:
-    """The contents of `project_settings` as TOML, each setting below its description."""
+def commented_toml(contents: Mapping[str, Any], profile: Profile) -> str:
+    """The contents of `project_settings` as TOML, each setting below its description, and the `KNOBS` as comments.
+
+    Args:
+        contents: the name of a preset, if any, and settings by table and key.
+        profile: what they mean for their family; it has the values of the knobs.
+    """
+    defaults = profile.model_dump(mode="json", by_alias=True)
     parts = [HEADER]
     if PRESET in contents:
         parts.append(f"\n# {PRESET_DESCRIPTION}\n{tomli_w.dumps({PRESET: contents[PRESET]})}")
-    for table, values in without_preset(contents).items():
+    settings = without_preset(contents)
+    for table in dict.fromkeys([*settings, *KNOBS]):
+        values = settings.get(table, {})
         parts.append(f"\n[{table}]\n")
-        for key, value in values.items():
-            comment = textwrap.fill(
-                description(table, key), width=100, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False
-            )
-            parts.append(f"{comment}\n{tomli_w.dumps({key: value})}")
+        parts += [_commented(table, key, value) for key, value in values.items()]
+        open_ = (key for key in KNOBS.get(table, ()) if key not in values)
+        parts += [_commented(table, key, defaults[table][key], mark="# ") for key in open_]
     return "".join(parts)
+
+
+def _commented(table: str, key: str, value: object, mark: str = "") -> str:
+    """A setting below its description; with the mark of a comment, it does not count."""
+    comment = textwrap.fill(
+        description(table, key), width=100, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False
+    )
+    return f"{comment}\n{textwrap.indent(tomli_w.dumps({key: value}), mark)}"
 
 
 def refuse_to_overwrite(folder: Path) -> None:
@@ -149,14 +171,14 @@ def refuse_to_overwrite(folder: Path) -> None:
         raise UserError(f"{' and '.join(existing)}: already exists; use --force to overwrite it")
 
 
-def write_project(contents: Mapping[str, Any], folder: Path) -> None:
-    """Write crepa.toml and its schema, replacing existing files.
+def write_project(contents: Mapping[str, Any], profile: Profile, folder: Path) -> None:
+    """Write crepa.toml and its schema, replacing existing files; see `commented_toml`.
 
     Raises:
         UserError: if a file cannot be written.
     """
     write_whole(folder / SCHEMA_FILE, _schema_text().encode())
-    write_whole(folder / PROJECT_FILE, commented_toml(contents).encode())
+    write_whole(folder / PROJECT_FILE, commented_toml(contents, profile).encode())
 
 
 def _schema_text() -> str:

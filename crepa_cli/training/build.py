@@ -107,6 +107,6 @@ def make_optimizer(
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
-        raise RunError("optimizer adamw8bit needs bitsandbytes: pip install 'crepa[bnb]'") from error
+        raise RunError("optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes") from error
     optimizer: torch.optim.Optimizer = AdamW8bit(parameters, lr=learning_rate, weight_decay=weight_decay)
     return optimizer
