@@ -54,6 +54,11 @@ def test_the_similarity_rises_and_the_coefficient_follows_its_schedule(demo_run:
     assert [line["step"] for line in metrics] == list(range(60))
     assert [line["crepa_coefficient"] for line in metrics] == [schedule.coefficient(step) for step in range(60)]
     assert metrics[0]["crepa_coefficient"] == 0.0
+    for line in metrics:
+        assert line["crepa_weighted_loss"] == line["crepa_coefficient"] * line["crepa_loss"]
+        assert math.isclose(line["loss"], line["diffusion_loss"] + line["crepa_weighted_loss"], rel_tol=1e-5)
+        assert -1 <= line["crepa_self_similarity"] <= 1
+    assert metrics[-1]["crepa_self_similarity"] > metrics[0]["crepa_self_similarity"] + 0.2
     assert math.isclose(metrics[35]["crepa_coefficient"], 0.3)
 
 

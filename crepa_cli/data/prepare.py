@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from crepa_cli.alignment.grid import matching_frames
+from crepa_cli.alignment.grid import teaching_frames
 from crepa_cli.data.buckets import Bucket, Fit, Size, bucket_sizes, fit, nearest_bucket, valid_frames
 from crepa_cli.data.cache import Cache, cache_key, check_writable
 from crepa_cli.data.clips import Clip, ClipError, file_digest, find_clips
@@ -354,7 +354,7 @@ def _prepare_features(
     keyed = []
     for clip in clips:
         grid = family.token_grid(cache.read("latents", clip.latents_key)["latents"][None])
-        frames = matching_frames(clip.bucket.frames, grid.frames)
+        frames = teaching_frames(clip.bucket.frames, grid.frames, crepa.teacher_frame)
         size = input_size(crepa.encoder_image_size, grid, patch_size)
         key = cache_key(kind="features", encoder=encoder, chosen=frames, size=size, **_content(clip))
         inputs[key] = frames, size

@@ -171,7 +171,7 @@ class Trainer:
         means = self._means(losses)
         if not all(math.isfinite(value) for value in (*means.values(), norms.adapter, norms.projector or 0.0)):
             return self._skip(step, losses, clips)
-        similarity = means.get("similarity")
+        similarity, crepa = means.get("similarity"), means.get("crepa")
         cut_off = not learner.aligns or learner.schedule.cut_off
         self.updating = True
         learner.update(similarity)
@@ -182,8 +182,10 @@ class Trainer:
             step=step,
             loss=means["total"],
             diffusion_loss=means["diffusion"],
-            crepa_loss=means.get("crepa"),
+            crepa_loss=crepa,
+            crepa_weighted_loss=None if crepa is None else coefficient * crepa,
             crepa_similarity=similarity,
+            crepa_self_similarity=means.get("self_similarity"),
             layersync_loss=means.get("layersync"),
             crepa_similarity_ema=learner.schedule.similarity_ema,
             crepa_coefficient=coefficient,
