@@ -51,6 +51,7 @@ class Memory:
     Attributes:
         training: bytes by part at the peak of a training step.
         preparation: peak of each model used in preparation; they are never in memory together.
+        validation: peak of a validation, with what training keeps meanwhile; 0 if there is none.
         peak: bytes that a device must have free.
         limit: bytes that it has free; None if they are unknown.
         savings: settings that reduce the memory of training, largest saving first.
@@ -59,6 +60,7 @@ class Memory:
 
     training: dict[str, int]
     preparation: dict[str, int]
+    validation: int
     peak: int
     limit: int | None
     savings: list[Saving]
@@ -177,13 +179,15 @@ def _lines(check: Check) -> Iterator[str]:
 
 
 def memory_table(memory: Memory) -> Table:
-    """The memory of training by part and of its preparation, and the settings that save most."""
+    """The memory of training by part, of its preparation and of a validation, and the settings that save most."""
     table = _figures("Memory, predicted with fake tensors", "part", "bytes")
     for part, size in memory.training.items():
         table.add_row(part, decimal(size))
     table.add_row("training", decimal(sum(memory.training.values())), style="bold", end_section=True)
     for part, size in memory.preparation.items():
         table.add_row(f"{part}, before training", decimal(size))
+    if memory.validation:
+        table.add_row("validation", decimal(memory.validation))
     table.add_section()
     for saving in memory.savings:
         table.add_row(f"--set {saving.setting}", f"-{decimal(saving.saved)}", style="dim")

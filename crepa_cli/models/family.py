@@ -69,6 +69,8 @@ class Family(ABC):
     vae_dtype: ClassVar[torch.dtype] = torch.float32
     comfyui_names: ClassVar[Mapping[str, str] | None] = None
     """Patterns in module names and their replacements in the original names; None if ComfyUI does not run it."""
+    guides_in_one_batch: ClassVar[bool] = False
+    """Whether the pipelines run a prompt and its negative as one batch of two, rather than one after the other."""
 
     def __init__(self, checkpoint: str, task: str, revision: str | None = None, variant: str | None = None) -> None:
         if task not in self.pipelines:

@@ -36,6 +36,7 @@ class LtxVideo(Family):
     pipelines = {"t2v": "LTXPipeline", "i2v": "LTXImageToVideoPipeline"}
     checkpoints = {"t2v": "Lightricks/LTX-Video", "i2v": "Lightricks/LTX-Video"}
     comfyui_names = {r"^proj_in$": "patchify_proj", r"^time_embed\b": "adaln_single"}
+    guides_in_one_batch = True
     settings = {
         "crepa": {"block_index": 8},
         "adapter": {"rank": 32, "target_modules": ["to_q", "to_k", "to_v", "to_out.0"]},

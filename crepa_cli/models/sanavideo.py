@@ -28,6 +28,7 @@ class SanaVideo(Family):
     blocks_attribute = "transformer_blocks"
     pipelines = {"t2v": "SanaVideoPipeline", "i2v": "SanaImageToVideoPipeline"}
     checkpoints = dict.fromkeys(pipelines, "Efficient-Large-Model/SANA-Video_2B_480p_diffusers")
+    guides_in_one_batch = True
     settings = {
         "crepa": {"block_index": 10},
         "adapter": {"rank": 32, "target_modules": ["to_q", "to_k", "to_v", "to_out.0"]},
