@@ -22,26 +22,39 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
 from accelerate.utils.memory import should_reduce_batch_size
 
-from crepa_cli.data.cache import Cache, cache_folder, check_writable
+from crepa_cli.data.cache import Cache, cache_folder
 from crepa_cli.data.clips import clips_folder
 from crepa_cli.data.dataset import ClipDataset
 from crepa_cli.data.online import OnlineTeacher
-from crepa_cli.data.prepare import ClipForm, PreparedClip, encoder_config, prepare, prompt_key
-from crepa_cli.errors import RunError, UserError
+from crepa_cli.data.prepare import (
+    ClipForm,
+    PreparedClip,
+    Prompt,
+    encode_prompts,
+    encoder_config,
+    prepare,
+    prompt_key,
+    require_prompts,
+)
+from crepa_cli.errors import RunError, UserError, counted
 from crepa_cli.events import Event, Notice, Progress, RunOpened, TrainingEnded, TrainingStarted
+from crepa_cli.hub.download import download as download_needs
+from crepa_cli.hub.question import ask_anew, unreachable
 from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
-from crepa_cli.models.hub import fetch
-from crepa_cli.processes import PRECISION, from_main, start_processes
+from crepa_cli.processes import PRECISION, from_all, from_main, start_processes
 from crepa_cli.profile import Profile
 from crepa_cli.report.card import loading_lines, write_model_card
 from crepa_cli.report.metrics import MetricsFile
 from crepa_cli.report.plot import CurvesFile
 from crepa_cli.report.trackers import Trackers
 from crepa_cli.runs.capabilities import attention_mistakes, compile_mistakes, dtype_mistakes
-from crepa_cli.runs.checks import open_family, require_packages
+from crepa_cli.runs.checks import attempt, open_family, open_run
 from crepa_cli.runs.folder import RunFolder
+from crepa_cli.runs.prompts import negative_prompt, sampled_texts, with_prompts, with_prompts_of
 from crepa_cli.runs.resume import resume_mistakes
+from crepa_cli.runs.sources import at_commits, commits, keep_commits, needs
+from crepa_cli.runs.warnings import neighbor_warnings, setting_warnings
 from crepa_cli.settings import resolve
 from crepa_cli.signals import stop_signals
 from crepa_cli.training.batches import Batches
@@ -53,7 +66,7 @@ from crepa_cli.training.skipped import RUN, SkippedSteps
 from crepa_cli.training.trainer import Trainer
 from crepa_cli.training.validator import Prompts, Validator
 
-__all__ = ["check", "fill_cache", "resolve", "train"]
+__all__ = ["check", "download", "fill_cache", "resolve", "train"]
 
 Listener = Callable[[Event], None]
 StopRequest = Callable[[], bool]
@@ -73,18 +86,12 @@ def check(profile: Profile, *, resume: bool = False) -> Family:
     Raises:
         UserError: says what is wrong and what to do.
     """
-    require_packages(profile)
-    family = _opened(profile)
+    family = open_run(profile, resumes=resume)
     if resume:
         _run_to_resume(profile)
     else:
         RunFolder.next(profile)
     return family
-
-
-def _opened(profile: Profile) -> Family:
-    check_writable(cache_folder(profile.data), clips_folder(profile.data))
-    return open_family(profile)
 
 
 def _run_to_resume(profile: Profile) -> RunFolder:
@@ -125,8 +132,7 @@ def train(
     """
     profile = _with_output(profile, output)
     state = start_processes()
-    require_packages(profile)
-    family = _opened(profile)
+    profile, family = _opened(profile, resume=resume)
     if mistakes := [
         *dtype_mistakes(profile, state.device),
         *compile_mistakes(profile, state.device),
@@ -135,8 +141,13 @@ def train(
         raise UserError("\n".join(mistakes))
     # One process decides: once it has made the folder, the others would find a run in it.
     run = from_main(lambda: _run_to_resume(profile) if resume else RunFolder.claim(profile))
+    if resume:
+        profile = with_prompts_of(resolve(str(run.profile)).profile, profile)
     accelerator = _accelerator(profile)
-    with ExitStack() as stack, _advice_on_memory(profile, family, accelerator.device):
+    with ExitStack() as stack:
+        stack.enter_context(_advice_on_memory(profile, family, accelerator.device))
+        if state.is_main_process and not resume:
+            listeners = [stack.enter_context(_removed_unless_started(run)), *listeners]
         if state.is_main_process:
             if resume:
                 run.write_profile(profile)
@@ -159,9 +170,40 @@ def fill_cache(
 ) -> None:
     """Prepare the clips for later runs, and train nothing; see `train`."""
     start_processes()
-    family = _opened(profile)
+    profile, family = _opened(profile)
     accelerator = Accelerator(mixed_precision=PRECISION[profile.model.dtype])
     _follow(lambda _: _prepared(profile, family, accelerator), listeners, should_stop)
+
+
+def download(profile: Profile, *, listeners: Sequence[Listener] = (), should_stop: StopRequest = lambda: False) -> None:
+    """Download what a run needs, for a machine that will train without network; see `train`."""
+    start_processes()
+    profile = from_main(lambda: _pinned(profile, resume=False))
+    family = open_family(profile)
+    _follow(lambda _: _downloaded(profile, family), listeners, should_stop)
+
+
+def _opened(profile: Profile, *, resume: bool = False) -> tuple[Profile, Family]:
+    """The settings with the commits of their models, and the family with its checkpoint.
+
+    Raises:
+        UserError: lists all mistakes.
+    """
+    mistakes: list[str] = []
+    pinned = attempt(mistakes, lambda: from_main(lambda: _pinned(profile, resume=resume))) or profile
+    family = attempt(mistakes, lambda: open_run(pinned, resumes=resume))
+    if family is None or mistakes:
+        # A repository that does not exist is a mistake for both.
+        raise UserError("\n".join(dict.fromkeys("\n".join(mistakes).splitlines())))
+    return pinned, family
+
+
+def _pinned(profile: Profile, *, resume: bool) -> Profile:
+    """The settings with the commits of the models; a resumed run stays at its own."""
+    if resume:
+        saved = RunFolder.to_resume(profile.train.output).profile
+        profile = keep_commits(resolve(str(saved)).profile, profile)
+    return at_commits(profile, commits(profile))
 
 
 def _follow(
@@ -189,7 +231,7 @@ def _follow(
                         listener(event)
                 except BaseException as error:
                     events.throw(error)
-                if isinstance(event, Progress) and should_stop():
+                if isinstance(event, Progress) and signals.at_once and should_stop():
                     break
         signals.raise_first()
     return event
@@ -201,7 +243,6 @@ class _Prepared(NamedTuple):
     clips: list[PreparedClip]
     cache: Cache
     form: ClipForm
-    prompts: Prompts
 
 
 def _run(
@@ -215,27 +256,52 @@ def _run(
 ) -> Events:
     """Prepare, build the trainer, train."""
     yield RunOpened(run.path, _device_memory(accelerator.device), loading_lines(family, profile, run.weights))
-    checkpoint = (yield from _newest_checkpoint(run)) if resume else None
+    for warning in setting_warnings(profile):
+        yield Notice(warning)
+    checkpoint = (yield from _newest_checkpoint(run, profile.train.steps)) if resume else None
     prepared = yield from _prepared(profile, family, accelerator)
+    for warning in neighbor_warnings(profile.crepa, family, (clip.bucket.frames for clip in prepared.clips)):
+        yield Notice(warning)
+    profile = from_main(lambda: with_prompts(profile, prepared.clips, run))
+    prompts = yield from _read_prompts(profile, family, prepared.cache, accelerator.device)
     yield Progress("loading", 0, 1, "the transformer")
-    trainer = _build_trainer(profile, family, run, accelerator, prepared, checkpoint)
+    trainer = _build_trainer(profile, family, run, accelerator, prepared, prompts, checkpoint)
     yield from trainer.train(should_stop)
 
 
-def _newest_checkpoint(run: RunFolder) -> Generator[Event, None, Path | None]:
-    """The checkpoint to resume from; None if the run has none yet."""
+def _newest_checkpoint(run: RunFolder, steps: int) -> Generator[Event, None, Path | None]:
+    """The checkpoint to resume from, for a run of so many steps; None if the run has none yet."""
     path, messages = from_main(lambda: newest_checkpoint(run.checkpoints))
     for message in messages:
         yield Notice(message)
     if path is None:
         yield Notice(f"{run.path} has no complete checkpoint: it starts from step 0")
+    elif (done := read_progress(path).get("step", 0)) >= steps:
+        yield Notice(
+            f"{run.path} is finished: it has trained {counted(done, 'step')}, and train.steps is {steps:,}. Its "
+            f"weights are only written again; to train further, give --steps a number above {done:,}"
+        )
     return path
+
+
+def _downloaded(profile: Profile, family: Family) -> Events:
+    """Bring the models of a run onto this machine; an error in one process is raised in all."""
+    if silence := unreachable():
+        yield Notice(f"{silence.reason}; the run uses what is on this machine")
+    failures: list[UserError] = []
+    try:
+        yield from download_needs(needs(profile, family))
+    except UserError as error:
+        failures.append(error)
+    # This run needs no more of it, and the next one in this process wants fresh answers.
+    ask_anew()
+    for failure in from_all(failures):
+        raise failure
 
 
 def _prepared(profile: Profile, family: Family, accelerator: Accelerator) -> Generator[Event, None, _Prepared]:
     """Fill the cache with everything that depends on the clips alone."""
-    # Without network this ends here, not after an hour of reading clips.
-    fetch(family.base.name, family.base.revision, folders=())
+    yield from _downloaded(profile, family)
     crepa, form = profile.crepa, ClipForm.of(profile.data)
     damaged: list[str] = []
     cache = Cache(
@@ -243,15 +309,29 @@ def _prepared(profile: Profile, family: Family, accelerator: Accelerator) -> Gen
         on_damage=lambda path, reason: damaged.append(f"{path.name} in the cache is made again: {reason}"),
     )
     dtype = torch_dtype(profile.model.dtype)
-    texts = [*profile.validation.prompts, ""]
+    texts, negative = [*sampled_texts(profile.validation, family), ""], negative_prompt(profile.validation, family)
     reads_features = crepa.encoder_teaches and crepa.teacher_cache and not coefficient_schedule(profile).finished(0)
     stored = crepa if reads_features else None
     folder = clips_folder(profile.data)
-    clips = yield from prepare(family, folder, form, stored, texts, cache, accelerator.device, dtype)
+    clips = yield from prepare(family, folder, form, stored, texts, cache, accelerator.device, dtype, negative)
     for message in damaged:
         yield Notice(message)
-    *validation, empty = (cache.read("prompts", prompt_key(family, text, dtype)) for text in texts)
-    return _Prepared(clips, cache, form, Prompts(validation, empty))
+    return _Prepared(clips, cache, form)
+
+
+def _read_prompts(
+    profile: Profile, family: Family, cache: Cache, device: torch.device
+) -> Generator[Event, None, Prompts]:
+    """The encoded prompts of the validation; captions are encoded already, unless they ask for motion here."""
+    dtype = torch_dtype(profile.model.dtype)
+    prompts = [Prompt(text) for text in sampled_texts(profile.validation, family)]
+    require_prompts(prompts, (yield from encode_prompts(family, set(prompts), cache, device, dtype)))
+    negative = Prompt(negative_prompt(profile.validation, family), negative=True)
+    *sampled, unwanted = (
+        cache.read("prompts", prompt_key(family, one.text, dtype, negative=one.negative))
+        for one in [*prompts, negative]
+    )
+    return Prompts(sampled, unwanted)
 
 
 def _build_trainer(
@@ -260,6 +340,7 @@ def _build_trainer(
     run: RunFolder,
     accelerator: Accelerator,
     prepared: _Prepared,
+    prompts: Prompts,
     checkpoint: Path | None,
 ) -> Trainer:
     crepa = profile.crepa
@@ -277,7 +358,7 @@ def _build_trainer(
         learner,
         Batches(ClipDataset(prepared.clips, prepared.cache, empty_key), profile, accelerator, learner.aligns),
         Checkpointer(run, profile.checkpoints.keep, accelerator),
-        Validator(profile, family, prepared.prompts, prepared.form, run, accelerator),
+        Validator(profile, family, prompts, prepared.form, run, accelerator),
         accelerator,
         OnlineTeacher(family, crepa, accelerator.device) if online else None,
         SkippedSteps(profile.train.max_skipped_steps, skipped),
@@ -305,6 +386,27 @@ def _device_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return int(psutil.virtual_memory().total)
+
+
+@contextmanager
+def _removed_unless_started(run: RunFolder) -> Iterator[Listener]:
+    """Remove a new run that fails before its training starts, so that `--resume` picks none without a beginning.
+
+    A run that is stopped in its preparation stays: there is nothing wrong with it. Yields the listener that notices
+    the start.
+    """
+    started = False
+
+    def notice(event: Event) -> None:
+        nonlocal started
+        started = started or isinstance(event, TrainingStarted)
+
+    try:
+        yield notice
+    except Exception:
+        if not started:
+            run.remove()
+        raise
 
 
 @contextmanager

@@ -15,14 +15,16 @@ class Progress:
     """`done` of a stage's `total` items are finished; with several processes, of this process's share.
 
     The first one of a stage comes before its first item. `item` is what is worked on from now on, such as the name of a
-    clip or "loading the VAE"; it is empty once the stage is finished. Preparation has the stages scanning, prompts,
-    latents and features, training loading, and a measurement blocks and projectors.
+    clip or "loading the VAE"; it is empty once the stage is finished. `unit` is B for bytes, and empty for things that
+    are counted. Preparation has the stages downloading, scanning, prompts, latents and features, training loading and
+    validation, and a measurement blocks and projectors.
     """
 
     stage: str
     done: int
     total: int
     item: str = ""
+    unit: str = ""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ FLOORS: list[set[str]] = [
     {"demo"},
     {"data"},
     {"teachers", "models"},
-    {"profile", "alignment"},
+    {"hub", "profile", "alignment"},
     {"events", "errors", "files", "heap", "processes", "signals", PACKAGE},
 ]
 """The rooms from the top down: a package, or a module that belongs to none. The package itself holds the version.

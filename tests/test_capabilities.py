@@ -49,6 +49,21 @@ def test_compile_on_a_gpu_needs_triton(tmp_path: Path) -> None:
     assert "pip install triton" in told
 
 
+def test_triton_on_a_gpu_needs_a_c_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the question whether Triton takes this GPU is answered in its place: there is none."""
+    monkeypatch.setattr("crepa_cli.runs.capabilities.has_triton", lambda: True)
+    profile = resolve("t2v", {"model.family": "wan"}, ["train.compile=true"]).profile
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (told,) = compile_mistakes(profile, torch.device("cuda"))
+    assert "Triton needs a C compiler" in told
+    (tmp_path / "gcc").touch(0o755)
+    assert not compile_mistakes(profile, torch.device("cuda"))
+    (tmp_path / "gcc").unlink()
+    monkeypatch.setenv("CC", "/opt/cc")
+    assert not compile_mistakes(profile, torch.device("cuda"))
+
+
 def test_what_is_not_compiled_needs_no_compiler() -> None:
     assert not compile_mistakes(resolve("t2v", {"model.family": "wan"}).profile, torch.device("cuda"))
 

@@ -45,14 +45,14 @@ def test_no_clips_configured(run_crepa: RunCrepa, capsys: pytest.CaptureFixture[
 
 
 def test_a_folder_of_unreadable_clips(
-    run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str], open_tiny: OpenTiny
+    run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str], open_tiny: OpenTiny, tiny_dinov2: Path
 ) -> None:
     Path("clips").mkdir()
     for name in ("a", "b"):
         Path("clips", f"{name}.mp4").write_bytes(b"no video")
         Path("clips", f"{name}.txt").write_text("a caption")
     checkpoint = open_tiny("wan", "t2v").base.name
-    flags = ["--checkpoint", checkpoint, "--data", "clips", "--plain"]
+    flags = ["--checkpoint", checkpoint, "--data", "clips", "--plain", "--set", f"crepa.encoder={tiny_dinov2}"]
     assert run_crepa("train", "--profile", "t2v", "--model", "wan", *flags) == 2
     captured = capsys.readouterr()
     assert "skipped a.mp4" in captured.out
@@ -103,6 +103,7 @@ def test_a_checkpoint_that_is_nowhere(
     run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    Path("clip.mp4").touch()
     message = refused(run_crepa, capsys, "train", "--model", "wan", "--data", ".")
     assert "Wan-AI/Wan2.1-T2V-1.3B-Diffusers" in message
     assert "local folder" in message
@@ -116,6 +117,38 @@ def test_a_folder_that_holds_a_run(run_crepa: RunCrepa, capsys: pytest.CaptureFi
 
 def test_nothing_to_resume(run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str]) -> None:
     assert "nothing to resume" in refused(run_crepa, capsys, "train", "--resume")
+
+
+def test_print_profile_cuts_no_value(run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str]) -> None:
+    prompt = "a red disc drifts over blue stripes " * 20
+    flags = ["--profile", "i2v", "--model", "wan", "--set", f"validation.prompts=[{prompt!r}]"]
+    assert run_crepa("train", *flags, "--print-profile") == 0
+    printed = capsys.readouterr().out
+    assert f'["{prompt}"]' in printed
+    assert '"Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"' in printed
+
+
+def test_wrong_values_do_not_hide_what_is_wrong_with_checkpoint_clips_and_packages(
+    run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    flags = ["train", "--model", "wan", "--data", "nowhere", "--set", "crepa.scheduler=cosin", "--steps", 0]
+    sets = ["crepa.block_index=99", "data.frames=16", "report.trackers=dvclive"]
+    message = refused(run_crepa, capsys, *flags, *(word for one in sets for word in ("--set", one)))
+    for part in ("crepa.scheduler", "train.steps", "nowhere does not exist", "crepa.block_index = 99", "dvclive"):
+        assert part in message
+    assert "data.frames = 16: wan takes one frame more than a multiple of 4, such as 13 or 17" in message
+    assert message.startswith("error: 6 mistakes in the settings:\n")
+    assert len(message.splitlines()) == 7
+
+
+def test_an_empty_folder_of_clips_is_named_beside_a_missing_checkpoint(
+    run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    message = refused(run_crepa, capsys, "train", "--model", "wan", "--checkpoint", "nobody/nothing", "--data", ".")
+    assert "No clips in ." in message
+    assert "nobody/nothing" in message
 
 
 def test_print_profile_says_where_values_come_from(run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str]) -> None:

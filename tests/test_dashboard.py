@@ -43,7 +43,7 @@ from crepa_cli.report.state import phase
 
 SCREENS = Path(__file__).parent / "screens"
 SIZES = [(80, 24), (120, 40), (200, 50)]
-GIB = 2**30
+GB = 10**9
 RUN = Path("runs/wan-t2v-1")
 LOADING = 'pipeline = WanPipeline.from_pretrained("checkpoint")\npipeline.load_lora_weights("weights")'
 
@@ -61,7 +61,7 @@ def schedule(scheduler: Scheduler, threshold: float | None = 0.85, **settings: o
 
 def recorded_events(plan: CoefficientSchedule, steps: int, *, aligned: bool = True) -> Iterator[Event]:
     """The first `steps` of a run of 5,000: losses fall in waves, the similarity rises to 0.9."""
-    yield RunOpened(RUN, 80 * GIB, LOADING)
+    yield RunOpened(RUN, 80 * GB, LOADING)
     yield Progress("scanning", 400, 400)
     yield ClipSkipped("clips/broken.mp4", "no video stream")
     yield Progress("latents", 399, 399)
@@ -75,6 +75,7 @@ def recorded_events(plan: CoefficientSchedule, steps: int, *, aligned: bool = Tr
             )
             yield AlignmentDropped(step, reason)
         coefficient = 0.0 if dropped else plan.coefficient(step)
+        cut_off = aligned and (plan.cut_off or dropped)
         similarity = None if dropped else 0.9 - 0.8 * math.exp(-step / 600) + 0.02 * math.sin(step)
         if similarity is not None:
             plan.observe(similarity)
@@ -88,14 +89,14 @@ def recorded_events(plan: CoefficientSchedule, steps: int, *, aligned: bool = Tr
             crepa_similarity=similarity,
             crepa_similarity_ema=plan.similarity_ema,
             crepa_coefficient=coefficient,
-            crepa_cutoff=aligned and (plan.cut_off or dropped),
+            crepa_cutoff=cut_off,
             layersync_loss=None,
             learning_rate=1e-4,
             grad_norm=0.5321,
             projector_grad_norm=None if crepa is None else 1.25,
             step_seconds=0.213,
             samples_per_second=4 / 0.213,
-            peak_memory_bytes=12 * GIB,
+            peak_memory_bytes=12 * GB,
         )
         if step + 1 in (500, 1000, 2000):
             yield CheckpointSaved(step + 1, RUN / f"checkpoints/step-{step + 1:06d}")
@@ -151,7 +152,7 @@ def test_a_screen_is_as_it_was(case: str, width: int, height: int) -> None:
 
 
 WHOLE_VALUES = {
-    "cut_off": ["2,001 of 5,000", "40%", "ETA 0:12:30", "0.1790", "12.00 of 80.00 GiB", "18.78", "1,774:", "0.8501"],
+    "cut_off": ["2,001 of 5,000", "40%", "ETA 0:12:30", "0.1790", "12.00 of 80.00 GB", "18.78", "1,774:", "0.8501"],
     "warmup": ["38 of 5,000", "0.1850", "warmup 37/100", "-0.2295", "0.1081", "1.00e-04", "0.532", "12,345,678"],
 }
 

@@ -24,9 +24,10 @@ from crepa_cli.doctor import devices
 from crepa_cli.doctor.cache_size import cache_bytes
 from crepa_cli.doctor.disk import check_folder
 from crepa_cli.doctor.environment import check_library, pinned_versions
-from crepa_cli.doctor.hub import check_repository
+from crepa_cli.doctor.hub import check_need
 from crepa_cli.errors import UserError
 from crepa_cli.events import drained
+from crepa_cli.hub.download import Need
 from crepa_cli.profile import CrepaSettings
 
 DEMO = ["--profile", "t2v", "--model", "wan", "--demo"]
@@ -289,21 +290,21 @@ def test_a_snapshot_counts_once_all_its_weights_are_there(folder: Path) -> None:
     (snapshot.parents[1] / "refs/main").write_text("abc")
     parts = ["model-1.safetensors", "model-2.safetensors"]
     index = {"weight_map": dict(zip("ab", parts, strict=True))}
+    (snapshot / "transformer/config.json").write_text("{}")
     (snapshot / "transformer/model.safetensors.index.json").write_text(json.dumps(index))
-
-    def found() -> str:
-        return check_repository("weights", "owner/name", None, ["transformer"]).status
-
+    need = Need("owner/name", None, ("transformer",))
     (snapshot / "transformer" / parts[0]).touch()
-    assert found() == "failure"
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE forbids downloads"):
+        check_need("weights", need)
     (snapshot / "transformer" / parts[1]).touch()
-    assert found() == "fine"
+    assert check_need("weights", need).status == "fine"
 
 
 def test_a_local_checkpoint_without_weights(folder: Path) -> None:
     (folder / "transformer").mkdir()
-    with pytest.raises(UserError, match="transformer"):
-        check_repository("weights", str(folder), None, ["transformer"])
+    (folder / "transformer/config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"it lacks transformer \(weights\)"):
+        check_need("weights", Need(str(folder), None, ("transformer",)))
 
 
 def test_help_loads_no_torch() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import typer
-from conftest import RunCrepa
+from conftest import OpenTiny, RunCrepa
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
@@ -23,6 +24,7 @@ from crepa_cli.cli.terminal import NOTEBOOK_VARIABLES
 from crepa_cli.errors import UserError
 from crepa_cli.models.flavours import FLAVOURS
 from crepa_cli.profile import ResolvedProfile, description, json_schema, known_keys, resolve_profile
+from crepa_cli.profile.layers import complete
 from crepa_cli.profile.project import commented_toml, memory_settings, project_settings
 from crepa_cli.profile.simpletuner import COUNTERPARTS, export_crepa, import_config, read_config
 
@@ -34,13 +36,29 @@ DEFAULTS: dict[str, dict[str, object]] = {
     "validation": {"guidance_scale": 5.0},
     "crepa": {"block_index": 8},
 }
-SCRIPT = "import typer; from crepa_cli.cli.init import init; typer.run(init)"
+SCRIPT = f"""
+import sys, typer
+from crepa_cli.cli.init import init
+from crepa_cli.profile.layers import complete
+checks = sys.modules["crepa_cli.cli.init"]
+checks._checked = lambda settings, vram: (complete(settings, lambda *_: {{'family wan': {DEFAULTS!r}}}), [])
+typer.run(init)
+"""
+"""The checks against the checkpoint, which load torch, have tests of their own."""
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder, without a network."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     return tmp_path
+
+
+@pytest.fixture
+def _no_predictions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prediction has its own tests and would take half a minute in each of these."""
+    monkeypatch.setattr(sys.modules["crepa_cli.cli.init"], "_memory_notes", lambda *_: [])
 
 
 def run(*arguments: str) -> Result:
@@ -62,11 +80,19 @@ def refusal(*arguments: str) -> str:
 
 
 def written(folder: Path) -> dict[str, Any]:
-    return tomllib.loads((folder / "crepa.toml").read_text(encoding="utf-8"))
+    """The settings in crepa.toml, without tables that hold comments alone."""
+    tables = tomllib.loads((folder / "crepa.toml").read_text(encoding="utf-8"))
+    return {name: table for name, table in tables.items() if table}
+
+
+def as_toml(tables: dict[str, dict[str, Any]]) -> str:
+    return commented_toml(tables, complete(tables, lambda *_: {"family wan": DEFAULTS}))
 
 
 def resolved(folder: Path) -> ResolvedProfile:
-    return resolve_profile(profile=None, flags={}, sets=[], folder=folder, family_defaults=lambda *_: DEFAULTS)
+    return resolve_profile(
+        profile=None, flags={}, sets=[], folder=folder, family_defaults=lambda *_: {"family wan": DEFAULTS}
+    )
 
 
 def imported(config: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, object]]:
@@ -97,33 +123,87 @@ def test_flags_alone_write_a_file_that_means_the_preset(folder: Path, preset: st
         flags={"model.family": "wan", "data.path": "clips"},
         sets=[],
         folder=folder.parent,
-        family_defaults=lambda *_: DEFAULTS,
+        family_defaults=lambda *_: {"family wan": DEFAULTS},
     )
     assert resolved(folder).profile == expected.profile
-    assert set(resolved(folder).sources.values()) == {"built-in default", "crepa.toml", "family wan"}
+    sources = {"built-in default", f"preset {preset}", "crepa.toml", "family wan"}
+    assert set(resolved(folder).sources.values()) == sources
 
 
 def test_the_file_has_comments_a_schema_and_nothing_that_is_a_default(folder: Path):
-    succeed("--model", "wan", "--task", "i2v")
+    succeed("--model", "wan", "--task", "i2v", "--data", "clips")
     text = (folder / "crepa.toml").read_text(encoding="utf-8")
     assert text.startswith("#:schema ./crepa.schema.json\n")
-    assert written(folder) == {"model": {"family": "wan", "task": "i2v"}}
-    assert f"# {description('model', 'task')}\ntask = " in text
+    assert written(folder) == {"preset": "i2v", "model": {"family": "wan"}, "data": {"path": "clips"}}
+    assert f"# {description('model', 'family')}\nfamily = " in text
     assert json.loads((folder / "crepa.schema.json").read_text(encoding="utf-8")) == json_schema()
     assert {path.name for path in folder.iterdir()} == {"crepa.toml", "crepa.schema.json"}
 
 
 def test_the_task_chooses_the_preset(folder: Path):
     succeed("--model", "wan")
-    assert written(folder)["crepa"]["scheduler"] == "cosine"
+    assert written(folder)["preset"] == "t2v"
 
 
+@pytest.mark.usefixtures("_no_predictions")
 def test_memory_lowers_frames_and_teacher(folder: Path):
     succeed("--model", "wan", "--vram", "8")
     assert written(folder)["data"] == {"frames": 33}
     assert written(folder)["crepa"]["encoder"] == "dinov2_vits14"
     assert (memory_settings(80), memory_settings(24), memory_settings(float("nan"))) == ({}, {}, memory_settings(0))
     assert memory_settings(16) == {"data": {"frames": 49}}
+
+
+@pytest.mark.slow
+def test_settings_that_do_not_fit_the_gpu_are_written_with_a_warning(
+    open_tiny: OpenTiny, folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "predictions"))
+    (folder / "large.toml").write_text("[data]\nwidth = 3328\nheight = 1920\n")
+    flags = ["--model", "wan", "--profile", "large.toml", "--checkpoint", open_tiny("wan", "t2v").base.name]
+    assert "These settings need" not in succeed(*flags, "--vram", "1000")
+    output = succeed(*flags, "--vram", "1", "--force")
+    needed = r"These settings need [\d.]+ GB of GPU memory, and there are 1 GB. Settings that need less: "
+    assert re.search(rf"{needed}crepa doctor --vram 1\n", output)
+    assert written(folder)["model"]["checkpoint"] == flags[-1]
+
+
+def test_a_block_that_the_checkpoint_does_not_have_is_refused_before_anything_is_written(folder: Path):
+    config = {"model_family": "wan", "crepa_enabled": True, "crepa_block_index": 30}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "30 blocks; choose one of 0 to 29" in refusal("--from", "config.json")
+    assert not (folder / "crepa.toml").exists()
+
+
+def test_the_settings_that_are_changed_most_stand_in_comments_at_their_defaults(folder: Path):
+    succeed("--model", "wan", "--profile", "i2v")
+    text = (folder / "crepa.toml").read_text(encoding="utf-8")
+    assert "# block_index = 8\n" in text
+    assert "takes more memory. none: the\n# family's default.\n# rank = 32\n" in text
+    before = resolved(folder).profile
+    names = ("block_index", "lambda", "encoder", "rank", "steps", "prompts")
+    uncommented = re.sub(rf"^# ({'|'.join(names)}) = ", r"\1 = ", text, flags=re.MULTILINE)
+    (folder / "crepa.toml").write_text(uncommented, encoding="utf-8")
+    assert resolved(folder).profile == before
+    assert {name for name, source in resolved(folder).sources.items() if source == "crepa.toml"} >= {
+        *("crepa.block_index", "crepa.lambda", "crepa.encoder", "adapter.rank", "train.steps", "validation.prompts")
+    }
+
+
+def test_two_folders_of_clips_are_refused(folder: Path):
+    assert "--data is given 2 times (a, b)" in refusal("--model", "wan", "--data", "a", "--data", "b")
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("command", ["train", "init", "doctor", "probe-blocks"])
+def test_help_lists_families_and_presets(
+    command: str, run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run_crepa(command, "--help") == 0
+    text = capsys.readouterr().out
+    assert "wan, ltxvideo, sanavideo, kandinsky5_video" in text
+    assert "i2v, solid-background, t2v" in text
 
 
 def test_every_memory_setting_is_valid(folder: Path):
@@ -215,25 +295,26 @@ def terminal(folder: Path, answers: str, *arguments: str, **extra: str) -> tuple
 
 
 def test_a_terminal_is_asked_with_defaults(folder: Path):
-    code, screen = terminal(folder, "\n\n\n\n\n")
+    code, screen = terminal(folder, "\n\n\n\n\n\n")
     assert code == 0, screen
-    for question in ("Model family", "Text to video", "Preset", "Folder of clips", "GPU memory"):
+    for question in ("Model family", "Text to video", "Preset", "Folder of clips", "GPU memory", "Prompt to sample"):
         assert question in screen
     assert "no NVIDIA GPU found" in screen
     assert written(folder)["model"] == {"family": "wan"}
     assert written(folder)["data"] == {"path": "clips"}
-    assert written(folder)["crepa"]["scheduler"] == "cosine"
+    assert written(folder)["preset"] == "t2v"
 
 
 def test_a_terminal_is_asked_again_after_a_wrong_answer_and_shows_the_gpu(folder: Path):
     smi = folder / "nvidia-smi"
     smi.write_text("#!/bin/sh\necho 'Tiny GPU, 10240'\n")
     smi.chmod(0o755)
-    code, screen = terminal(folder, "wann\nwan\ni2v\n\nmy clips\n\n")
+    code, screen = terminal(folder, "wann\nwan\ni2v\n\nmy clips\n\na fox, running\nfox.png\n\n")
     assert code == 0, screen
     assert "Tiny GPU" in screen
-    assert written(folder)["model"] == {"family": "wan", "task": "i2v"}
+    assert (written(folder)["preset"], written(folder)["model"]) == ("i2v", {"family": "wan"})
     assert written(folder)["data"] == {"path": "my clips", "frames": 33}
+    assert written(folder)["validation"] == {"prompts": ["a fox, running"], "images": ["fox.png"]}
 
 
 def test_a_terminal_is_asked_only_for_what_no_flag_has_said(folder: Path):
@@ -241,7 +322,7 @@ def test_a_terminal_is_asked_only_for_what_no_flag_has_said(folder: Path):
     code, screen = terminal(folder, "", *flags)
     assert code == 0, screen
     assert "Model family" not in screen
-    assert written(folder)["crepa"]["cutoff_step"] == 2000
+    assert written(folder) == {"preset": "solid-background", "model": {"family": "wan"}, "data": {"path": "clips"}}
 
 
 def test_a_terminal_is_not_asked_when_the_file_is_there(folder: Path):
@@ -257,7 +338,7 @@ def test_nobody_is_asked_in_a_notebook_or_ci(folder: Path, variable: str):
     code, screen = terminal(folder, "\x04", "--model", "wan", **{variable: "1"})
     assert code == 0, screen
     assert "Text to video" not in screen
-    assert written(folder)["crepa"]["scheduler"] == "cosine"
+    assert written(folder)["preset"] == "t2v"
 
 
 def test_the_end_of_input_writes_nothing(folder: Path):
@@ -343,7 +424,7 @@ def test_flags_win_over_an_imported_configuration(folder: Path):
 )
 def test_options_have_their_counterparts(folder: Path, config: dict[str, Any], setting: str, value: object):
     settings, left_out = imported(config)
-    (folder / "crepa.toml").write_text(commented_toml(settings))
+    (folder / "crepa.toml").write_text(as_toml(settings))
     table, key = setting.split(".")
     assert json.loads(resolved(folder).profile.model_dump_json())[table][key] == value
     assert left_out == {}
@@ -411,16 +492,9 @@ def test_malformed_json_is_explained(folder: Path, text: str, message: str):
     assert not (folder / "crepa.toml").exists()
 
 
-class FakeFamily:
-    @classmethod
-    def defaults(cls, task: str) -> dict[str, dict[str, object]]:
-        assert task == "t2v"
-        return DEFAULTS
-
-
 @pytest.fixture
 def light_family(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("crepa_cli.models.load_family", lambda _: FakeFamily)
+    monkeypatch.setattr("crepa_cli.models.family_defaults", lambda *_: {"family wan": DEFAULTS})
 
 
 @pytest.mark.usefixtures("light_family")
@@ -429,7 +503,7 @@ def test_the_alignment_settings_are_written_as_json(folder: Path):
     succeed("--to", "config.json")
     config = json.loads((folder / "config.json").read_text())
     assert config["crepa_block_index"] == 8
-    assert config["crepa_similarity_threshold"] == 0.85
+    assert config["crepa_similarity_threshold"] == 0.5
     assert "crepa_teacher_block_index" not in config
     assert all(name.startswith("crepa_") for name in config)
 
@@ -499,11 +573,11 @@ def test_the_round_trip_loses_nothing(folder: Path, values: dict[str, object], d
     first = {f"{'--' if dashes else ''}crepa_{key}": value for key, value in values.items()}
     settings, left_out = imported(first)
     assert left_out == {}
-    (folder / "crepa.toml").write_text(commented_toml(settings), encoding="utf-8")
+    (folder / "crepa.toml").write_text(as_toml(settings), encoding="utf-8")
     read_back = resolved(folder).profile
     second = export_crepa(read_back, first)
     assert {name: second[name] for name in first} == first
-    (folder / "crepa.toml").write_text(commented_toml(imported(second)[0]), encoding="utf-8")
+    (folder / "crepa.toml").write_text(as_toml(imported(second)[0]), encoding="utf-8")
     assert resolved(folder).profile == read_back
 
 
@@ -542,10 +616,11 @@ def test_no_configuration_ends_in_a_traceback(config: dict[str, Any]):
     names = [name.lstrip("-") for name in config]
     try:
         settings, left_out = imported(config)
+        text = as_toml(settings)
     except UserError:
         return
     assert set(left_out) <= set(names)
-    assert tomllib.loads(commented_toml(settings))["model"]["family"]
+    assert tomllib.loads(text)["model"]["family"]
 
 
 @FUZZ
@@ -581,13 +656,14 @@ def test_every_preset_of_every_family_makes_a_profile(
 ):
     task = "i2v" if preset == "i2v" else "t2v"
     if in_terminal:
-        assert terminal(folder, f"{family}\n{task}\n{preset}\nclips\n24\n")[0] == 0
+        assert terminal(folder, f"{family}\n{task}\n{preset}\nclips\n24\n\n")[0] == 0
     else:
         succeed("--model", family, "--task", task, "--profile", preset, "--data", "clips")
     assert run_crepa("train", "--print-profile") == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert f'"{family}"' in lines["model.family"]
     assert "crepa.toml" in lines["model.family"]
+    assert f"preset {preset}" in lines["model.task"]
     assert ("cosine" if task == "t2v" else "constant") in lines["crepa.scheduler"]
-    assert ("2000" if preset == "solid-background" else " 0 ") in lines["crepa.cutoff_step"]
+    assert ("40%" if preset == "solid-background" else " 0 ") in lines["crepa.cutoff_step"]
     assert f"family {family}" in lines["crepa.block_index"]

@@ -67,7 +67,7 @@ def settings(family: Family, **tables: dict[str, object]) -> Profile:
         "data": {"width": 96, "height": 96, "frames": 33, "fps": 16.0},
         "train": {"batch_size": 2, "learning_rate": 1e-4},
         "crepa": {"block_index": 1},
-        "validation": {"guidance_scale": 5.0},
+        "validation": {"every": 0, "guidance_scale": 5.0},
     }
     return Profile.model_validate({table: values | tables.get(table, {}) for table, values in base.items()})
 
@@ -130,6 +130,7 @@ def highest_level(profiled: Any) -> int:
         ("ltxvideo", {"train": {"activation_checkpointing": False}}),
         ("ltxvideo", {"adapter": {"kind": "full"}}),
         ("wan", {"model": {"dtype": "bfloat16"}}),
+        ("sanavideo", {"model": {"dtype": "bfloat16"}}),
     ],
 )
 def test_predicted_and_measured_agree(name: str, tables: dict[str, dict[str, object]], open_tiny: OpenTiny) -> None:
@@ -317,10 +318,11 @@ def test_a_prediction_that_cannot_be_kept(tmp_path: Path, monkeypatch: pytest.Mo
 def test_an_overview_of_the_families(open_tiny: OpenTiny, tiny_dinov2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = open_tiny("ltxvideo", "t2v")
     known = settings(tiny, crepa={"encoder": str(tiny_dinov2), "encoder_image_size": 56})
-    profiles = {"ltxvideo": known, "wan": settings(tiny, model={"checkpoint": "nobody/nothing"})}
-    monkeypatch.setattr(overview, "FAMILIES", profiles)
-    hub, found, failed = overview.family_memories(profiles.__getitem__, Target(CPU, None), lambda _: None)
+    profiles = {"t2v": known, "i2v": settings(tiny, model={"checkpoint": "nobody/nothing"})}
+    monkeypatch.setattr(overview, "FAMILIES", ["ltxvideo"])
+    hub, found, failed = overview.family_memories(lambda _, task: profiles[task], Target(CPU, None), lambda _: None)
     assert isinstance(found, FamilyMemory)
+    assert found.card == "8 GB"
     assert found.shape == "96x96, 33 frames"
     assert found.training > 0
     assert isinstance(failed, Check)

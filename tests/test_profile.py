@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from crepa_cli.errors import UserError
-from crepa_cli.models import FAMILIES, load_family
+from crepa_cli.models import FAMILIES
 from crepa_cli.models import family_defaults as real_defaults
 from crepa_cli.models.flavours import FLAVOURS
 from crepa_cli.profile import (
@@ -31,7 +31,7 @@ from crepa_cli.profile import (
     resolve_profile,
 )
 from crepa_cli.profile.describe import family_keys
-from crepa_cli.profile.layers import Setting
+from crepa_cli.profile.layers import Setting, complete
 from crepa_cli.profile.project import project_settings, write_project
 from crepa_cli.profile.settings import TABLES
 from crepa_cli.profile.simpletuner import COUNTERPARTS, import_config
@@ -46,6 +46,7 @@ CREPA_DEFAULTS = {
     "normalize_by_frames": True,
     "spatial_align": True,
     "encoder": "dinov2_vitg14",
+    "encoder_revision": None,
     "encoder_image_size": 518,
     "use_backbone_features": False,
     "teacher_block_index": None,
@@ -62,13 +63,13 @@ CREPA_DEFAULTS = {
     "threshold_mode": "permanent",
 }
 KEYS = {
-    "model": "family task checkpoint revision dtype variant",
+    "model": "family task checkpoint revision variant dtype vae_dtype vae_tiling",
     "adapter": "kind rank alpha dropout target_modules export",
     "data": "path width height frames fps repeats caption_dropout cache",
     "train": "steps batch_size gradient_accumulation learning_rate optimizer weight_decay lr_scheduler "
     "lr_warmup_steps max_grad_norm max_skipped_steps sharding activation_checkpointing compile ema timestep_sampling "
     "timestep_shift loss_weighting seed output",
-    "validation": "every prompts images steps guidance_scale frames",
+    "validation": "every prompts negative_prompt images motion_score steps guidance_scale frames",
     "checkpoints": "every keep",
     "report": "every trackers",
     "crepa": "block_index " + " ".join(CREPA_DEFAULTS),
@@ -118,6 +119,8 @@ OUT_OF_RANGE = [
     "crepa.scheduler=step",
     "crepa.warmup_steps=-1",
     "crepa.decay_steps=-1",
+    "crepa.cutoff_step=101%",
+    "crepa.cutoff_step='40'",
     "crepa.cutoff_step=-1",
     "crepa.lambda_end=-1",
     "crepa.power=0",
@@ -129,10 +132,10 @@ OUT_OF_RANGE = [
 ]
 
 
-def family_defaults(family: str, task: str) -> dict[str, dict[str, object]]:
+def family_defaults(family: str, task: str, _kind: str, _checkpoint: str | None) -> dict[str, dict[str, Any]]:
     if family != "wan":
         raise UserError("the families with CREPA support are wan and ltxvideo")
-    return {
+    defaults = {
         "model": {"checkpoint": "org/wan"},
         "adapter": {"rank": 32, "target_modules": ["to_q"]},
         "data": {"width": 832, "height": 480, "frames": 81 if task == "t2v" else 49, "fps": 16.0},
@@ -140,6 +143,7 @@ def family_defaults(family: str, task: str) -> dict[str, dict[str, object]]:
         "validation": {"guidance_scale": 5.0},
         "crepa": {"block_index": 8},
     }
+    return {"family wan": defaults}
 
 
 @pytest.fixture
@@ -309,9 +313,61 @@ def test_each_preset_resolves_and_says_what_it_is_for(folder: Path, name: str):
         assert (crepa.scheduler, crepa.similarity_threshold) == ("constant", None)
     else:
         assert (crepa.scheduler, crepa.warmup_steps, crepa.decay_steps, crepa.lambda_end) == ("cosine", 100, 0, 0.1)
-        assert (crepa.similarity_threshold, crepa.threshold_mode) == (0.85, "permanent")
-    assert crepa.cutoff_step == (2000 if name == "solid-background" else 0)
+        assert (crepa.similarity_threshold, crepa.threshold_mode) == (0.5, "permanent")
+    assert crepa.cutoff_step == ("40%" if name == "solid-background" else 0)
     assert len(preset_purpose(presets()[name])) > 20
+
+
+def test_another_preset_replaces_that_of_crepa_toml_and_does_not_mix_with_it(folder: Path):
+    (folder / "crepa.toml").write_text('preset = "i2v"\n[crepa]\nadjacent_tau = 2.0\n')
+    own, other = resolve(folder), resolve(folder, profile="t2v")
+    assert own.sources["model.task"] == "preset i2v"
+    assert (own.profile.model.task, own.profile.crepa.scheduler) == ("i2v", "constant")
+    assert other.profile.model.task == "t2v"
+    assert other.profile.crepa.adjacent_tau == own.profile.crepa.adjacent_tau == 2.0
+    (folder / "crepa.toml").write_text("[crepa]\nadjacent_tau = 2.0\n")
+    assert resolve(folder, profile="t2v").profile == other.profile
+
+
+def test_a_crepa_toml_without_a_preset_stays_above_the_one_on_the_command_line(folder: Path):
+    (folder / "crepa.toml").write_text('[model]\ntask = "i2v"\n')
+    resolved = resolve(folder, profile="t2v")
+    assert (resolved.profile.model.task, resolved.profile.crepa.scheduler) == ("i2v", "cosine")
+
+
+def test_a_file_may_name_its_preset_too(folder: Path):
+    (folder / "mine.toml").write_text('preset = "solid-background"\n[crepa]\ncutoff_step = 9\n')
+    (folder / "crepa.toml").write_text('preset = "i2v"\n')
+    resolved = resolve(folder, profile="mine.toml")
+    assert (resolved.profile.model.task, resolved.profile.crepa.cutoff_step) == ("t2v", 9)
+
+
+@pytest.mark.parametrize("value", ['"solid"', "3", "[]"])
+def test_an_unknown_preset_of_a_file_is_refused(folder: Path, value: str):
+    (folder / "crepa.toml").write_text(f"preset = {value}\n")
+    (message,) = mistakes(folder)
+    assert message.startswith("crepa.toml: preset = ")
+    assert "must be one of i2v, solid-background, t2v" in message
+
+
+def test_a_new_crepa_toml_has_only_what_differs_from_its_preset(folder: Path):
+    imported = [
+        Setting("crepa", "scheduler", "constant", "config.json"),
+        Setting("crepa", "similarity_threshold", None, "config.json"),
+        Setting("crepa", "lambda", 0.5, "config.json"),
+    ]
+    written = project_settings(
+        profile="t2v", vram=None, imported=imported, flags={"model.family": "wan"}, folder=folder, families=["wan"]
+    )
+    assert written == {
+        "preset": "t2v",
+        "model": {"family": "wan"},
+        "crepa": {"scheduler": "constant", "similarity_threshold": "none"},
+    }
+    write_project(written, complete(written, real_defaults), folder)
+    resolved = resolve(folder, flags={})
+    assert (resolved.profile.crepa.scheduler, resolved.profile.crepa.similarity_threshold) == ("constant", None)
+    assert resolved.profile.crepa.warmup_steps == 100
 
 
 def test_there_are_three_presets():
@@ -410,7 +466,7 @@ def test_a_profile_that_is_no_file_is_refused(folder: Path, name: str):
         (b'[data]\npath = "D:\\new\\train"', 'crepa.toml: data.path = "D:\\new\\train" is not a path; in double'),
         (b'[validation]\nimages = ["a.png", "b\\two.png"]', "single quotes ('D:\\clips')"),
         (b"\xff\xfe\x00", "crepa.toml: is not UTF-8 text"),
-        (b"#" * (2**20 + 1), "crepa.toml: is larger than 1 MiB"),
+        (b"#" * (10**6 + 1), "crepa.toml: is larger than 1 MB"),
         (b"x = " + b"[" * 10_000, "too deeply nested"),
         (b"x = " + b"9" * 5000, "not valid TOML"),
         (b"[data]\nwidth = 0x" + b"f" * 5000, "must have at most 64 bits"),
@@ -466,7 +522,7 @@ def test_alpha_follows_the_rank_unless_it_is_set(folder: Path):
 
 def family_settings(family: str, task: str) -> dict[str, object]:
     """The family's value of each setting that depends on the family, by "table.key"."""
-    defaults = load_family(family).defaults(task)
+    defaults = real_defaults(family, task, "lora", None)[f"family {family}"]
     return {f"{table}.{key}": defaults[table][key] for table, key in family_keys()}
 
 
@@ -512,7 +568,7 @@ def test_none_gives_the_default_of_every_family(folder: Path, family: str, task:
     written = project_settings(
         profile="lower.toml", vram=8, imported=imported, flags=flags, folder=folder, families=FAMILIES
     )
-    write_project(written, folder)
+    write_project(written, complete(written, real_defaults), folder)
     assert resolved(flags={}) == expected
 
 
@@ -523,9 +579,8 @@ def test_none_in_a_json_configuration_gives_the_default_of_the_family(folder: Pa
     assert "crepa.block_index" in names
     config = {"model_family": "wan", **{by_setting[name]: none for name in names}}
     imported = import_config(config, "config.json", FLAVOURS).settings
-    write_project(
-        project_settings(profile=None, vram=None, imported=imported, flags={}, folder=folder, families=FAMILIES), folder
-    )
+    written = project_settings(profile=None, vram=None, imported=imported, flags={}, folder=folder, families=FAMILIES)
+    write_project(written, complete(written, real_defaults), folder)
     found = values_and_sources(resolve(folder, flags={}, family_defaults=real_defaults))
     assert found == {name: (value, "family wan") for name, value in family_settings("wan", "t2v").items()}
 
@@ -537,7 +592,7 @@ def test_the_schema_follows_the_settings():
     assert crepa["similarity_threshold"]["anyOf"][1] == {"const": "none"}
     assert crepa["block_index"]["anyOf"] == [{"type": "integer", "minimum": 0}, {"const": "none"}]
     assert crepa["block_index"]["description"].endswith("none: the family's default.")
-    assert set(schema["properties"]) == set(KEYS)
+    assert set(schema["properties"]) == {"preset", *KEYS}
     assert "null" not in json.dumps(schema)
     assert all(definition["additionalProperties"] is False for definition in schema["$defs"].values())
 

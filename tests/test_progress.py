@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,21 @@ from conftest import CREPA
 from rich.console import Console
 
 from crepa_cli import api
-from crepa_cli.events import Event, Progress, TrainingStarted
+from crepa_cli.cli.view import open_view
+from crepa_cli.events import (
+    CheckpointSaved,
+    ClipSkipped,
+    Event,
+    Notice,
+    Progress,
+    RunOpened,
+    StepDone,
+    TrainingEnded,
+    TrainingStarted,
+    ValidationSampled,
+)
 from crepa_cli.report.dashboard import Dashboard
-from crepa_cli.report.plain import PlainLines
+from crepa_cli.report.plain import PlainLines, describe
 
 RUN = Path("runs/wan-t2v-1")
 
@@ -66,8 +79,6 @@ def test_an_item_that_takes_a_minute_has_a_line_every_10_seconds(clock: Clock) -
         clock.now += 1
         lines.beat()
     lines(TrainingStarted(RUN, 0, 60, 20, 10, 1000))
-    clock.now += 100
-    lines.beat()
     said = screen.getvalue().splitlines()
     assert said[0] == "latents: 0/20, clip-0.mp4"
     assert said[1] == "latents: 1/20, clip-1.mp4, 5 s so far, 90 s left"
@@ -75,6 +86,76 @@ def test_an_item_that_takes_a_minute_has_a_line_every_10_seconds(clock: Clock) -
         f"latents: 1/20, clip-1.mp4, {seconds} s so far, {95 - seconds} s left" for seconds in (15, 25, 35, 45, 55)
     ]
     assert said[-1].startswith("training from step 0")
+
+
+def test_a_step_and_a_validation_that_take_a_minute_have_a_line_every_10_seconds(clock: Clock) -> None:
+    lines, screen = plain_lines(clock)
+    waits: dict[Event, list[str]] = {
+        TrainingStarted(RUN, 4, 60, 20, 10, 1000): ["step 4 of 60: 10 s so far", "step 4 of 60: 20 s so far"],
+        step_done(4): ["step 5 of 60: 10 s so far", "step 5 of 60: 20 s so far"],
+        Progress("validation", 0, 2, "sampling videos"): [
+            "validation: 0/2, sampling videos, 10 s so far",
+            "validation: 0/2, sampling videos, 20 s so far",
+        ],
+        ValidationSampled(5, (RUN / "00.mp4",)): ["step 5 of 60: 10 s so far", "step 5 of 60: 20 s so far"],
+        TrainingEnded(5, None): [],
+    }
+    for event, said in waits.items():
+        lines(event)
+        printed = len(screen.getvalue().splitlines())
+        for _ in range(20):
+            clock.now += 1
+            lines.beat()
+        assert screen.getvalue().splitlines()[printed:] == said
+
+
+def test_between_two_stages_the_finished_one_is_not_repeated(clock: Clock) -> None:
+    lines, screen = plain_lines(clock)
+    lines(Progress("scanning", 1, 1))
+    clock.now += 12
+    lines.beat()
+    assert screen.getvalue().splitlines() == ["scanning: 1/1", "after scanning: looking into the cache, 12 s so far"]
+
+
+def test_the_first_and_the_last_step_have_a_line(clock: Clock) -> None:
+    lines, screen = plain_lines(clock)
+    lines(TrainingStarted(RUN, 3, 13, 20, 10, 1000))
+    for step in range(3, 13):
+        lines(step_done(step))
+    assert printed_steps(screen) == [3, 5, 10, 12]
+
+
+def test_the_last_step_of_a_run_that_is_stopped_has_a_line(clock: Clock) -> None:
+    lines, screen = plain_lines(clock)
+    lines(TrainingStarted(RUN, 0, 60, 20, 10, 1000))
+    for step in range(8):
+        lines(step_done(step))
+    lines(CheckpointSaved(8, RUN / "checkpoints/step-000008"))
+    lines(TrainingEnded(8, None))
+    assert printed_steps(screen) == [0, 5, 7]
+
+
+def printed_steps(screen: io.StringIO) -> list[int]:
+    return [int(line.split()[1]) for line in screen.getvalue().splitlines() if line.startswith("step ")]
+
+
+def step_done(step: int) -> StepDone:
+    values = dict.fromkeys((field.name for field in fields(StepDone)), 0.0)
+    return StepDone(**(values | {"step": step}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("event", [Notice("the tracker failed"), ClipSkipped("clip.mp4", "too short")])
+def test_quiet_prints_problems_on_standard_error(
+    event: Event, demo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(demo)
+    profile = api.resolve("t2v", {"model.family": "wan"}, demo=True).profile
+    with open_view(profile, Console(), plain=False, quiet=True, log_level="warning") as (listener,):
+        for one in (RunOpened(RUN, 0, ""), Progress("scanning", 1, 1), event, step_done(0), TrainingEnded(1, RUN)):
+            listener(one)
+    printed = capsys.readouterr()
+    assert printed.err == f"{describe(event)}\n"
+    assert not printed.out
 
 
 def test_lines_come_by_themselves_while_no_event_does() -> None:

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from crepa_cli import __version__
+from crepa_cli.cli.completion import family_names, preset_names
 from crepa_cli.cli.doctor import doctor
 from crepa_cli.cli.encoding import print_any_text
 from crepa_cli.cli.init import init
@@ -21,6 +22,7 @@ from crepa_cli.errors import RunError, UserError
 app = typer.Typer(
     name="crepa",
     help="Fine-tune video diffusion transformers with Cross-frame Representation Alignment.",
+    epilog=f"Model families: {', '.join(family_names())}. Presets: {', '.join(preset_names())}.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )

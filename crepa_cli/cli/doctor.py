@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from crepa_cli.cli.flags import CheckpointFlag, DataFlag, ModelFlag, ProfileFlag, SetFlag, TaskFlag
+from crepa_cli.cli.flags import CheckpointFlag, DataFlag, ModelFlag, ProfileFlag, SetFlag, TaskFlag, one_folder
 
 if TYPE_CHECKING:
     from rich.status import Status
@@ -46,7 +46,7 @@ def doctor(
     from crepa_cli.profile.files import find_project_file
     from crepa_cli.settings import resolve
 
-    flags = {"model.family": model, "model.checkpoint": checkpoint, "model.task": task, "data.path": data}
+    flags = {"model.family": model, "model.checkpoint": checkpoint, "model.task": task, "data.path": one_folder(data)}
     given = any([profile, *flags.values(), demo, sets]) or find_project_file(Path()) is not None
     settings = (lambda: resolve(profile, flags, sets or [], demo=demo)) if given else None
     with Console(stderr=True).status("checking this machine") as status:
@@ -81,14 +81,14 @@ def _examine(resolve: Callable[[], ResolvedProfile] | None, demo: bool, vram: fl
 
 
 def _overview(machine: Report, target: Target, status: Status) -> Report:
-    """The machine, and the memory that each family would need on it."""
+    """The machine, and the memory that each family would need on it, or on a GPU if it has none."""
     from crepa_cli.doctor.disk import check_folder
     from crepa_cli.doctor.findings import Check, Report
     from crepa_cli.doctor.overview import family_memories
     from crepa_cli.settings import resolve
 
-    def preset(family: str) -> Profile:
-        return resolve("t2v", {"model.family": family}).profile
+    def preset(family: str, task: str) -> Profile:
+        return resolve(task, {"model.family": family}).profile
 
     found = list(family_memories(preset, target, status.update))
     checks = [one for one in found if isinstance(one, Check)]

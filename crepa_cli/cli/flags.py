@@ -7,20 +7,33 @@ from typing import Annotated
 import typer
 
 from crepa_cli.cli.completion import family_names, preset_names, settings, task_names
+from crepa_cli.errors import UserError
 
-ProfileFlag = Annotated[
-    str | None, typer.Option("--profile", help="Name of a preset, or a TOML file.", autocompletion=preset_names)
-]
-ModelFlag = Annotated[
-    str | None, typer.Option("--model", help="Model family, such as wan.", autocompletion=family_names)
-]
+FAMILY_HELP = f"Model family: {', '.join(family_names())}."
+PROFILE_HELP = f"Preset ({', '.join(preset_names())}), or a TOML file."
+ProfileFlag = Annotated[str | None, typer.Option("--profile", help=PROFILE_HELP, autocompletion=preset_names)]
+ModelFlag = Annotated[str | None, typer.Option("--model", help=FAMILY_HELP, autocompletion=family_names)]
 CheckpointFlag = Annotated[str | None, typer.Option("--checkpoint", help="Hub id or local folder of the base model.")]
 TaskFlag = Annotated[
     str | None,
     typer.Option("--task", help="t2v (text to video) or i2v (image to video).", autocompletion=task_names),
 ]
-DataFlag = Annotated[str | None, typer.Option("--data", help="Folder of clips with captions.")]
+DataFlag = Annotated[list[str] | None, typer.Option("--data", metavar="FOLDER", help="Folder of clips with captions.")]
 SetFlag = Annotated[
     list[str] | None,
     typer.Option("--set", help="Any setting, as table.key=value; repeatable.", autocompletion=settings),
 ]
+
+
+def one_folder(data: list[str] | None) -> str | None:
+    """The folder of clips.
+
+    Raises:
+        UserError: if `--data` was given more than once.
+    """
+    if data and len(data) > 1:
+        raise UserError(
+            f"--data is given {len(data)} times ({', '.join(data)}), and a run has one folder of clips: put them "
+            "together in one; its subfolders are read too"
+        )
+    return data[0] if data else None

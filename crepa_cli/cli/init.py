@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from crepa_cli.cli.completion import family_names, json_files, preset_names, task_names
+from crepa_cli.cli.flags import FAMILY_HELP, PROFILE_HELP, CheckpointFlag, DataFlag, one_folder
 from crepa_cli.cli.terminal import interactive
 from crepa_cli.errors import UserError
 
 if TYPE_CHECKING:
+    from crepa_cli.models.family import Family
+    from crepa_cli.profile import Profile
     from crepa_cli.profile.simpletuner import Imported
 
 
@@ -27,25 +30,28 @@ class _Choices:
     model: str | None
     task: str | None
     profile: str | None
+    checkpoint: str | None
     data: str | None
     vram: float | None
+    prompts: list[str] | None = None
+    images: list[str] | None = None
 
 
 def init(
-    model: Annotated[
-        str | None, typer.Option(help="Model family.", metavar="FAMILY", autocompletion=family_names)
-    ] = None,
+    model: Annotated[str | None, typer.Option(help=FAMILY_HELP, metavar="FAMILY", autocompletion=family_names)] = None,
     task: Annotated[
         str | None,
         typer.Option(help="Text to video or image to video.", metavar="t2v|i2v", autocompletion=task_names),
     ] = None,
     profile: Annotated[
         str | None,
-        typer.Option(help="Preset or TOML file to start from.", metavar="NAME|FILE", autocompletion=preset_names),
+        typer.Option(help=PROFILE_HELP, metavar="NAME|FILE", autocompletion=preset_names),
     ] = None,
-    data: Annotated[str | None, typer.Option(help="Folder of clips.", metavar="FOLDER")] = None,
+    checkpoint: CheckpointFlag = None,
+    data: DataFlag = None,
     vram: Annotated[
-        float | None, typer.Option(min=1, help="Memory of the GPU in GiB, to choose settings that fit.", metavar="GIB")
+        float | None,
+        typer.Option(min=1, help="Memory of the GPU in GB (10^9 bytes), to choose settings that fit.", metavar="GB"),
     ] = None,
     from_json: Annotated[
         Path | None,
@@ -74,7 +80,7 @@ def init(
     elif to_json is not None:
         _export(to_json, profile, {"model.family": model, "model.task": task}, force=force)
     else:
-        _create(_Choices(model, task, profile, data, vram), from_json, force=force)
+        _create(_Choices(model, task, profile, checkpoint, one_folder(data), vram), from_json, force=force)
 
 
 def _show_presets() -> None:
@@ -105,11 +111,20 @@ def _create(choices: _Choices, from_json: Path | None, *, force: bool) -> None:
         profile=choices.profile,
         vram=choices.vram,
         imported=imported.settings if imported else (),
-        flags={"model.family": choices.model, "model.task": choices.task, "data.path": choices.data},
+        flags={
+            "model.family": choices.model,
+            "model.task": choices.task,
+            "model.checkpoint": choices.checkpoint,
+            "data.path": choices.data,
+            "validation.prompts": choices.prompts,
+            "validation.images": choices.images,
+        },
         folder=folder,
         families=family_names(),
     )
-    write_project(settings, folder)
+    with Console(stderr=True).status("checking the settings"):
+        planned, notes = _checked(settings, choices.vram)
+    write_project(settings, planned, folder)
     typer.echo(f"Wrote crepa.toml and {SCHEMA_FILE}.")
     if imported and imported.without_counterpart:
         _show_without_counterpart(imported.without_counterpart, from_json)
@@ -118,7 +133,55 @@ def _create(choices: _Choices, from_json: Path | None, *, force: bool) -> None:
         typer.echo("Where are the clips? Set path in [data], or give --data to crepa train.")
     elif not Path(clips).is_dir():
         typer.echo(f"The folder {clips} does not exist yet: put clips there before training.")
+    for note in notes:
+        typer.echo(note)
     typer.echo("Next: crepa doctor, then crepa train.")
+
+
+def _checked(settings: Mapping[str, object], vram: float | None) -> tuple[Profile, list[str]]:
+    """The profile that the settings describe, and what to say about its checkpoint and its memory.
+
+    Raises:
+        UserError: if the checkpoint can be read, and the settings are not for it.
+    """
+    from crepa_cli.cli.view import silence_libraries
+    from crepa_cli.models import family_defaults
+    from crepa_cli.profile.layers import complete
+
+    silence_libraries()
+    from crepa_cli.runs.checks import family_mistakes, image_mistakes, load_checkpoint
+
+    profile = complete(settings, family_defaults)
+    try:
+        family = load_checkpoint(profile)
+    except UserError as error:
+        return profile, [f"Blocks and sizes were not checked: {error}"]
+    # An imported configuration may name prompts, but no images that crepa could read.
+    open_ = image_mistakes(profile.validation, profile.model.task)
+    if mistakes := [one for one in family_mistakes(family, profile) if one not in open_]:
+        raise UserError("\n".join(mistakes))
+    notes = [f"Before training: {mistake}" for mistake in open_]
+    return profile, notes if vram is None else [*notes, *_memory_notes(profile, family, vram)]
+
+
+def _memory_notes(profile: Profile, family: Family, vram: float) -> list[str]:
+    """Whether the settings fit the GPU, if they do not."""
+    import torch
+    from rich.filesize import decimal
+
+    from crepa_cli.memory.prediction import predict
+    from crepa_cli.memory.shapes import form_bucket
+
+    try:
+        prediction = predict(profile, family, form_bucket(profile, family), torch.device("cuda"))
+    except UserError as error:
+        return [f"The memory was not predicted: {error}"]
+    if prediction.peak <= vram * 10**9:
+        return []
+    return [
+        f"These settings need {decimal(prediction.peak)} of GPU memory, and there are {vram:g} GB. Settings that need "
+        f"less: crepa doctor --vram {vram:g}"
+    ]
 
 
 def _imported(path: Path) -> Imported:
@@ -144,6 +207,7 @@ def _ask(choices: _Choices, imported: Imported | None) -> None:
     from crepa_cli.profile import presets
 
     said = {f"{one.table}.{one.key}" for one in imported.settings} if imported else set()
+    everything_said = imported or None not in (choices.model, choices.profile, choices.data, choices.vram)
     if choices.model is None and "model.family" not in said:
         choices.model = Prompt.ask("Model family", choices=family_names(), default=family_names()[0])
     if imported is None and choices.profile is None:
@@ -155,16 +219,33 @@ def _ask(choices: _Choices, imported: Imported | None) -> None:
         choices.data = Prompt.ask("Folder of clips", default="clips")
     if imported is None and choices.vram is None:
         name, memory = detected_gpu() or ("no NVIDIA GPU found", 24.0)
-        choices.vram = FloatPrompt.ask(f"GPU memory in GiB ({name})", default=memory)
+        choices.vram = FloatPrompt.ask(f"GPU memory in GB ({name})", default=memory)
+    if not everything_said:
+        _ask_prompts(choices)
+
+
+def _ask_prompts(choices: _Choices) -> None:
+    """Ask for prompts until an empty answer; without any, training takes captions of the clips."""
+    from rich.prompt import Prompt
+
+    prompts, images = [], []
+    question = "Prompt to sample videos from (empty: two captions of your clips)"
+    while prompt := Prompt.ask(question, default="", show_default=False):
+        prompts.append(prompt)
+        if "i2v" in (choices.task, choices.profile):
+            images.append(Prompt.ask("Image that this video starts from"))
+        question = "Another prompt (empty: no more)"
+    if prompts:
+        choices.prompts, choices.images = prompts, images or None
 
 
 def detected_gpu() -> tuple[str, float] | None:
-    """Name and memory in GiB of the first NVIDIA GPU; None if nvidia-smi cannot tell."""
+    """Name and memory in GB of the first NVIDIA GPU; None if nvidia-smi cannot tell."""
     command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     try:
         output = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
         name, _, mebibytes = output.splitlines()[0].rpartition(",")
-        return name, round(float(mebibytes) / 1024, 1)
+        return name, round(float(mebibytes) * 2**20 / 10**9, 1)
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return None
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from crepa_cli.cli.completion import family_names
-from crepa_cli.cli.flags import CheckpointFlag, ProfileFlag, SetFlag, TaskFlag
+from crepa_cli.cli.flags import FAMILY_HELP, CheckpointFlag, DataFlag, ProfileFlag, SetFlag, TaskFlag, one_folder
 from crepa_cli.cli.terminal import interactive
 from crepa_cli.errors import UserError
 
@@ -29,13 +29,11 @@ Flag = typer.Option
 
 
 def probe_blocks(
-    family: Annotated[
-        str, typer.Argument(metavar="FAMILY", help="Model family, such as wan.", autocompletion=family_names)
-    ],
+    family: Annotated[str, typer.Argument(metavar="FAMILY", help=FAMILY_HELP, autocompletion=family_names)],
     profile: ProfileFlag = None,
     checkpoint: CheckpointFlag = None,
     task: TaskFlag = None,
-    data: Annotated[str | None, Flag(help="Folder of clips with captions to measure on.")] = None,
+    data: DataFlag = None,
     demo: Annotated[bool, Flag("--demo", help="Measure a tiny model on generated clips; downloads nothing.")] = False,
     sets: SetFlag = None,
     write: Annotated[bool, Flag("--write", help="Write the recommended block to crepa.toml.")] = False,
@@ -54,12 +52,13 @@ def probe_blocks(
     from crepa_cli.files import write_whole
     from crepa_cli.settings import resolve
 
-    measured = demo or data is not None
+    folder = one_folder(data)
+    measured = demo or folder is not None
     if (write or plot) and not measured:
         raise UserError(f"{'--write' if write else '--plot'} needs a measurement: add --data DIR or --demo")
     project = _project_file(family) if write else None
     silence_libraries()
-    flags = {"model.family": family, "model.checkpoint": checkpoint, "model.task": task, "data.path": data}
+    flags = {"model.family": family, "model.checkpoint": checkpoint, "model.task": task, "data.path": folder}
     try:
         answer = _answer(resolve(profile, flags, sets or [], demo=demo).profile, measured=measured, demo=demo)
     except KeyboardInterrupt:
@@ -80,7 +79,6 @@ def probe_blocks(
 
 
 def _answer(profile: Profile, *, measured: bool, demo: bool) -> Answer:
-    from crepa_cli.models.hub import go_offline_without_hub
     from crepa_cli.probe.answer import describe
     from crepa_cli.probe.recommend import recommend
 
@@ -88,8 +86,6 @@ def _answer(profile: Profile, *, measured: bool, demo: bool) -> Answer:
         from crepa_cli.demo import write_demo
 
         write_demo(profile)
-    elif not all(Path(str(one)).is_dir() for one in _repositories(profile, measured=measured)):
-        go_offline_without_hub()
     opened = _open_family(profile)
     answer = describe(opened, profile.crepa.block_index)
     if not measured:
@@ -100,11 +96,6 @@ def _answer(profile: Profile, *, measured: bool, demo: bool) -> Answer:
     with _progress() as listener:
         measurement = drained(measure(profile, opened), listener)
     return replace(answer, measurement=measurement, recommended=recommend(measurement, answer.default))
-
-
-def _repositories(profile: Profile, *, measured: bool) -> list[str | None]:
-    """Hub ids and local folders that the answer needs."""
-    return [profile.model.checkpoint, *([profile.crepa.encoder] if measured else [])]
 
 
 def _open_family(profile: Profile) -> Family:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from typing import TYPE_CHECKING, Annotated, TextIO, cast
+from typing import TYPE_CHECKING, Annotated, Literal, TextIO, cast
 
 import typer
 
-from crepa_cli.cli.flags import CheckpointFlag, DataFlag, ModelFlag, ProfileFlag, SetFlag, TaskFlag
+from crepa_cli.cli.flags import CheckpointFlag, DataFlag, ModelFlag, ProfileFlag, SetFlag, TaskFlag, one_folder
 from crepa_cli.cli.launch import check_processes, launch, launched
 from crepa_cli.cli.terminal import LastingOutput
 from crepa_cli.cli.view import LogLevel, View, open_view, silence_libraries
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from crepa_cli.profile import Profile, ResolvedProfile
 
 Flag = typer.Option
+VALUE_WIDTH = 24
+"""Room for a value in the list of settings; longer ones are not cut."""
+Only = Literal["download", "cache"] | None
 
 
 def train(
@@ -31,10 +35,11 @@ def train(
     resume: Annotated[bool, Flag("--resume", help="Resume a run from its newest checkpoint.")] = False,
     demo: Annotated[bool, Flag("--demo", help="Train a tiny model on generated clips; downloads nothing.")] = False,
     plain: Annotated[bool, Flag("--plain", help="Plain lines instead of the dashboard.")] = False,
-    quiet: Annotated[bool, Flag("--quiet", help="Print nothing but errors.")] = False,
+    quiet: Annotated[bool, Flag("--quiet", help="Print only problems, to standard error.")] = False,
     log_level: Annotated[LogLevel, Flag(help="Show log messages of libraries from this level on.")] = "warning",
     print_profile: Annotated[bool, Flag("--print-profile", help="Show the settings, and train nothing.")] = False,
     cache_only: Annotated[bool, Flag("--cache-only", help="Prepare the clips, and train nothing.")] = False,
+    download_only: Annotated[bool, Flag("--download-only", help="Download the models, and train nothing.")] = False,
     processes: Annotated[int, Flag(min=1, help="Processes to start on this machine, one for each GPU.")] = 1,
     sets: SetFlag = None,
 ) -> None:
@@ -45,6 +50,7 @@ def train(
     from crepa_cli.settings import resolve
 
     silence_libraries()
+    named = output is not None
     if resume:
         run = RunFolder.to_resume(output)
         output = str(run.path)
@@ -54,7 +60,7 @@ def train(
         "model.family": model,
         "model.checkpoint": checkpoint,
         "model.task": task,
-        "data.path": data,
+        "data.path": one_folder(data),
         "train.steps": steps,
         "train.output": output,
     }
@@ -67,17 +73,19 @@ def train(
         _check_launch(resolved.profile, processes, resume=resume, demo=demo)
         raise typer.Exit(launch(processes))
     else:
+        if resume and not named and not quiet and os.environ.get("RANK", "0") == "0":
+            console.print(f"resuming {output}, the run in runs/ that was written to last", markup=False, soft_wrap=True)
         view = open_view(resolved.profile, console, plain=plain, quiet=quiet, log_level=log_level)
-        raise typer.Exit(_train(resolved.profile, view, resume=resume, cache_only=cache_only, demo=demo))
+        only: Only = "download" if download_only else "cache" if cache_only else None
+        raise typer.Exit(_train(resolved.profile, view, resume=resume, only=only, demo=demo))
 
 
 def _print_profile(resolved: ResolvedProfile, console: Console) -> None:
-    from rich.table import Table
-
-    table = Table("setting", "value", "from", box=None)
-    for section, key, value, source in resolved.rows():
-        table.add_row(f"{section}.{key}", value, source)
-    console.print(table)
+    rows = [(f"{section}.{key}", value, source) for section, key, value, source in resolved.rows()]
+    width = max(len(name) for name, _, _ in rows)
+    for name, value, source in [("setting", "value", "from"), *rows]:
+        line = f"{name:<{width}}  {value:<{VALUE_WIDTH}}  {source}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _check_launch(profile: Profile, processes: int, *, resume: bool, demo: bool) -> None:
@@ -91,7 +99,7 @@ def _check_launch(profile: Profile, processes: int, *, resume: bool, demo: bool)
     check_processes(processes)
 
 
-def _train(profile: Profile, view: View, *, resume: bool, cache_only: bool, demo: bool) -> int:
+def _train(profile: Profile, view: View, *, resume: bool, only: Only, demo: bool) -> int:
     """Run the training and return the exit code."""
     from crepa_cli import api
     from crepa_cli.demo import write_demo
@@ -104,7 +112,9 @@ def _train(profile: Profile, view: View, *, resume: bool, cache_only: bool, demo
             write_demo(profile)
     try:
         with view as listeners:
-            if cache_only:
+            if only == "download":
+                api.download(profile, listeners=listeners)
+            elif only == "cache":
                 api.fill_cache(profile, listeners=listeners)
             else:
                 api.train(profile, resume=resume, listeners=listeners)

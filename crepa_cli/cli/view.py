@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Literal
 
@@ -25,34 +25,54 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 def open_view(
     profile: Profile, console: Console, *, plain: bool, quiet: bool, log_level: LogLevel
 ) -> Iterator[list[Listener]]:
-    """Open the dashboard in a terminal, plain lines elsewhere, and only errors if `quiet`; yields the listeners.
+    """Open the dashboard in a terminal, plain lines elsewhere, and only problems if `quiet`; yields the listeners.
 
-    With several processes, only the first one has a display; the others are quiet. Log messages of libraries at
-    `log_level` or above are shown in the same place.
+    With several processes, only the first one has a display. Log messages of libraries at `log_level` or above are
+    shown in the same place.
     """
     from rich.console import Console
 
     from crepa_cli.report.dashboard import Dashboard
     from crepa_cli.report.plain import PlainLines
     from crepa_cli.report.records import prints_as_notices, records_as_notices
+    from crepa_cli.report.summary import Summary
     from crepa_cli.training.build import coefficient_schedule
 
     level = logging.getLevelNamesMapping()[log_level.upper()]
     with ExitStack() as stack:
-        if quiet or os.environ.get("RANK", "0") != "0":
-            errors = PlainLines(Console(stderr=True), profile.report.every)
-            stack.enter_context(records_as_notices(errors, logging.ERROR))
-            yield []
+        first = os.environ.get("RANK", "0") == "0"
+        if quiet or not first:
+            problems = PlainLines(Console(stderr=True), profile.report.every)
+            stack.enter_context(records_as_notices(problems, logging.ERROR))
+            yield [_problems_alone(problems)] if first else []
         elif plain or console.is_dumb_terminal or not interactive(console):
+            summary = Summary()
+            stack.callback(lambda: _print_lines(console, summary.lines()))
             lines = stack.enter_context(PlainLines(console, profile.report.every))
             stack.enter_context(records_as_notices(lines, level))
-            yield [lines]
+            yield [lines, summary]
         else:
             schedule = coefficient_schedule(profile) if profile.crepa.enabled else None
             dashboard = stack.enter_context(Dashboard(console, schedule))
             stack.enter_context(prints_as_notices(dashboard))
             stack.enter_context(records_as_notices(dashboard, level))
             yield [dashboard]
+
+
+def _problems_alone(listener: Listener) -> Listener:
+    """Passes on what is a problem, but does not end the run."""
+    from crepa_cli.events import ClipSkipped, Notice, StepSkipped
+
+    def listen(event: Event) -> None:
+        if isinstance(event, ClipSkipped | Notice | StepSkipped):
+            listener(event)
+
+    return listen
+
+
+def _print_lines(console: Console, lines: Iterable[str]) -> None:
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def silence_libraries() -> None:

@@ -76,11 +76,7 @@ def find_clips(folder: Path) -> ClipScan:
     root = _existing(folder)
     videos, metadata, skipped = _walk(root)
     if not videos:
-        suffixes = ", ".join(suffix[1:] for suffix in VIDEO_SUFFIXES)
-        raise UserError(
-            f"No clips in {_printable(str(folder))}: it and its subfolders contain no file that ends in {suffixes}. "
-            "Each clip needs a caption: clip.txt next to clip.mp4, or metadata.jsonl with file_name and text."
-        )
+        raise _no_clips(folder)
     captions = _metadata_captions(root, metadata, videos, skipped)
     clips = []
     for video in videos:
@@ -89,6 +85,16 @@ def find_clips(folder: Path) -> ClipScan:
         except (ClipError, OSError) as error:
             skipped.append(SkippedClip(_name(video, root), str(error)))
     return ClipScan(sorted(clips), sorted(skipped))
+
+
+def check_clips(folder: Path) -> None:
+    """Check that `find_clips` would find a video file, without reading captions.
+
+    Raises:
+        UserError: if the folder does not exist or contains no video file.
+    """
+    if not _walk(_existing(folder))[0]:
+        raise _no_clips(folder)
 
 
 def file_digest(path: Path) -> str:
@@ -102,6 +108,14 @@ def file_digest(path: Path) -> str:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise ClipError(f"cannot be read: {error.strerror}") from error
+
+
+def _no_clips(folder: Path) -> UserError:
+    suffixes = ", ".join(suffix[1:] for suffix in VIDEO_SUFFIXES)
+    return UserError(
+        f"No clips in {_printable(str(folder))}: it and its subfolders contain no file that ends in {suffixes}. "
+        "Each clip needs a caption: clip.txt next to clip.mp4, or metadata.jsonl with file_name and text."
+    )
 
 
 def _existing(folder: Path) -> Path:

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 Status = Literal["fine", "warning", "failure"]
 Item = TypeVar("Item")
 
-FIGURES = {"bytes", "preparation", "training"}
+FIGURES = {"bytes", "preparation", "training", "validation", "GPU"}
 """Columns that hold numbers."""
+CARDS = (8, 12, 16, 24, 32, 48, 80, 96, 141, 180)
+"""Memory of GPUs in GB, as they are sold."""
 COLORS: dict[Status, str] = {"fine": "green", "warning": "yellow", "failure": "bold red"}
 
 
@@ -69,14 +71,36 @@ class Memory:
 
 @dataclass(frozen=True)
 class FamilyMemory:
-    """Predicted bytes of a family's default training; `limit` is what the device has free, None if it is unknown."""
+    """Predicted bytes of a family's default training for a task.
+
+    Attributes:
+        limit: what the device has free; None if there is no GPU.
+    """
 
     family: str
+    task: str
     checkpoint: str
     shape: str
     training: int
     preparation: int
+    validation: int
     limit: int | None
+
+    @property
+    def peak(self) -> int:
+        """Bytes that a device must have free."""
+        return max(self.training, self.preparation, self.validation)
+
+    @property
+    def fits(self) -> bool:
+        """Whether a known device has them free."""
+        return self.limit is not None and self.peak <= self.limit
+
+    @property
+    def card(self) -> str:
+        """The smallest GPU on which it would train."""
+        sizes = [size for size in CARDS if self.peak <= size * 10**9]
+        return f"{sizes[0]} GB" if sizes else f"over {CARDS[-1]} GB"
 
 
 @dataclass
@@ -151,8 +175,22 @@ class Report:
         if self.exit_code:
             return Text("Training would not start. Fix the failures above.", style=COLORS["failure"])
         if self.plan is None:
-            return Text("This machine can train. No settings were checked: crepa init writes a crepa.toml here.")
+            return Text(f"{_suitable(self.families)} No settings were checked: crepa init writes a crepa.toml here.")
         return Text("Training would start.", style=COLORS["fine"])
+
+
+def _suitable(families: list[FamilyMemory]) -> str:
+    """Which families would train here."""
+    limit = families[0].limit if families else None
+    if limit is None:
+        return "No GPU is usable: this machine runs --demo, and the table says how large a GPU each family needs."
+    fitting, others = ([f"{one.family} {one.task}" for one in families if one.fits is fits] for fits in (True, False))
+    known = f"With {decimal(limit)} free, "
+    if fitting:
+        known += f"{', '.join(fitting)} would train as their presets are. "
+    if others:
+        known += f"{', '.join(others)} would need lighter settings: crepa doctor --model FAMILY --task TASK names them."
+    return known.strip()
 
 
 def _failed(checks: list[Check]) -> bool:
@@ -195,12 +233,14 @@ def memory_table(memory: Memory) -> Table:
 
 
 def families_table(families: list[FamilyMemory]) -> Table:
-    """The memory of every family's default training."""
-    table = _figures("Memory of each family's t2v preset", "family", "checkpoint", "clips", "preparation", "training")
+    """The memory of every family's default training, and the smallest GPU that has it."""
+    columns = "family", "task", "checkpoint", "clips", "preparation", "training", "validation", "GPU"
+    table = _figures("Memory of each family with the preset of its task", *columns)
     for one in families:
-        fits = one.limit is None or max(one.training, one.preparation) <= one.limit
-        sizes = decimal(one.preparation), decimal(one.training)
-        table.add_row(one.family, one.checkpoint, one.shape, *sizes, style=None if fits else COLORS["failure"])
+        sizes = decimal(one.preparation), decimal(one.training), decimal(one.validation), one.card
+        red = one.limit is not None and not one.fits
+        row = one.family, one.task, one.checkpoint, one.shape, *sizes
+        table.add_row(*row, style=COLORS["failure"] if red else None)
     return table
 
 

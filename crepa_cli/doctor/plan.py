@@ -9,21 +9,23 @@ from rich.filesize import decimal
 
 from crepa_cli.data.cache import cache_folder, check_writable
 from crepa_cli.data.clips import clips_folder, find_clips
-from crepa_cli.data.prepare import ClipForm, PreparedClip, encoder_config, scan
+from crepa_cli.data.prepare import ClipForm, PreparedClip, encoder_config, encoder_need, scan
 from crepa_cli.demo import write_demo
 from crepa_cli.doctor.cache_size import cache_bytes
 from crepa_cli.doctor.disk import check_folder
 from crepa_cli.doctor.findings import BucketCount, Plan
 from crepa_cli.doctor.fit import Target, check_memory
-from crepa_cli.doctor.hub import check_hub, check_repository
+from crepa_cli.doctor.hub import check_hub, check_need
 from crepa_cli.errors import counted
-from crepa_cli.events import ClipSkipped, Event, drained
+from crepa_cli.events import ClipSkipped, Event, Notice, drained
 from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
 from crepa_cli.profile import CrepaSettings, Profile, ResolvedProfile
 from crepa_cli.runs.checks import missing_optimizer, missing_trackers, open_family
 from crepa_cli.runs.folder import RunFolder
-from crepa_cli.teachers.dinov2 import ENCODERS
+from crepa_cli.runs.prompts import negative_prompt, sampled_texts
+from crepa_cli.runs.sources import needs
+from crepa_cli.runs.warnings import neighbor_warnings, setting_warnings
 
 Listener = Callable[[Event], None]
 
@@ -52,10 +54,12 @@ def check_plan(
     profile = resolved.profile
     plan.profile = profile.model_dump(mode="json", by_alias=True)
     plan.add("profile", "fine", f"{profile.model.family} {profile.model.task}, {counted(profile.train.steps, 'step')}")
+    for warning in setting_warnings(profile):
+        plan.add("settings", "warning", warning)
     if demo:
         plan.attempt("demo", lambda: write_demo(profile))
     teacher = _teacher(profile.crepa)
-    plan.checks += check_hub(_repositories(profile))
+    plan.checks += check_hub([(str(profile.model.checkpoint), profile.model.revision), *_encoder(teacher)])
     family = plan.attempt("checkpoint", lambda: open_family(profile))
     if family:
         _check_checkpoint(plan, family, profile)
@@ -75,23 +79,15 @@ def _check_checkpoint(plan: Plan, family: Family, profile: Profile) -> None:
     aligned = f"; block {profile.crepa.block_index} is aligned" if profile.crepa.enabled else ""
     message = f"{family.base.name}: {counted(family.block_count, 'block')} of width {family.hidden_size}{aligned}"
     plan.add("checkpoint", "fine", message)
-    folders = [family.component, *family.encoders]
-    check = plan.attempt(
-        "weights",
-        lambda: check_repository("weights", family.base.name, family.base.revision, folders, family.base.components),
-    )
+    check = plan.attempt("weights", lambda: check_need("weights", needs(profile, family)[0]))
     if check:
         plan.checks.append(check)
 
 
-def _repositories(profile: Profile) -> list[str]:
-    """Hub ids and local folders that the run needs."""
-    crepa = _teacher(profile.crepa)
-    return [str(profile.model.checkpoint), *([_encoder(crepa)] if crepa else [])]
-
-
-def _encoder(crepa: CrepaSettings) -> str:
-    return ENCODERS.get(crepa.encoder, crepa.encoder)
+def _encoder(crepa: CrepaSettings | None) -> list[tuple[str, str | None]]:
+    """Name and revision of the teacher, if there is one."""
+    need = encoder_need(crepa) if crepa else None
+    return [(need.name, need.revision)] if need else []
 
 
 def _teacher(crepa: CrepaSettings) -> CrepaSettings | None:
@@ -104,7 +100,7 @@ def _check_teacher(plan: Plan, crepa: CrepaSettings) -> bool:
     config = plan.attempt("teacher", lambda: encoder_config(crepa))
     if config is None:
         return False
-    check = plan.attempt("teacher", lambda: check_repository("teacher", _encoder(crepa), None, ["."]))
+    check = plan.attempt("teacher", lambda: check_need("teacher", encoder_need(crepa)))
     if check:
         plan.checks.append(check)
     return True
@@ -147,12 +143,16 @@ def _check_clips(plan: Plan, family: Family | None, profile: Profile, listener: 
         if isinstance(event, ClipSkipped):
             plan.skipped[event.name] = event.reason
             plan.add("clip", "warning", f"skipped {event.name}: {event.reason}")
+        elif isinstance(event, Notice):
+            plan.add("clip", "warning", event.message)
 
     clips = plan.attempt("clips", lambda: drained(scan(family, folder, ClipForm.of(profile.data)), listen))
     if clips:
         counts = Counter(clip.bucket for clip in clips)
         plan.buckets = [BucketCount(key.frames, key.height, key.width, counts[key]) for key in sorted(counts)]
         plan.add("clips", "fine", _summary(len(clips), plan.buckets))
+        for warning in neighbor_warnings(profile.crepa, family, (clip.bucket.frames for clip in clips)):
+            plan.add("clips", "warning", warning)
     return clips
 
 
@@ -162,11 +162,12 @@ def _summary(clips: int, buckets: Sequence[BucketCount]) -> str:
 
 
 def _check_cache(plan: Plan, family: Family, profile: Profile, clips: list[PreparedClip]) -> None:
-    texts = {clip.clip.caption for clip in clips} | {*profile.validation.prompts, ""}
+    texts = {clip.clip.caption for clip in clips} | {*sampled_texts(profile.validation, family), ""}
+    prompts = len(texts) + bool(negative_prompt(profile.validation, family))
     stored = _teacher(profile.crepa) if profile.crepa.teacher_cache else None
     buckets = [clip.bucket for clip in clips]
     dtype = torch_dtype(profile.model.dtype)
-    parts = plan.attempt("cache", lambda: cache_bytes(family, buckets, len(texts), dtype, stored))
+    parts = plan.attempt("cache", lambda: cache_bytes(family, buckets, prompts, dtype, stored))
     if parts is None:
         return
     plan.cache_bytes = parts

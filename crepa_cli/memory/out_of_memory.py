@@ -35,6 +35,6 @@ def out_of_memory_message(error: BaseException, profile: Profile, family: Family
             "Settings that reduce it most:" if advice else "No single setting reduces it: use a smaller checkpoint.",
             *advice,
             *([f"A validation needs {decimal(validation)}: --set validation.every=0 turns it off."] if larger else []),
-            "Then resume with --resume.",
+            "Then train again; a run that had begun to train resumes with --resume.",
         ]
     )

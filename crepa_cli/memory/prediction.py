@@ -25,7 +25,9 @@ IRRELEVANT: Any = {
     "train": {"steps", "learning_rate", "lr_scheduler", "lr_warmup_steps", "seed", "output", "gradient_accumulation"},
 }
 """Settings that memory does not depend on, or only through the shape of the clips."""
-IRRELEVANT_IN_VALIDATION: Any = IRRELEVANT | {"validation": {"every", "prompts", "images", "steps"}}
+IRRELEVANT_IN_VALIDATION: Any = IRRELEVANT | {
+    "validation": {"every", "prompts", "negative_prompt", "motion_score", "images", "steps"}
+}
 """Those that the memory of a validation does not depend on."""
 
 
@@ -96,7 +98,7 @@ def preparation_memory(profile: Profile, family: Family, bucket: Bucket, device:
 
 def validation_memory(profile: Profile, family: Family, device: torch.device) -> int:
     """Bytes at the peak of a validation, with all that training keeps meanwhile; 0 if no video is sampled."""
-    if not (profile.validation.prompts and profile.validation.every):
+    if not profile.validation.every:
         return 0
     bucket = validation_bucket(profile, family)
 

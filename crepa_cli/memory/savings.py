@@ -9,10 +9,10 @@ from typing import TypeVar
 import torch
 
 from crepa_cli.data.buckets import Bucket, Size
+from crepa_cli.hub.messages import HubError
 from crepa_cli.memory.prediction import preparation_memory, training_memory, validation_memory
 from crepa_cli.memory.shapes import validation_bucket
 from crepa_cli.models.family import Family
-from crepa_cli.models.hub import go_offline_without_hub
 from crepa_cli.profile import Profile
 from crepa_cli.teachers.dinov2 import ENCODERS
 
@@ -65,8 +65,6 @@ def memory_advice(
     Raises:
         UserError: if a configuration cannot be read.
     """
-    # Lighter encoders are looked up too, which must not take minutes without network.
-    go_offline_without_hub()
     parts = training_memory(profile, family, bucket, device)
     return parts, savings(profile, family, bucket, device, report=lambda _: None)
 
@@ -90,7 +88,10 @@ def savings(
         report(setting)
         lighter = with_setting(profile, table, key, value)
         frames = value if key == "frames" and isinstance(value, int) else bucket.frames
-        after = training_memory(lighter, family, Bucket(frames, bucket.height, bucket.width), device)
+        try:
+            after = training_memory(lighter, family, Bucket(frames, bucket.height, bucket.width), device)
+        except HubError:  # a mere suggestion, whose configuration cannot be read
+            continue
         found.append(Saving(setting, before - sum(after.values())))
     return sorted((one for one in found if one.saved > 0), key=lambda one: -one.saved)
 

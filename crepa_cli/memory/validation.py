@@ -10,6 +10,7 @@ from diffusers import ModelMixin
 from crepa_cli.memory.shapes import Clips
 from crepa_cli.memory.step import fake_autocast, fake_batch, fake_training, make_fake
 from crepa_cli.models.family import Family
+from crepa_cli.models.precision import compute_in_own_dtype
 from crepa_cli.profile import Profile
 from crepa_cli.training.build import frozen_dtype, trainable
 
@@ -30,6 +31,7 @@ def predict_validation(profile: Profile, family: Family, clip: Clips, device: to
     one_batch = family.guides_in_one_batch and profile.validation.guidance_scale > 1
     batch = {name: torch.stack([tensor] * (2 if one_batch else 1)) for name, tensor in clip.tensors.items()}
     pipeline = family.empty_vae_pipeline()
+    compute_in_own_dtype(pipeline.vae)
     experts = _other_experts(family, frozen_dtype(profile))
     image_encoder = family.base.empty_model(family.image_encoder, family.vae_dtype) if family.image_encoder else None
     with fake_training(profile, family, clip.feature_size, device) as training:
@@ -49,7 +51,8 @@ def predict_validation(profile: Profile, family: Family, clip: Clips, device: to
                 transformer(**inputs)
             sampling = live.peak
             live.reset_peak()
-            family.decode_latents(pipeline, latents[0])
+            video = family.decode_latents(pipeline, latents[0])
+            pipeline.video_processor.postprocess_video(video[None], output_type="pt")
         return {"sampling": sampling, "decoding": live.peak}
 
 

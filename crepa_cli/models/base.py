@@ -11,7 +11,8 @@ import transformers
 from diffusers import DiffusionPipeline, ModelMixin
 from transformers import AutoConfig
 
-from crepa_cli.models import hub
+from crepa_cli.hub.download import Need, fetch
+from crepa_cli.hub.read import read_config
 
 
 class BaseCheckpoint:
@@ -36,7 +37,7 @@ class BaseCheckpoint:
             UserError: if it cannot be found, fetched or parsed.
         """
         if filename not in self._configs:
-            self._configs[filename] = hub.read_config(self.name, filename, self.revision)
+            self._configs[filename] = read_config(self.name, filename, self.revision)
         return self._configs[filename]
 
     @property
@@ -49,18 +50,19 @@ class BaseCheckpoint:
         """The class of a component in `model_index.json`."""
         return str(self.read_config("model_index.json")[component][1])
 
-    def fetch(self) -> Path:
-        """The local folder; of a repository on the Hub only the components are downloaded.
+    def fetch(self, *components: str) -> Path:
+        """The local folder, with these components; of a repository on the Hub they are downloaded if need be.
 
         Raises:
-            UserError: if it cannot be found or fetched.
+            UserError: if they cannot be found or fetched.
         """
-        return hub.fetch(self.name, self.revision, self.components)
+        return fetch(Need(self.name, self.revision, components))
 
     def load_model(self, class_name: str, component: str, dtype: torch.dtype) -> ModelMixin:
         """A component by its class in diffusers, on the CPU."""
         model_class = getattr(diffusers, class_name)
-        return model_class.from_pretrained(self.fetch(), subfolder=component, dtype=dtype, use_safetensors=True)
+        folder = self.fetch(component)
+        return model_class.from_pretrained(folder, subfolder=component, dtype=dtype, use_safetensors=True)
 
     def empty_model(self, component: str, dtype: torch.dtype) -> Any:
         """A component of transformers by its configuration alone, on the meta device."""
@@ -83,6 +85,7 @@ class BaseCheckpoint:
         """
         given = dict.fromkeys(without) | components
         pipeline_class = getattr(diffusers, class_name)
-        pipeline = pipeline_class.from_pretrained(self.fetch(), dtype=dtype, use_safetensors=True, **given)
+        folder = self.fetch(*(name for name in self.components if name not in given))
+        pipeline = pipeline_class.from_pretrained(folder, dtype=dtype, use_safetensors=True, **given)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline

@@ -21,14 +21,16 @@ from crepa_cli.data.dataset import ClipDataset
 from crepa_cli.data.prepare import ClipForm, PreparedClip, prepare
 from crepa_cli.errors import RunError, UserError
 from crepa_cli.events import Event, Notice, Progress
+from crepa_cli.hub.download import download
+from crepa_cli.hub.read import fingerprint
 from crepa_cli.models.capture import HiddenStateCapture
 from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family, Tensors
-from crepa_cli.models.hub import fetch, fingerprint
 from crepa_cli.probe.clip import KERNEL_TOKENS, PROJECTOR_TOKENS, ClipProbe
 from crepa_cli.probe.metrics import NEIGHBORS, NormalEquations, predicted_cosine
 from crepa_cli.processes import PRECISION
 from crepa_cli.profile import Profile
+from crepa_cli.runs.sources import needs
 
 LEVELS = (0.2, 0.4, 0.6, 0.8)
 """Noise levels, as fractions of the range that the transformer covers."""
@@ -87,8 +89,7 @@ def measure(profile: Profile, family: Family) -> Generator[Event, None, Measurem
             "is a block; add --set crepa.use_backbone_features=false"
         )
     folder = clips_folder(profile.data)
-    # Without a network, fail here and not after an hour of reading clips.
-    fetch(family.base.name, family.base.revision, folders=())
+    yield from download(needs(profile, family))
     accelerator = Accelerator(mixed_precision=PRECISION[profile.model.dtype])
     cache = Cache(cache_folder(profile.data))
     dtype = torch_dtype(profile.model.dtype)
@@ -118,7 +119,7 @@ def _keys(profile: Profile, family: Family, clips: list[PreparedClip], sigmas: l
         "kind": "probe",
         "family": family.name,
         "task": family.task,
-        "transformer": fingerprint(family.base.fetch() / family.component),
+        "transformer": fingerprint(family.base.fetch(family.component) / family.component),
         "dtype": profile.model.dtype,
         "seed": profile.train.seed,
         "sigmas": sigmas,

@@ -1,9 +1,9 @@
 """The settings of a run: their layers, the presets, and the TOML files that hold them."""
 
-from crepa_cli.profile.alignment import CrepaSettings, LayerSyncSettings
+from crepa_cli.profile.alignment import CrepaSettings, LayerSyncSettings, step_count
 from crepa_cli.profile.describe import allowed_values, description, json_schema, known_keys
 from crepa_cli.profile.files import dump_toml, preset_purpose, presets
-from crepa_cli.profile.layers import Defaults, ResolvedProfile, resolve_profile
+from crepa_cli.profile.layers import Defaults, ResolvedProfile, SettingsError, resolve_profile
 from crepa_cli.profile.settings import (
     AdapterSettings,
     CheckpointsSettings,
@@ -26,6 +26,7 @@ __all__ = [
     "Profile",
     "ReportSettings",
     "ResolvedProfile",
+    "SettingsError",
     "TrainSettings",
     "ValidationSettings",
     "allowed_values",
@@ -36,4 +37,5 @@ __all__ = [
     "preset_purpose",
     "presets",
     "resolve_profile",
+    "step_count",
 ]

@@ -9,6 +9,16 @@ from pydantic import Field, model_validator
 from crepa_cli.profile.table import FAMILY_DEFAULT, Table, Text, broken_rule, resolved_later
 
 DINOV2_PATCH = 14
+Steps = Annotated[int, Field(ge=0)] | Annotated[str, Field(pattern=r"^(100|[0-9]{1,2}([.][0-9]+)?)%$")]
+"""A number of optimizer steps, or a share of the run such as "40%"; `step_count` tells them apart."""
+
+
+def step_count(steps: int | str, total: int) -> int:
+    """The optimizer steps that a setting stands for in a run of `total` steps; a share above 0% is at least one."""
+    if isinstance(steps, int):
+        return steps
+    share = float(steps.removesuffix("%"))
+    return max(1, round(share * total / 100)) if share else 0
 
 
 class CrepaSettings(Table):
@@ -54,6 +64,9 @@ class CrepaSettings(Table):
         description="Teacher: dinov2_vits14, dinov2_vitb14, dinov2_vitl14 or dinov2_vitg14 (each also with _reg), "
         "a Hub id or a local folder.",
     )
+    encoder_revision: Text | None = Field(
+        default=None, description="Branch, tag or commit of the encoder on the Hub. none: its main branch."
+    )
     encoder_image_size: Annotated[int, Field(ge=1)] | Literal["grid"] = Field(
         default=518,
         description="Side in pixels of the teacher's square input, a multiple of its patch size. "
@@ -76,20 +89,23 @@ class CrepaSettings(Table):
     scheduler: Literal["constant", "linear", "cosine", "polynomial"] = Field(
         default="constant", description="How the weight goes from lambda to lambda_end after the warmup."
     )
-    warmup_steps: int = Field(
-        default=0, ge=0, description="Optimizer steps over which the weight rises from 0 to lambda."
-    )
-    decay_steps: int = Field(
+    warmup_steps: Steps = Field(
         default=0,
-        ge=0,
-        description="Optimizer steps over which the weight goes to lambda_end; 0 means all steps after the warmup.",
+        description='Optimizer steps over which the weight rises from 0 to lambda, or a share of the run such as "5%".',
+    )
+    decay_steps: Steps = Field(
+        default=0,
+        description="Optimizer steps over which the weight goes to lambda_end, or a share of the run; "
+        "0 means all steps after the warmup.",
     )
     lambda_end: float = Field(
         default=0.0, ge=0, description="Weight after the decay; the constant scheduler ignores it."
     )
     power: float = Field(default=1.0, gt=0, description="Exponent of the polynomial scheduler.")
-    cutoff_step: int = Field(
-        default=0, ge=0, description="Optimizer step at which alignment is switched off; 0 means never."
+    cutoff_step: Steps = Field(
+        default=0,
+        description='Optimizer step at which alignment is switched off, or a share of the run such as "40%"; '
+        "0 means never.",
     )
     similarity_threshold: float | None = Field(
         default=None,

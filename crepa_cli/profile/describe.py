@@ -11,6 +11,7 @@ from typing import Any
 from crepa_cli.profile.settings import TABLES, Profile
 from crepa_cli.profile.table import FAMILY_DEFAULT, NONE_MEANS
 
+PRESET_DESCRIPTION = "Preset that the settings of this file change; --profile replaces it."
 _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 _TYPES = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "text"}
 
@@ -18,6 +19,8 @@ _TYPES = {"integer": "a whole number", "number": "a number", "boolean": "true or
 def json_schema() -> dict[str, Any]:
     """The JSON schema of `crepa.toml`, for editors. Every key is optional; "none" stands for null."""
     schema = _without_null(Profile.model_json_schema())
+    preset = {"type": "string", "title": "Preset", "description": PRESET_DESCRIPTION}
+    schema["properties"] = {"preset": preset, **schema["properties"]}
     schema["$schema"] = "http://json-schema.org/draft-07/schema#"
     return dict(schema)
 
@@ -115,19 +118,21 @@ def _allowed(schema: Mapping[str, Any]) -> str:
         return "none"
     if schema["type"] == "array":
         return f"a list, each item {_allowed(schema['items'])}"
+    if "pattern" in schema:
+        return 'a share of the run from "0%" to "100%"'
     bounds = [f"{sign} {schema[bound]}" for bound, sign in _BOUNDS.items() if bound in schema]
     return " ".join([_TYPES[schema["type"]], *([" and ".join(bounds)] if bounds else [])])
 
 
-def shown(value: object, limit: int = 100) -> str:
-    """A value in TOML's notation, cut to `limit` characters; "none" for None."""
+def shown(value: object, limit: int | None = 100) -> str:
+    """A value in TOML's notation, cut to `limit` characters, if there is a limit; "none" for None."""
     if value is None:
         return "none"
     try:
         text = json.dumps(value, ensure_ascii=False, default=str)
     except (ValueError, RecursionError):  # Python prints no integer of more than 4,300 digits.
         text = f"({type(value).__name__} too large to show)"
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    return text if limit is None or len(text) <= limit else text[: limit - 3] + "..."
 
 
 def unknown_table(table: str) -> str:

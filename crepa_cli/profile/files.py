@@ -7,6 +7,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import tomli_w
 
@@ -14,7 +15,11 @@ from crepa_cli.errors import UserError
 from crepa_cli.profile.describe import shown
 from crepa_cli.profile.settings import Profile
 
+Value = TypeVar("Value")
+
 PROJECT_FILE = "crepa.toml"
+PRESET = "preset"
+"""Key of a TOML file, above its tables, that names the preset below its settings."""
 PATHS = {("data", "path"), ("data", "cache"), ("train", "output"), ("validation", "images")}
 PATHS_OR_NAMES = {("model", "checkpoint"), ("crepa", "encoder")}
 CONTROL = re.compile(r"[\x00-\x1f]")
@@ -22,7 +27,7 @@ BACKSLASHES = (
     'in double quotes a backslash starts an escape: write the path with slashes ("D:/clips") or in single quotes '
     "('D:\\clips')"
 )
-LARGEST_FILE = 2**20
+LARGEST_FILE = 10**6
 RESOLVED_MARK = "# All settings of a run, resolved."
 RESOLVED_HEADER = f"{RESOLVED_MARK} As --profile, this file alone decides: no crepa.toml is read beside it.\n\n"
 
@@ -57,6 +62,31 @@ def find_profile(name: str, folder: Path) -> tuple[Path, str]:
     raise UserError(f"--profile: no preset or file is named {shown(name)}{hint}; the presets are {', '.join(known)}")
 
 
+def preset_tables(tables: Mapping[str, object], label: str) -> dict[str, object] | None:
+    """The settings of the preset that a file names with `preset = "..."`; None if it names none.
+
+    Args:
+        tables: of the file.
+        label: of the file in messages.
+
+    Raises:
+        UserError: if there is no such preset.
+    """
+    if PRESET not in tables:
+        return None
+    name, known = tables[PRESET], presets()
+    if not isinstance(name, str) or name not in known:
+        nearest = difflib.get_close_matches(str(name), known, n=1)
+        hint = f"; did you mean {nearest[0]}?" if nearest else ""
+        raise UserError(f"{label}: {PRESET} = {shown(name)}: must be one of {', '.join(known)}{hint}")
+    return parse_toml(read_text(known[name], f"preset {name}"), f"preset {name}")
+
+
+def without_preset(tables: Mapping[str, Value]) -> dict[str, Value]:
+    """The tables of a file without the name of its preset."""
+    return {name: values for name, values in tables.items() if name != PRESET}
+
+
 def exists(path: Path) -> bool:
     """Whether the file or folder exists; False if its name is invalid."""
     try:
@@ -85,7 +115,7 @@ def read_text(path: Path, label: str) -> str:
         with path.open("rb") as file:
             content = file.read(LARGEST_FILE + 1)
         if len(content) > LARGEST_FILE:
-            raise UserError(f"{label}: is larger than {LARGEST_FILE // 2**20} MiB; is this the right file?")
+            raise UserError(f"{label}: is larger than {LARGEST_FILE // 10**6} MB; is this the right file?")
         return content.decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"{label}: cannot be read: {error.strerror}") from error

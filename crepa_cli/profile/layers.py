@@ -25,17 +25,24 @@ from crepa_cli.profile.describe import (
 from crepa_cli.profile.files import (
     PATHS,
     PATHS_OR_NAMES,
+    PRESET,
+    PROJECT_FILE,
     RESOLVED_MARK,
     exists,
     find_profile,
     find_project_file,
     parse_toml,
+    preset_tables,
     read_text,
+    without_preset,
 )
 from crepa_cli.profile.settings import Profile
 
-Defaults = Callable[[str, str], Mapping[str, Mapping[str, object]]]
+Tables = Mapping[str, Mapping[str, object]]
+Demo = Callable[[str, str], Tables]
 """From the names of a model family and a task to settings by table and key."""
+Defaults = Callable[[str, str, str, str | None], Mapping[str, Tables]]
+"""From family, task, `adapter.kind` and, if it is set, the checkpoint to layers of settings, by their names."""
 Key = tuple[str, str]
 
 BUILT_IN = "built-in default"
@@ -43,6 +50,8 @@ FAMILY: Key = ("model", "family")
 RANK: Key = ("adapter", "rank")
 ALPHA: Key = ("adapter", "alpha")
 TASK: Key = ("model", "task")
+KIND: Key = ("adapter", "kind")
+CHECKPOINT: Key = ("model", "checkpoint")
 FLAGS = {"model.family": "--model", "data.path": "--data"}
 NO_FAMILY = "no model family is set: choose one with --model; `crepa init` lists them"
 LARGEST_INTEGER = 2**63 - 1
@@ -65,6 +74,29 @@ class Setting(NamedTuple):
         return f"{self.source}: {self.table}.{self.key} = {shown(self.value)}"
 
 
+class SettingsError(UserError):
+    """Mistakes in the settings, one message each.
+
+    Attributes:
+        mistakes: the messages.
+        rest: the settings without those at fault, over the family's defaults; what is missing has no valid value.
+    """
+
+    def __init__(self, mistakes: Sequence[str], rest: Mapping[Key, Setting]) -> None:
+        heading = f"{len(mistakes)} mistakes in the settings:"
+        super().__init__(mistakes[0] if len(mistakes) == 1 else "\n  ".join([heading, *mistakes]))
+        self.mistakes = mistakes
+        self.rest = rest
+
+    @property
+    def profile(self) -> Profile | None:
+        """The profile of the rest; None if the family's defaults are not known."""
+        try:
+            return _resolved(self.rest).profile
+        except (KeyError, ValidationError):
+            return None
+
+
 class _File(NamedTuple):
     tables: Mapping[str, object]
     label: str
@@ -82,7 +114,7 @@ class ResolvedProfile:
         """Table, key, value as text and source of every setting, in the order of the tables."""
         for table, values in self.profile.model_dump().items():
             for key, value in values.items():
-                yield table, key, shown(value), self.sources[f"{table}.{key}"]
+                yield table, key, shown(value, limit=None), self.sources[f"{table}.{key}"]
 
 
 def resolve_profile(
@@ -92,7 +124,7 @@ def resolve_profile(
     sets: Sequence[str],
     folder: Path,
     family_defaults: Defaults,
-    demo: Defaults | None = None,
+    demo: Demo | None = None,
 ) -> ResolvedProfile:
     """Merge the layers of a run's settings; later layers override earlier ones.
 
@@ -100,8 +132,8 @@ def resolve_profile(
     depends on the family goes back to that default if a layer sets it to "none".
 
     Args:
-        profile: name of a preset or path of a TOML file. A file that `dump_toml` wrote replaces the family's defaults
-            and crepa.toml, so that it repeats its run.
+        profile: name of a preset or path of a TOML file; it replaces the preset that crepa.toml names. A file that
+            `dump_toml` wrote replaces the family's defaults and crepa.toml, so that it repeats its run.
         flags: values by "table.key"; None means that the flag was not given.
         sets: "table.key=value", the value as TOML or else a bare string.
         folder: the first folder to search for crepa.toml; its parents come next.
@@ -132,33 +164,34 @@ def resolve_profile(
 
 
 def _defaults(
-    stated: Mapping[Key, Setting], family_defaults: Defaults, demo: Defaults | None, mistakes: list[str]
+    stated: Mapping[Key, Setting], family_defaults: Defaults, demo: Demo | None, mistakes: list[str]
 ) -> tuple[list[Setting], list[Setting]]:
-    """The family's defaults and the demo's settings for the stated family and task; nothing if these are unknown."""
+    """The defaults and the demo's settings for the stated family and task; nothing if these are unknown."""
     family, task = stated.get(FAMILY), stated.get(TASK)
     if family is None or (task is not None and task.value not in ("t2v", "i2v")):
         return [], []
     names = str(family.value), str(task.value) if task else "t2v"
+    kind, checkpoint = ("lora" if KIND not in stated else str(stated[KIND].value)), stated.get(CHECKPOINT)
     try:
-        defaults = family_defaults(*names)
+        layers = family_defaults(*names, kind, str(checkpoint.value) if checkpoint else None)
         demo_tables = demo(*names) if demo else {}
     except UserError as error:
         mistakes.append(f"{family}: {error}")
         return [], []
     return (
-        list(known_settings(defaults, f"family {family.value}", mistakes)),
+        [one for source, tables in layers.items() for one in known_settings(tables, source, mistakes)],
         list(known_settings(demo_tables, "--demo", mistakes)),
     )
 
 
 def _read_files(profile: str | None, folder: Path, mistakes: list[str]) -> tuple[list[_File], bool]:
-    """The contents of `profile` and crepa.toml, and whether `profile` repeats a run."""
-    files = []
+    """The contents of the preset, of `profile` and of crepa.toml, and whether `profile` repeats a run."""
+    files: list[_File] = []
     if profile is not None:
         try:
             path, label = find_profile(profile, folder)
             text = read_text(path, label)
-            files.append(_File(parse_toml(text, label), label))
+            files += _below(_File(parse_toml(text, label), label))
             if text.startswith(RESOLVED_MARK):
                 return files, True
         except UserError as error:
@@ -166,10 +199,21 @@ def _read_files(profile: str | None, folder: Path, mistakes: list[str]) -> tuple
     if project := find_project_file(folder):
         label = os.path.relpath(project, folder)
         try:
-            files.append(_File(parse_toml(read_text(project, label), label), label, Path(label).parent))
+            file = _File(parse_toml(read_text(project, label), label), label, Path(label).parent)
+            files += _below(file) if profile is None else [file]
         except UserError as error:
             mistakes.append(str(error))
-    return files, False
+    return [file._replace(tables=without_preset(file.tables)) for file in files], False
+
+
+def _below(file: _File) -> list[_File]:
+    """The preset that a file names, if any, and the file itself.
+
+    Raises:
+        UserError: if there is no such preset.
+    """
+    preset = preset_tables(file.tables, file.label)
+    return [file] if preset is None else [_File(preset, f"preset {file.tables[PRESET]}"), file]
 
 
 def _anchored(setting: Setting, base: Path, folder: Path) -> Setting:
@@ -185,6 +229,22 @@ def _anchored(setting: Setting, base: Path, folder: Path) -> Setting:
 
     value = setting.value
     return setting._replace(value=[anchor(one) for one in value] if isinstance(value, list) else anchor(value))
+
+
+def complete(tables: Mapping[str, object], family_defaults: Defaults) -> Profile:
+    """The profile that a crepa.toml with these tables, and the name of its preset, describes without flags.
+
+    Raises:
+        SettingsError: lists all mistakes.
+    """
+    mistakes: list[str] = []
+    settings = [
+        setting
+        for file in _below(_File(dict(tables), PROJECT_FILE))
+        for setting in known_settings(without_preset(file.tables), file.label, mistakes)
+    ]
+    defaults, _ = _defaults(merged(settings), family_defaults, None, mistakes)
+    return _resolved(check_settings(settings, mistakes, defaults)).profile
 
 
 def known_settings(tables: Mapping[str, object], source: str, mistakes: list[str]) -> Iterator[Setting]:
@@ -259,17 +319,17 @@ def check_settings(
     """The settings over `defaults`, merged, with nothing wrong in them; those of the family may be missing.
 
     Raises:
-        UserError: lists `mistakes`, values out of range and broken rules.
+        SettingsError: lists `mistakes`, values out of range and broken rules.
     """
+    defaults = list(defaults)
     checked = merged(settings, defaults)
-    mistakes = [*mistakes, *_wrong_values(checked)]
-    if mistakes:
-        heading = f"{len(mistakes)} mistakes in the settings:"
-        raise UserError(mistakes[0] if len(mistakes) == 1 else "\n  ".join([heading, *mistakes]))
+    wrong, rest = _wrong_values(checked)
+    if mistakes := [*mistakes, *wrong]:
+        raise SettingsError(mistakes, {one.name: one for one in defaults} | rest)
     return checked
 
 
-def _resolved(settings: dict[Key, Setting]) -> ResolvedProfile:
+def _resolved(settings: Mapping[Key, Setting]) -> ResolvedProfile:
     """The profile of checked settings, complete but for adapter.alpha, which is the rank if it is not set."""
     rank = settings[RANK]
     settings = {ALPHA: Setting(*ALPHA, rank.value, rank.source), **settings}
@@ -285,16 +345,21 @@ def _values(settings: Mapping[Key, Setting]) -> dict[Key, object]:
     return {name: one.value for name, one in settings.items()}
 
 
-def _wrong_values(settings: Mapping[Key, Setting]) -> Iterator[str]:
-    """A message for each value out of range and each broken rule. What is already wrong is left out of later checks."""
-    remaining = _values(settings)
+def _wrong_values(settings: Mapping[Key, Setting]) -> tuple[list[str], dict[Key, Setting]]:
+    """A message for each value out of range and each broken rule, and the settings without those at fault.
+
+    What is already wrong is left out of later checks.
+    """
+    messages: list[str] = []
     blamed: set[Key] = set()
-    while errors := _errors(remaining):
+    rest = dict(settings)
+    while errors := _errors(_values(rest)):
         for keys, must in errors:
             if blamed.isdisjoint(keys):
-                yield f"{settings[keys[0]]}: {must}"
+                messages.append(f"{settings[keys[0]]}: {must}")
             blamed.update(keys)
-        remaining = {name: value for name, value in remaining.items() if name not in blamed}
+        rest = {name: one for name, one in rest.items() if name not in blamed}
+    return messages, rest
 
 
 def _errors(values: Mapping[Key, object]) -> list[tuple[list[Key], str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import TracebackType
 
 from rich import progress as bars
@@ -14,8 +14,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from crepa_cli.alignment import CoefficientSchedule
-from crepa_cli.events import Event, Progress, RunOpened, StepDone, TrainingStarted
-from crepa_cli.report.metrics import read_metrics
+from crepa_cli.events import Event, Progress, RunOpened, TrainingStarted
 from crepa_cli.report.panels import (
     BORDER,
     MARGIN,
@@ -26,10 +25,9 @@ from crepa_cli.report.panels import (
     similarity_lines,
     titled,
 )
-from crepa_cli.report.plain import StageClock, duration, item_text
+from crepa_cli.report.plain import StageClock, amount, duration, item_text
 from crepa_cli.report.state import RunState
-from crepa_cli.report.summary import Summary
-from crepa_cli.runs.folder import RunFolder
+from crepa_cli.report.summary import Summary, steps_before
 
 HEIGHT = 24
 PROGRESS_HEIGHT = 5
@@ -62,7 +60,7 @@ class Dashboard:
         self.progress = bars.Progress(
             bars.TextColumn("{task.description:<10}"),
             bars.BarColumn(bar_width=None),
-            bars.MofNCompleteColumn(),
+            bars.TextColumn("{task.fields[amount]}"),
             bars.TextColumn("ETA"),
             bars.TimeRemainingColumn(),
             console=console,
@@ -101,11 +99,8 @@ class Dashboard:
         if isinstance(event, Progress):
             self._advance(event)
         if isinstance(event, TrainingStarted):
-            for step in _steps_before(event):
-                self._show(step)
-        self._show(event)
-
-    def _show(self, event: Event) -> None:
+            for step in steps_before(event):
+                self.state(step)
         self.state(event)
         self.summary(event)
 
@@ -127,7 +122,7 @@ class Dashboard:
         latest = self.stage.latest
         if latest is None or not latest.item:
             return ""
-        return f"{item_text(latest.item)}, {duration(self.stage.item_seconds)} so far"
+        return f"{item_text(latest.item)}, {self.stage.speed or f'{duration(self.stage.item_seconds)} so far'}"
 
     def _training(self, started: TrainingStarted, console: Console, width: int, height: int) -> Layout:
         """The panels during training; of a window's lines beyond 24, charts take a part and messages the rest."""
@@ -157,13 +152,6 @@ class Dashboard:
 
     def _advance(self, event: Progress) -> None:
         if event.stage not in self.stages:
-            self.stages[event.stage] = self.progress.add_task(event.stage, total=event.total)
-        self.progress.update(self.stages[event.stage], completed=event.done, total=event.total)
+            self.stages[event.stage] = self.progress.add_task(event.stage, total=event.total, amount="")
+        self.progress.update(self.stages[event.stage], completed=event.done, total=event.total, amount=amount(event))
         self.stage(event)
-
-
-def _steps_before(started: TrainingStarted) -> Iterator[StepDone]:
-    """The steps of earlier sessions, so that curves and best values cover the whole run."""
-    for line in read_metrics(RunFolder(started.output).metrics) if started.step else ():
-        if line["step"] < started.step and not line.pop("skipped", None):
-            yield StepDone(**line)

@@ -16,7 +16,7 @@ from crepa_cli.report.state import RunState, phase
 
 BORDER = 2
 MARGIN = 4
-GIB = 2**30
+GB = 10**9
 
 
 def titled(title: str, lines: Sequence[Text]) -> Panel:
@@ -39,7 +39,7 @@ def progress_lines(
     epoch = f"epoch {done / epochs:.1f} of {started.steps / epochs:.1f}"
     if latest is None:
         return [*lines, Text(epoch), Text("waiting for the first step", style="dim")]
-    used = f"memory {latest.peak_memory_bytes / GIB:.2f} of {memory / GIB:.2f} GiB"
+    used = f"memory {latest.peak_memory_bytes / GB:.2f} of {memory / GB:.2f} GB"
     speed = f"{latest.step_seconds:.3f} s per step   {latest.samples_per_second:.2f} clips per second"
     rate = f"learning rate {latest.learning_rate:.2e}   gradient norm {latest.grad_norm:.3f}"
     return [*lines, Text(f"{epoch}   {speed}"), Text(f"{used}   {rate}")]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
+from rich.filesize import decimal
 
 from crepa_cli.errors import counted
 from crepa_cli.events import (
@@ -54,13 +55,20 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
+def amount(event: Progress) -> str:
+    """How much of a stage is done: `3/20`, or `1.2 GB/23.4 GB`."""
+    if event.unit == "B":
+        return f"{decimal(event.done)}/{decimal(event.total)}"
+    return f"{event.done}/{event.total}"
+
+
 def describe(event: Event) -> str:
     """An event as one line of text."""
     match event:
         case RunOpened(output):
             return f"run folder: {output}"
-        case Progress(stage, done, total, item):
-            return ", ".join([f"{stage}: {done}/{total}", *([item_text(item)] if item else [])])
+        case Progress(stage, _, _, item):
+            return ", ".join([f"{stage}: {amount(event)}", *([item_text(item)] if item else [])])
         case ClipSkipped(name, reason):
             return f"skipped {name}: {reason}"
         case Notice(message):
@@ -119,6 +127,14 @@ class StageClock:
         return self.clock() - self.item_started
 
     @property
+    def speed(self) -> str | None:
+        """Bytes per second, such as `35.2 MB/s`; None for a stage that does not count bytes, or has none yet."""
+        done, started = self.first
+        if self.latest is None or self.latest.unit != "B" or self.latest.done <= done:
+            return None
+        return f"{decimal(round((self.latest.done - done) / max(self.item_started - started, 1e-3)))}/s"
+
+    @property
     def seconds_left(self) -> float | None:
         """The time that the rest of the stage takes at the speed of the items so far; None before the first is done."""
         done, started = self.first
@@ -132,11 +148,11 @@ class PlainLines:
     """A listener that prints lines that are easy to grep.
 
     A stage of the preparation has a line at its start, at its end and every `quiet` seconds. As a context manager, it
-    also prints one if no event comes for so long, because an item may take minutes.
+    also prints one if no event comes for so long, because an item, a step or a validation may take minutes.
 
     Args:
         console: prints them.
-        every: number of steps from one line of step values to the next.
+        every: number of steps from one line of step values to the next; the first and the last step have one too.
         quiet: seconds.
         clock: returns the time in seconds.
     """
@@ -154,6 +170,11 @@ class PlainLines:
         self.quiet = quiet
         self.clock = clock
         self.stage = StageClock(clock)
+        self.training: TrainingStarted | None = None
+        self.step, self.step_started = 0, 0.0
+        """The step at work, and the time at which it started."""
+        self.unprinted: StepDone | None = None
+        """The latest step, if it has no line."""
         self.printed_at = clock()
         self.lock = threading.Lock()
         self.closed = threading.Event()
@@ -179,14 +200,45 @@ class PlainLines:
                 return
             if not isinstance(event, ClipSkipped | Notice):
                 self.stage.latest = None
-            if not isinstance(event, StepDone) or event.step % self.every == 0:
+                self._follow_steps(event)
+            if event is not self.unprinted:
                 self._print(describe(event))
+
+    def _follow_steps(self, event: Event) -> None:
+        self.step_started = self.clock()
+        match event:
+            case TrainingStarted():
+                self.training, self.step = event, event.step
+            case StepDone():
+                self.step = event.step + 1
+                self.unprinted = None if self._has_line(event) else event
+            case StepSkipped():
+                self.step = event.step + 1
+            case TrainingEnded():
+                self.training = None
+                if self.unprinted is not None:
+                    self._print(describe(self.unprinted))
+
+    def _has_line(self, event: StepDone) -> bool:
+        ends = (self.training.step, self.training.steps - 1) if self.training else ()
+        return event.step % self.every == 0 or event.step in ends
 
     def beat(self) -> None:
         """Say what is worked on, if nothing has been printed for `quiet` seconds."""
         with self.lock:
-            if self.stage.latest is not None and self._seconds_to_beat() <= 0:
-                self._print(self._state(f"{duration(self.stage.item_seconds)} so far"))
+            if self._seconds_to_beat() <= 0 and (work := self._work()):
+                self._print(work)
+
+    def _work(self) -> str:
+        """The work since the last event; empty before the first stage and after the last step."""
+        latest = self.stage.latest
+        if latest is not None:
+            seconds = f"{duration(self.stage.item_seconds)} so far"
+            finished = latest.done == latest.total
+            return f"after {latest.stage}: looking into the cache, {seconds}" if finished else self._state(seconds)
+        if self.training is None:
+            return ""
+        return f"step {self.step} of {self.training.steps}: {duration(self.clock() - self.step_started)} so far"
 
     def _progress(self, event: Progress) -> None:
         before = self.stage.latest
@@ -199,8 +251,9 @@ class PlainLines:
         latest, left = self.stage.latest, self.stage.seconds_left
         if latest is None:
             return ""
-        known = left is not None and latest.done < latest.total
-        return ", ".join([describe(latest), *more, *([f"{duration(left)} left"] if known and left is not None else [])])
+        speed = [self.stage.speed] if self.stage.speed else []
+        rest = [f"{duration(left)} left"] if left is not None and latest.done < latest.total else []
+        return ", ".join([describe(latest), *more, *speed, *rest])
 
     def _seconds_to_beat(self) -> float:
         return self.printed_at + self.quiet - self.clock()

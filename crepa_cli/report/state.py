@@ -73,8 +73,7 @@ class RunState:
         if not step.crepa_cutoff:
             self.cut_off_at = None
         elif self.cut_off_at is None:
-            # A cutoff takes effect at the step after the one that caused it.
-            self.cut_off_at = step.step if step.crepa_similarity is None else step.step + 1
+            self.cut_off_at = step.step
         if self.started is not None:
             done = step.step + 1
             # Includes checkpoints and validation, which `step_seconds` leaves out.

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from crepa_cli.events import Event, RunOpened, StepDone, TrainingEnded, TrainingStarted
+from crepa_cli.report.metrics import read_metrics
 from crepa_cli.report.state import Series
+from crepa_cli.runs.folder import RunFolder
 
 
 class Summary:
@@ -24,6 +28,8 @@ class Summary:
                 self.loading = event.loading
             case TrainingStarted():
                 self.started = event
+                for step in steps_before(event):
+                    self._compare(step)
             case StepDone():
                 self._compare(event)
             case TrainingEnded():
@@ -50,3 +56,10 @@ class Summary:
         elif self.started is not None:
             lines.append(f"Resume with: crepa train --resume --output {self.started.output}")
         return lines
+
+
+def steps_before(started: TrainingStarted) -> Iterator[StepDone]:
+    """The steps of earlier sessions, so that curves and best values cover the whole run."""
+    for line in read_metrics(RunFolder(started.output).metrics) if started.step else ():
+        if line["step"] < started.step and not line.pop("skipped", None):
+            yield StepDone(**line)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,10 @@ if TYPE_CHECKING:
 
 BFLOAT16_CAPABILITY = (8, 0)
 """Compute capability of the first NVIDIA GPUs with bfloat16: Ampere."""
+NO_C_COMPILER = (
+    "Triton needs a C compiler, and finds none: install gcc and put it on the PATH, or name another one in the "
+    "environment variable CC"
+)
 ON_WINDOWS = sys.platform == "win32"
 
 
@@ -47,7 +53,7 @@ def dtype_mistakes(profile: Profile, device: torch.device) -> list[str]:
 
 
 def compile_mistakes(profile: Profile, device: torch.device) -> list[str]:
-    """Compilers that `train.compile` needs and this machine lacks: Triton for GPUs, a C++ compiler for the CPU."""
+    """Compilers that `train.compile` needs and this machine lacks: Triton and C for GPUs, C++ for the CPU."""
     if not profile.train.compile:
         return []
     missing = {"cuda": _without_triton, "xpu": _without_triton, "cpu": _without_compiler}.get(
@@ -58,11 +64,16 @@ def compile_mistakes(profile: Profile, device: torch.device) -> list[str]:
 
 def _without_triton() -> str | None:
     if has_triton():
-        return None
+        return None if has_c_compiler() else NO_C_COMPILER
     if has_triton_package():
         return "Triton does not support this GPU (it needs CUDA compute capability 7.0): use a newer one"
     package = "triton-windows" if ON_WINDOWS else "triton"
     return f"torch.compile needs Triton on a GPU, and it is not installed: pip install {package}"
+
+
+def has_c_compiler() -> bool:
+    """Whether Triton finds a C compiler, as it looks for one; on Windows it brings its own."""
+    return ON_WINDOWS or bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
 
 
 def _without_compiler() -> str | None:

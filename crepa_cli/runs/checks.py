@@ -2,16 +2,72 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
+from typing import TypeVar
 
 from accelerate.tracking import get_available_trackers
 from PIL import Image
 
+from crepa_cli.data.cache import cache_folder, check_writable
+from crepa_cli.data.clips import check_clips, clips_folder
 from crepa_cli.data.images import first_frame
 from crepa_cli.errors import UserError
 from crepa_cli.models import FAMILIES, load_family
+from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
 from crepa_cli.profile import AdapterSettings, DataSettings, Profile, ValidationSettings
+
+Result = TypeVar("Result")
+
+
+def open_run(profile: Profile, *, resumes: bool = False) -> Family:
+    """The family with its checkpoint, for a run whose packages, cache, clips and settings have been checked.
+
+    Args:
+        profile: the resolved settings.
+        resumes: whether they resume a run.
+
+    Raises:
+        UserError: lists all mistakes.
+    """
+    mistakes: list[str] = []
+    attempt(mistakes, lambda: require_packages(profile))
+    attempt(mistakes, lambda: check_folders(profile))
+    family = attempt(mistakes, lambda: open_family(profile, resumes=resumes))
+    if family is None or mistakes:
+        raise UserError("\n".join(mistakes))
+    return family
+
+
+def start_mistakes(profile: Profile) -> list[str]:
+    """All mistakes that `open_run` would list, without those in clips that no setting names."""
+    mistakes: list[str] = []
+    attempt(mistakes, lambda: require_packages(profile))
+    if profile.data.path is not None:
+        attempt(mistakes, lambda: check_folders(profile))
+    attempt(mistakes, lambda: open_family(profile))
+    return mistakes
+
+
+def attempt(mistakes: list[str], check: Callable[[], Result]) -> Result | None:
+    """The result of a check; if it raises a UserError, add the lines of its message to `mistakes` and return None."""
+    try:
+        return check()
+    except UserError as error:
+        mistakes += str(error).splitlines()
+        return None
+
+
+def check_folders(profile: Profile) -> None:
+    """Check that there are clips, and that the cache can be written.
+
+    Raises:
+        UserError: if not.
+    """
+    folder = clips_folder(profile.data)
+    check_clips(folder)
+    check_writable(cache_folder(profile.data), folder)
 
 
 def require_packages(profile: Profile) -> None:
@@ -29,7 +85,7 @@ def missing_optimizer(profile: Profile) -> dict[str, str]:
     """The mistake in the settings, with the command that installs the optimizer; empty if it is installed."""
     if profile.train.optimizer != "adamw8bit" or find_spec("bitsandbytes") is not None:
         return {}
-    return {"adamw8bit needs bitsandbytes": "pip install 'crepa[bnb]'"}
+    return {"train.optimizer: adamw8bit needs bitsandbytes": "pip install bitsandbytes"}
 
 
 def missing_trackers(profile: Profile) -> dict[str, str]:
@@ -42,23 +98,46 @@ def missing_trackers(profile: Profile) -> dict[str, str]:
     }
 
 
-def open_family(profile: Profile) -> Family:
+def open_family(profile: Profile, *, resumes: bool = False) -> Family:
     """The family of the settings with its checkpoint, checked against the settings.
+
+    Args:
+        profile: the resolved settings.
+        resumes: whether they resume a run, of which some were started when any number of frames was accepted.
 
     Raises:
         UserError: lists all mistakes: family, checkpoint, task, block indices, sizes, images, export layouts.
     """
-    model = profile.model
-    family = load_family(model.family)(model.checkpoint, model.task, model.revision, model.variant)
-    mistakes = [
-        *_block_mistakes(family, profile),
-        *_size_mistakes(family, profile.data),
-        *image_mistakes(profile.validation, model.task),
-        *export_mistakes(family, profile.adapter),
-    ]
-    if mistakes:
+    family = load_checkpoint(profile)
+    if mistakes := family_mistakes(family, profile, resumes=resumes):
         raise UserError("\n".join(mistakes))
     return family
+
+
+def load_checkpoint(profile: Profile) -> Family:
+    """The family of the settings with its checkpoint, of which only the configuration is read.
+
+    Raises:
+        UserError: if it cannot be read, or is not for the family and the task.
+    """
+    model = profile.model
+    family = load_family(model.family)(model.checkpoint, model.task, model.revision, model.variant)
+    family.vae_dtype = torch_dtype(model.vae_dtype)
+    if model.vae_tiling is not None:
+        family.vae_tiling = model.vae_tiling
+    return family
+
+
+def family_mistakes(family: Family, profile: Profile, *, resumes: bool = False) -> list[str]:
+    """Settings that do not go with the checkpoint; see `open_family`."""
+    return [
+        *_block_mistakes(family, profile),
+        *_size_mistakes(family, profile.data),
+        *([] if resumes else _length_mistakes(family, profile)),
+        *image_mistakes(profile.validation, profile.model.task),
+        *_sampling_mistakes(family, profile.validation),
+        *export_mistakes(family, profile.adapter),
+    ]
 
 
 def _block_mistakes(family: Family, profile: Profile) -> list[str]:
@@ -91,6 +170,17 @@ def _size_mistakes(family: Family, data: DataSettings) -> list[str]:
     return mistakes
 
 
+def _length_mistakes(family: Family, profile: Profile) -> list[str]:
+    step = family.frame_multiple
+    lengths = {"data.frames": profile.data.frames, "validation.frames": profile.validation.frames}
+    return [
+        f"{name} = {frames}: {family.name} takes one frame more than a multiple of {step}, "
+        f"such as {lower} or {lower + step}"
+        for name, frames in lengths.items()
+        if frames is not None and frames != (lower := (frames - 1) // step * step + 1)
+    ]
+
+
 def image_mistakes(validation: ValidationSettings, task: str) -> list[str]:
     """Mistakes in the images that validation videos start from."""
     if task == "t2v":
@@ -98,6 +188,20 @@ def image_mistakes(validation: ValidationSettings, task: str) -> list[str]:
     if validation.prompts and validation.every and not validation.images:
         return ["validation.images: image to video needs one image per prompt, the first frame of its video"]
     return [mistake for path in validation.images for mistake in _unreadable(path)]
+
+
+def _sampling_mistakes(family: Family, validation: ValidationSettings) -> list[str]:
+    if not validation.every:
+        return []
+    mistakes = []
+    if validation.steps < family.fewest_sampling_steps:
+        mistakes.append(
+            f"validation.steps = {validation.steps}: the scheduler of {family.base.name} stretches the noise levels "
+            f"between the first and the last one; choose {family.fewest_sampling_steps} or more"
+        )
+    if validation.motion_score is not None and family.motion_suffix is None:
+        mistakes.append(f"validation.motion_score: {family.name} knows no motion score; leave it out")
+    return mistakes
 
 
 def _unreadable(path: str) -> list[str]:

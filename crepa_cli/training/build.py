@@ -10,7 +10,7 @@ from crepa_cli.alignment import CoefficientSchedule, Crepa
 from crepa_cli.errors import RunError
 from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
-from crepa_cli.profile import LayerSyncSettings, Profile
+from crepa_cli.profile import LayerSyncSettings, Profile, step_count
 from crepa_cli.training.adapter import make_trainable
 from crepa_cli.training.aligned import AlignedTransformer, BlockPair
 
@@ -77,16 +77,16 @@ def trainable(module: nn.Module) -> list[nn.Parameter]:
 
 def coefficient_schedule(profile: Profile) -> CoefficientSchedule:
     """The schedule that the settings describe."""
-    crepa = profile.crepa
+    crepa, total = profile.crepa, profile.train.steps
     return CoefficientSchedule(
         peak=crepa.lambda_,
-        total_steps=profile.train.steps,
+        total_steps=total,
         scheduler=crepa.scheduler,
         end=crepa.lambda_end,
-        warmup_steps=crepa.warmup_steps,
-        decay_steps=crepa.decay_steps,
+        warmup_steps=step_count(crepa.warmup_steps, total),
+        decay_steps=step_count(crepa.decay_steps, total),
         power=crepa.power,
-        cutoff_step=crepa.cutoff_step,
+        cutoff_step=step_count(crepa.cutoff_step, total),
         similarity_threshold=crepa.similarity_threshold,
         similarity_ema_decay=crepa.similarity_ema_decay,
         threshold_mode=crepa.threshold_mode,
@@ -107,6 +107,6 @@ def make_optimizer(
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
-        raise RunError("optimizer adamw8bit needs bitsandbytes: pip install 'crepa[bnb]'") from error
+        raise RunError("optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes") from error
     optimizer: torch.optim.Optimizer = AdamW8bit(parameters, lr=learning_rate, weight_decay=weight_decay)
     return optimizer

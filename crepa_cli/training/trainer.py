@@ -20,6 +20,7 @@ from crepa_cli.events import (
     CheckpointSaved,
     Event,
     Notice,
+    Progress,
     StepDone,
     StepSkipped,
     TrainingEnded,
@@ -112,6 +113,8 @@ class Trainer:
     def _steps(self, should_stop: StopRequest) -> Iterator[Event]:
         profile, last = self.profile, self.profile.train.steps
         batches = self.batches.starting_at(self.done)
+        if self.done == 0:
+            yield from self._validate(should_stop)
         for step in range(self.done, last):
             if self.learner.aligns and self.learner.schedule.finished(step):
                 yield self._drop_alignment(step)
@@ -127,9 +130,7 @@ class Trainer:
                 yield self._save()
             if self._stopping(should_stop):
                 break
-            if profile.validation.prompts and _due(self.done, profile.validation.every):
-                yield self.validator.sample(self.learner, self.done, should_stop)
-                self.peak.restart()
+            yield from self._validate(should_stop)
         if self.done < last:
             if self.done > self.saved:
                 yield self._save()
@@ -137,6 +138,14 @@ class Trainer:
         else:
             self._export()
             yield TrainingEnded(self.done, self.run.weights)
+
+    def _validate(self, should_stop: StopRequest) -> Iterator[Event]:
+        """Sample videos if they are due."""
+        validation = self.profile.validation
+        if validation.prompts and _due(self.done, validation.every):
+            yield Progress("validation", 0, len(validation.prompts), "sampling videos")
+            yield self.validator.sample(self.learner, self.done, should_stop)
+            self.peak.restart()
 
     def _step(self, step: int, batches: Iterator[Batch], should_stop: StopRequest) -> StepDone | StepSkipped | None:
         """One optimizer step; None if the run is to stop before it is complete, which changes nothing."""
@@ -159,6 +168,7 @@ class Trainer:
         if not all(math.isfinite(value) for value in (*means.values(), norms.adapter, norms.projector or 0.0)):
             return self._skip(step, losses, clips)
         similarity = means.get("similarity")
+        cut_off = not learner.aligns or learner.schedule.cut_off
         self.updating = True
         learner.update(similarity)
         self.updating = False
@@ -173,7 +183,7 @@ class Trainer:
             layersync_loss=means.get("layersync"),
             crepa_similarity_ema=learner.schedule.similarity_ema,
             crepa_coefficient=coefficient,
-            crepa_cutoff=not learner.aligns or learner.schedule.cut_off or learner.schedule.finished(step),
+            crepa_cutoff=cut_off,
             learning_rate=learning_rate,
             grad_norm=norms.adapter,
             projector_grad_norm=norms.projector,
@@ -235,8 +245,8 @@ class Trainer:
         settings, schedule = self.profile.crepa, self.learner.schedule
         if schedule.cut_off:
             return f"similarity average {schedule.similarity_ema:.3f} >= {settings.similarity_threshold}"
-        if settings.cutoff_step and step >= settings.cutoff_step:
-            return f"cutoff_step {settings.cutoff_step} reached"
+        if schedule.cutoff_step and step >= schedule.cutoff_step:
+            return f"cutoff_step {schedule.cutoff_step} reached"
         return "the coefficient has decayed to 0"
 
     def _stopping(self, should_stop: StopRequest) -> bool:
@@ -247,7 +257,9 @@ class Trainer:
         return bool(self.accelerator.reduce(asked, "sum").item())
 
     def _save(self) -> CheckpointSaved:
-        event = self.checkpointer.save(self.learner, {"step": self.done, "skipped": self.skipped.state_dict()})
+        revisions = {"model": self.profile.model.revision, "encoder": self.profile.crepa.encoder_revision}
+        progress = {"step": self.done, "skipped": self.skipped.state_dict(), "revisions": revisions}
+        event = self.checkpointer.save(self.learner, progress)
         self.saved = self.done
         return event
 

@@ -26,10 +26,10 @@ from crepa_cli.training.learner import Learner
 
 
 class Prompts(NamedTuple):
-    """Encoded prompts, from the cache: those of the validation, one for each video, and the empty one."""
+    """Encoded prompts, from the cache: one for each video, and the negative one."""
 
     validation: Sequence[Tensors]
-    empty: Tensors
+    negative: Tensors
 
 
 class Validator:
@@ -38,7 +38,7 @@ class Validator:
     Args:
         profile: the resolved settings.
         family: whose pipeline samples.
-        prompts: the validation prompts; the empty one is the negative prompt of classifier-free guidance.
+        prompts: one for each video, and the negative one of classifier-free guidance.
         form: size, length and frame rate of the clips; `validation.frames` may replace the length.
         run: the run's folder.
         accelerator: device and processes.
@@ -118,7 +118,7 @@ class Validator:
         validation, device = self.validation, self.accelerator.device
         inputs = self.family.form_arguments(**self.form._asdict())
         inputs |= self.family.sampling_arguments(
-            _to(self.prompts.validation[index], device), _to(self.prompts.empty, device)
+            _to(self.prompts.validation[index], device), _to(self.prompts.negative, device)
         )
         inputs["num_inference_steps"] = validation.steps
         inputs["guidance_scale"] = validation.guidance_scale

@@ -1,0 +1,1 @@
+"""Base models and teachers on the Hub: asking it, downloading what is needed, reading configurations."""
