@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import pty
 import re
 import subprocess
 import sys
@@ -272,7 +271,7 @@ def terminal(folder: Path, answers: str, *arguments: str, **extra: str) -> tuple
 
     `extra` adds environment variables.
     """
-    ours, theirs = pty.openpty()
+    ours, theirs = pytest.importorskip("pty").openpty()
     environment = {name: value for name, value in os.environ.items() if name not in {"CI", *NOTEBOOK_VARIABLES}}
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, *arguments],

@@ -67,7 +67,7 @@ def settings(family: Family, **tables: dict[str, object]) -> Profile:
         "data": {"width": 96, "height": 96, "frames": 33, "fps": 16.0},
         "train": {"batch_size": 2, "learning_rate": 1e-4},
         "crepa": {"block_index": 1},
-        "validation": {"guidance_scale": 5.0},
+        "validation": {"every": 0, "guidance_scale": 5.0},
     }
     return Profile.model_validate({table: values | tables.get(table, {}) for table, values in base.items()})
 

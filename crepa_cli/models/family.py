@@ -88,6 +88,8 @@ class Family(ABC):
     """Patterns in module names and their replacements in the original names; None if ComfyUI does not run it."""
     comfyui_prefix: ClassVar[str] = "diffusion_model."
     """Before the names of a LoRA for ComfyUI; one that diffusers reads too."""
+    guides_in_one_batch: ClassVar[bool] = False
+    """Whether the pipelines run a prompt and its negative as one batch of two, rather than one after the other."""
 
     def __init__(self, checkpoint: str, task: str, revision: str | None = None, variant: str | None = None) -> None:
         if task not in self.pipelines:

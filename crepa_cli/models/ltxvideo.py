@@ -48,6 +48,7 @@ class LtxVideo(Family):
     # Of its authors' code (pipeline_ltx_video.py); the pipelines of diffusers cut at 128 up to version 0.9.1.
     caption_tokens = 256
     takes_frame_rate = True
+    guides_in_one_batch = True
     settings = {
         "crepa": {"block_index": 8},
         "adapter": {

@@ -74,6 +74,7 @@ class SanaVideo(Family):
         "artifacts, jitter, and ghosting effects, creating a disorienting visual experience."
     )
     motion_suffix = " motion score: {}."
+    guides_in_one_batch = True
     settings = {
         "crepa": {"block_index": 10},
         "adapter": {"rank": 32, "target_modules": ["to_q", "to_k", "to_v", "to_out.0"], "export": ["diffusers"]},
