@@ -16,7 +16,6 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
@@ -31,7 +30,7 @@ from crepa_cli.data.video import DECODING_VERSION
 from crepa_cli.errors import RunError, UserError, counted
 from crepa_cli.events import Event, Notice, Progress, RunOpened, TrainingEnded, TrainingStarted
 from crepa_cli.hub.download import download as download_needs
-from crepa_cli.hub.question import unreachable
+from crepa_cli.hub.question import ask_anew, unreachable
 from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
 from crepa_cli.processes import PRECISION, from_all, from_main, start_processes
@@ -43,6 +42,7 @@ from crepa_cli.report.trackers import Trackers
 from crepa_cli.runs.capabilities import attention_mistakes, compile_mistakes, dtype_mistakes
 from crepa_cli.runs.checks import attempt, open_family, open_run
 from crepa_cli.runs.folder import RunFolder
+from crepa_cli.runs.prompts import Prompts, negative_prompt, read_prompts, sampled_texts, with_prompts, with_prompts_of
 from crepa_cli.runs.resume import resume_mistakes
 from crepa_cli.runs.sources import at_commits, commits, keep_commits, needs
 from crepa_cli.runs.warnings import neighbor_warnings, setting_warnings
@@ -53,9 +53,10 @@ from crepa_cli.training.build import coefficient_schedule
 from crepa_cli.training.checkpointer import Checkpointer
 from crepa_cli.training.checkpoints import newest_checkpoint, read_progress
 from crepa_cli.training.learner import build_learner
+from crepa_cli.training.peak import device_memory
 from crepa_cli.training.skipped import RUN, SkippedSteps
 from crepa_cli.training.trainer import Trainer
-from crepa_cli.training.validator import Prompts, Validator
+from crepa_cli.training.validator import Validator
 
 __all__ = ["check", "download", "fill_cache", "resolve", "train"]
 
@@ -132,6 +133,8 @@ def train(
         raise UserError("\n".join(mistakes))
     # One process decides: once it has made the folder, the others would find a run in it.
     run = from_main(lambda: _run_to_resume(profile) if resume else RunFolder.claim(profile))
+    if resume:
+        profile = with_prompts_of(resolve(str(run.profile)).profile, profile)
     accelerator = _accelerator(profile)
     with ExitStack() as stack:
         stack.enter_context(_advice_on_memory(profile, family, accelerator.device))
@@ -232,7 +235,6 @@ class _Prepared(NamedTuple):
     clips: list[PreparedClip]
     cache: Cache
     form: ClipForm
-    prompts: Prompts
 
 
 def _run(
@@ -245,15 +247,17 @@ def _run(
     should_stop: StopRequest,
 ) -> Events:
     """Prepare, build the trainer, train."""
-    yield RunOpened(run.path, _device_memory(accelerator.device), loading_lines(family, profile, run.weights))
+    yield RunOpened(run.path, device_memory(accelerator.device), loading_lines(family, profile, run.weights))
     for warning in setting_warnings(profile):
         yield Notice(warning)
     checkpoint = (yield from _newest_checkpoint(run, profile.train.steps)) if resume else None
     prepared = yield from _prepared(profile, family, accelerator)
     for warning in neighbor_warnings(profile.crepa, family, (clip.bucket.frames for clip in prepared.clips)):
         yield Notice(warning)
+    profile = from_main(lambda: with_prompts(profile, prepared.clips, run))
+    prompts = yield from read_prompts(profile, family, prepared.cache, accelerator.device)
     yield Progress("loading", 0, 1, "the transformer")
-    trainer = _build_trainer(profile, family, run, accelerator, prepared, checkpoint)
+    trainer = _build_trainer(profile, family, run, accelerator, prepared, prompts, checkpoint)
     yield from trainer.train(should_stop)
 
 
@@ -284,6 +288,8 @@ def _downloaded(profile: Profile, family: Family) -> Events:
         yield from download_needs(needs(profile, family))
     except UserError as error:
         failures.append(error)
+    # This run needs no more of it, and the next one in this process wants fresh answers.
+    ask_anew()
     for failure in from_all(failures):
         raise failure
 
@@ -298,15 +304,14 @@ def _prepared(profile: Profile, family: Family, accelerator: Accelerator) -> Gen
         on_damage=lambda path, reason: damaged.append(f"{path.name} in the cache is made again: {reason}"),
     )
     dtype = torch_dtype(profile.model.dtype)
-    texts = [*profile.validation.prompts, ""]
+    texts, negative = [*sampled_texts(profile.validation, family), ""], negative_prompt(profile.validation, family)
     reads_features = crepa.encoder_teaches and crepa.teacher_cache and not coefficient_schedule(profile).finished(0)
     stored = crepa if reads_features else None
     folder = clips_folder(profile.data)
-    clips = yield from prepare(family, folder, form, stored, texts, cache, accelerator.device, dtype)
+    clips = yield from prepare(family, folder, form, stored, texts, cache, accelerator.device, dtype, negative)
     for message in damaged:
         yield Notice(message)
-    *validation, empty = (cache.read("prompts", prompt_key(family, text, dtype)) for text in texts)
-    return _Prepared(clips, cache, form, Prompts(validation, empty))
+    return _Prepared(clips, cache, form)
 
 
 def _build_trainer(
@@ -315,6 +320,7 @@ def _build_trainer(
     run: RunFolder,
     accelerator: Accelerator,
     prepared: _Prepared,
+    prompts: Prompts,
     checkpoint: Path | None,
 ) -> Trainer:
     crepa = profile.crepa
@@ -332,7 +338,7 @@ def _build_trainer(
         learner,
         Batches(ClipDataset(prepared.clips, prepared.cache, empty_key), profile, accelerator, learner.aligns),
         Checkpointer(run, profile.checkpoints.keep, accelerator),
-        Validator(profile, family, prepared.prompts, prepared.form, run, accelerator),
+        Validator(profile, family, prompts, prepared.form, run, accelerator),
         accelerator,
         OnlineTeacher(family, crepa, accelerator.device) if online else None,
         SkippedSteps(profile.train.max_skipped_steps, skipped),
@@ -353,13 +359,6 @@ def _accelerator(profile: Profile) -> Accelerator:
         # The trainer accumulates by itself; without the plugin an environment variable would divide the gradients.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )
-
-
-def _device_memory(device: torch.device) -> int:
-    """Bytes that a device has."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return int(psutil.virtual_memory().total)
 
 
 @contextmanager

@@ -36,6 +36,7 @@ def wan(task: str, blocks: int, hidden_size: int, clip: Shapes) -> Published:
 
 PUBLISHED: dict[tuple[str, str], Published] = {
     ("ltxvideo", "Lightricks/LTX-Video"): Published("t2v", 28, 2048, 8, 32, LTX_CLIP),
+    ("ltxvideo", "Lightricks/LTX-Video-0.9.5"): Published("t2v", 28, 2048, 8, 32, LTX_CLIP),
     ("ltxvideo", "Lightricks/LTX-Video-0.9.7-dev"): Published("i2v", 48, 4096, 8, 32, LTX_CLIP),
     ("sanavideo", "Efficient-Large-Model/SANA-Video_2B_480p_diffusers"): Published(
         "i2v", 20, 2240, 4, 32, {"latents": (16, 3, 4, 8)} | SANA_PROMPT

@@ -51,16 +51,22 @@ def first_frame(video: Tensor) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def sampled_latents(family: Family, pipeline: Any, video: Tensor, latents: Tensor, steps: int) -> Tensor:
-    """The latents `[C, T, h, w]` that the published pipeline generates for the caption, at the size of the video."""
+def sampled_latents(family: Any, pipeline: Any, video: Tensor, latents: Tensor, steps: int, **prompts: Any) -> Tensor:
+    """The latents `[C, T, h, w]` that the published pipeline generates for the caption, at the size of the video.
+
+    `prompts` are other arguments than the caption without guidance.
+    """
     frames, height, width = video.shape[1:]
     arguments = family.form_arguments(width=width, height=height, frames=frames, fps=FPS)
     if family.task == "i2v":
         arguments["image"] = first_frame(video)
+    if family.caption_tokens:
+        arguments["max_sequence_length"] = family.caption_tokens
+    if family.name == "kandinsky5_video":
+        pipeline._get_scale_factor = family.rotary_scale
     sampled: Tensor = pipeline(
-        prompt=CAPTION,
+        **prompts or {"prompt": CAPTION, "guidance_scale": 1.0},
         num_inference_steps=steps,
-        guidance_scale=1.0,
         generator=torch.Generator().manual_seed(1),
         output_type="latent",
         **arguments,
@@ -95,11 +101,25 @@ def overfitted(family: Family, tensors: Tensors, steps: int) -> torch.nn.Module:
 
 
 def sampled_similarity(family: Family, video: Tensor, tensors: Tensors, **transformers: torch.nn.Module) -> float:
-    """The cosine between a clip's latents and those that the published pipeline samples with these transformers."""
+    """The cosine between a clip's latents and those that the published pipeline samples with these transformers.
+
+    The lower one of two samples: of the caption alone, and of encoded prompts against the published negative prompt.
+    """
     pipeline_class = getattr(diffusers, family.pipeline_class)
     pipeline = pipeline_class.from_pretrained(family.base.name, **transformers)
-    sampled = sampled_latents(family, pipeline, video, tensors["latents"], steps=30)
-    return float(torch.cosine_similarity(sampled.flatten(), tensors["latents"].flatten(), dim=0))
+    with torch.no_grad():
+        negative = family.encode_negative_prompt(family.load_text_pipeline(torch.float32), family.negative_prompt)
+    prompt = {name: tensors[name] for name in negative}
+    guided = family.sampling_arguments(prompt, negative) | {"guidance_scale": 2.0}
+    cosines = [
+        torch.cosine_similarity(
+            sampled_latents(family, pipeline, video, tensors["latents"], 30, **prompts).flatten(),
+            tensors["latents"].flatten(),
+            dim=0,
+        )
+        for prompts in ({}, guided)
+    ]
+    return float(min(cosines))
 
 
 @pytest.mark.slow

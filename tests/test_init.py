@@ -42,7 +42,7 @@ import sys, typer
 from crepa_cli.cli.init import init
 from crepa_cli.profile.layers import complete
 checks = sys.modules["crepa_cli.cli.init"]
-checks._checked = lambda settings, vram: (complete(settings, lambda *_: {DEFAULTS!r}), [])
+checks._checked = lambda settings, vram: (complete(settings, lambda *_: {{'family wan': {DEFAULTS!r}}}), [])
 typer.run(init)
 """
 """The checks against the checkpoint, which load torch, have tests of their own."""
@@ -87,11 +87,13 @@ def written(folder: Path) -> dict[str, Any]:
 
 
 def as_toml(tables: dict[str, dict[str, Any]]) -> str:
-    return commented_toml(tables, complete(tables, lambda *_: DEFAULTS))
+    return commented_toml(tables, complete(tables, lambda *_: {"family wan": DEFAULTS}))
 
 
 def resolved(folder: Path) -> ResolvedProfile:
-    return resolve_profile(profile=None, flags={}, sets=[], folder=folder, family_defaults=lambda *_: DEFAULTS)
+    return resolve_profile(
+        profile=None, flags={}, sets=[], folder=folder, family_defaults=lambda *_: {"family wan": DEFAULTS}
+    )
 
 
 def imported(config: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[str, object]]:
@@ -122,7 +124,7 @@ def test_flags_alone_write_a_file_that_means_the_preset(folder: Path, preset: st
         flags={"model.family": "wan", "data.path": "clips"},
         sets=[],
         folder=folder.parent,
-        family_defaults=lambda *_: DEFAULTS,
+        family_defaults=lambda *_: {"family wan": DEFAULTS},
     )
     assert resolved(folder).profile == expected.profile
     sources = {"built-in default", f"preset {preset}", "crepa.toml", "family wan"}
@@ -294,9 +296,9 @@ def terminal(folder: Path, answers: str, *arguments: str, **extra: str) -> tuple
 
 
 def test_a_terminal_is_asked_with_defaults(folder: Path):
-    code, screen = terminal(folder, "\n\n\n\n\n")
+    code, screen = terminal(folder, "\n\n\n\n\n\n")
     assert code == 0, screen
-    for question in ("Model family", "Text to video", "Preset", "Folder of clips", "GPU memory"):
+    for question in ("Model family", "Text to video", "Preset", "Folder of clips", "GPU memory", "Prompt to sample"):
         assert question in screen
     assert "no NVIDIA GPU found" in screen
     assert written(folder)["model"] == {"family": "wan"}
@@ -308,11 +310,12 @@ def test_a_terminal_is_asked_again_after_a_wrong_answer_and_shows_the_gpu(folder
     smi = folder / "nvidia-smi"
     smi.write_text("#!/bin/sh\necho 'Tiny GPU, 10240'\n")
     smi.chmod(0o755)
-    code, screen = terminal(folder, "wann\nwan\ni2v\n\nmy clips\n\n")
+    code, screen = terminal(folder, "wann\nwan\ni2v\n\nmy clips\n\na fox, running\nfox.png\n\n")
     assert code == 0, screen
     assert "Tiny GPU" in screen
     assert (written(folder)["preset"], written(folder)["model"]) == ("i2v", {"family": "wan"})
     assert written(folder)["data"] == {"path": "my clips", "frames": 33}
+    assert written(folder)["validation"] == {"prompts": ["a fox, running"], "images": ["fox.png"]}
 
 
 def test_a_terminal_is_asked_only_for_what_no_flag_has_said(folder: Path):
@@ -490,16 +493,9 @@ def test_malformed_json_is_explained(folder: Path, text: str, message: str):
     assert not (folder / "crepa.toml").exists()
 
 
-class FakeFamily:
-    @classmethod
-    def defaults(cls, task: str) -> dict[str, dict[str, object]]:
-        assert task == "t2v"
-        return DEFAULTS
-
-
 @pytest.fixture
 def light_family(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("crepa_cli.models.load_family", lambda _: FakeFamily)
+    monkeypatch.setattr("crepa_cli.models.family_defaults", lambda *_: {"family wan": DEFAULTS})
 
 
 @pytest.mark.usefixtures("light_family")
@@ -661,7 +657,7 @@ def test_every_preset_of_every_family_makes_a_profile(
 ):
     task = "i2v" if preset == "i2v" else "t2v"
     if in_terminal:
-        assert terminal(folder, f"{family}\n{task}\n{preset}\nclips\n24\n")[0] == 0
+        assert terminal(folder, f"{family}\n{task}\n{preset}\nclips\n24\n\n")[0] == 0
     else:
         succeed("--model", family, "--task", task, "--profile", preset, "--data", "clips")
     assert run_crepa("train", "--print-profile") == 0

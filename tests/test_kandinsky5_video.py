@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch._dynamo.testing import CompileCounter
 from crepa_cli.demo.kandinsky5_video import tiny_transformer
 from crepa_cli.models.capture import HiddenStateCapture
 from crepa_cli.models.family import Tensors
-from crepa_cli.models.kandinsky5_video import Kandinsky5Video, rotary_scale
+from crepa_cli.models.kandinsky5_video import Kandinsky5Video
 from crepa_cli.runs.capabilities import attention_mistakes
 from crepa_cli.settings import resolve
 
@@ -139,7 +140,54 @@ def test_prompts_are_those_of_the_published_pipeline(open_tiny: OpenTiny) -> Non
     assert tensors["prompt_embeds"].shape == (512, 32)
 
 
-@pytest.mark.parametrize(("height", "width"), [(512, 768), (480, 854), (720, 1280), (64, 96), (480, 1024)])
-def test_rotary_positions_scale_as_in_the_pipeline(height: int, width: int, open_tiny: OpenTiny) -> None:
-    pipeline = open_tiny("kandinsky5_video", "t2v").load_vae_pipeline()
-    assert rotary_scale(height, width) == pipeline._get_scale_factor(height, width)
+LITE, PRO = 1792, 4096
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "columns", "scale"),
+    [
+        (LITE, 512, 768, 2),
+        (LITE, 464, 832, 2),
+        (LITE, 880, 448, 2),
+        (LITE, 768, 1280, 2),
+        (PRO, 512, 768, 2),
+        (PRO, 464, 832, 2),
+        (PRO, 768, 1280, 3.16),
+        (PRO, 768, 1024, 3.16),
+        (PRO, 1024, 1024, 3.16),
+        (PRO, 1408, 640, 3.16),
+    ],
+)
+def test_the_rotary_scale_is_that_of_the_official_configurations(
+    width: int, height: int, columns: int, scale: float, open_tiny: OpenTiny
+) -> None:
+    """kandinskylab/kandinsky-5, configs/: Lite is SD at every size, Pro SD or HD."""
+    tiny = open_tiny("kandinsky5_video", "t2v")
+    family = Kandinsky5Video(tiny.base.name, "t2v")
+    family.config = {**tiny.config, "model_dim": width}
+    assert family.rotary_scale(height, columns) == (1, scale, scale)
+
+
+@pytest.mark.parametrize(("width", "height"), [(832, 464), (448, 880)])
+def test_training_and_validation_scale_positions_alike(width: int, height: int, open_tiny: OpenTiny) -> None:
+    """At sizes of the default buckets for which the pipelines of diffusers take the scale of HD."""
+    family = open_tiny("kandinsky5_video", "t2v")
+    batch = random_batch([3], rows=height // 16, columns=width // 16)
+    step = family.step(batch, torch.randn_like(batch["latents"]), torch.full((1,), 0.5))
+    seen: list[tuple[float, float, float]] = []
+
+    def record(_module: torch.nn.Module, _: tuple[()], inputs: dict[str, Any]) -> None:
+        seen.append(inputs["scale_factor"])
+        raise KeyboardInterrupt
+
+    transformer = family.load_transformer(torch.float32)
+    pipeline = family.load_sampling_pipeline(transformer)
+    transformer.register_forward_pre_hook(record, with_kwargs=True)
+    prompt = {"prompt_embeds": torch.zeros(512, 32), "prompt_length": torch.tensor(3), "pooled_embeds": torch.zeros(32)}
+    with pytest.raises(KeyboardInterrupt):
+        pipeline(
+            **family.sampling_arguments(prompt, prompt),
+            **family.form_arguments(width=width, height=height, frames=5, fps=24.0),
+            num_inference_steps=1,
+        )
+    assert step.inputs["scale_factor"] == seen[0] == (1, 2, 2)

@@ -89,11 +89,13 @@ def test_the_frame_rate_scales_positions_in_time(open_tiny: OpenTiny) -> None:
     torch.testing.assert_close(seconds, torch.tensor([16 / FPS, 8 / FPS]))
 
 
-def test_latents_of_a_vae_that_denoises_are_decoded(open_tiny: OpenTiny) -> None:
-    """Since version 0.9.1, the decoder takes a timestep."""
-    family = open_tiny("ltxvideo", "t2v")
-    pipeline = family.load_vae_pipeline()
-    pipeline.vae = diffusers.AutoencoderKLLTXVideo(
+def test_a_vae_that_denoises_decodes_latents_and_samples(
+    open_tiny: OpenTiny, checkpoints: Path, tmp_path: Path
+) -> None:
+    """Since version 0.9.1 the decoder takes a timestep, and the pipeline adds noise to what it decodes."""
+    folder = tmp_path / "denoising"
+    shutil.copytree(open_version("0.9.5", "t2v", open_tiny, checkpoints).base.name, folder)
+    diffusers.AutoencoderKLLTXVideo(
         latent_channels=8,
         block_out_channels=(8, 16, 16, 16),
         decoder_block_out_channels=(8, 16, 32),
@@ -104,6 +106,15 @@ def test_latents_of_a_vae_that_denoises_are_decoded(open_tiny: OpenTiny) -> None
         upsample_residual=(True, True, True),
         upsample_factor=(2, 2, 2),
         timestep_conditioning=True,
-    )
+    ).save_pretrained(folder / "vae")
+    family = LtxVideo(str(folder), "t2v")
+    pipeline = family.load_sampling_pipeline(family.load_transformer(torch.float32))
+    prompt = family.encode_prompt(family.load_text_pipeline(torch.float32), "a red disc")
+    arguments = family.sampling_arguments(prompt, prompt)
+    assert (arguments["decode_timestep"], arguments["decode_noise_scale"]) == (0.05, 0.025)
+    arguments |= family.form_arguments(width=64, height=64, frames=17, fps=FPS)
     with torch.no_grad():
         assert family.decode_latents(pipeline, torch.randn(8, 3, 2, 2)).shape == (3, 17, 64, 64)
+        (video,) = pipeline(**arguments, num_inference_steps=1, output_type="pt").frames
+    assert video.shape == (17, 3, 64, 64)
+    assert video.isfinite().all()

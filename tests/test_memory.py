@@ -130,6 +130,7 @@ def highest_level(profiled: Any) -> int:
         ("ltxvideo", {"train": {"activation_checkpointing": False}}),
         ("ltxvideo", {"adapter": {"kind": "full"}}),
         ("wan", {"model": {"dtype": "bfloat16"}}),
+        ("sanavideo", {"model": {"dtype": "bfloat16"}}),
     ],
 )
 def test_predicted_and_measured_agree(name: str, tables: dict[str, dict[str, object]], open_tiny: OpenTiny) -> None:
@@ -249,9 +250,10 @@ def test_the_largest_clips_that_fit(open_tiny: OpenTiny, tiny_dinov2: Path) -> N
     saved = [one.saved for one in plan.memory.savings]
     assert saved == sorted(saved, reverse=True)
 
-    fine = Plan(buckets=plan.buckets)
+    fine = Plan(buckets=[BucketCount(17, 96, 96, clips=2)])
     check_memory(fine, family, profile, Target(GPU, peaks[33]), lines.append)
     assert fine.checks[0].status == "fine"
+    assert "clips of up to 33 frames fit" in fine.checks[0].message
     shared = Plan(buckets=plan.buckets)
     check_memory(shared, family, with_setting(profile, "train", "sharding", True), Target(GPU, peaks[17]), lines.append)
     assert shared.checks[0].status == "fine", "nothing is known of several processes"

@@ -13,8 +13,8 @@ import torch
 from conftest import OpenTiny
 
 from crepa_cli.data.cache import Cache
-from crepa_cli.data.prepare import ClipForm, PreparedClip, prepare, scan
-from crepa_cli.data.video import DECODING_VERSION
+from crepa_cli.data.prepare import ClipForm, PreparedClip, clip_pixels, prepare, scan
+from crepa_cli.data.video import DECODING_VERSION, write_video
 from crepa_cli.demo.clips import write_demo_clips
 from crepa_cli.errors import UserError
 from crepa_cli.events import ClipSkipped, Event, Notice, drained
@@ -133,6 +133,55 @@ def test_an_entry_of_an_old_cache_that_is_not_finite_is_made_again(
     prepared(Cache(cache.root, on_damage=lambda *damage: damaged.append(damage)))
     assert damaged == [(path, f"{name}: not finite")]
     assert torch.equal(cache.read(kind, path.stem)[name], good[name])
+
+
+def written_clip(folder: Path, fps: float) -> None:
+    """A clip of 30 frames, each unlike the one before, with its caption."""
+    shades = torch.arange(30).mul(8).byte().view(-1, 1, 1, 1).expand(-1, 3, 64, 96)
+    write_video(folder / f"{fps:g}.mp4", shades, fps)
+    (folder / f"{fps:g}.txt").write_text("it grows lighter")
+
+
+@pytest.mark.parametrize(("name", "own"), [("wan", False), ("ltxvideo", True)])
+def test_a_clip_that_is_too_slow_is_named_or_trained_at_its_own_rate(
+    name: str, own: bool, open_tiny: OpenTiny, tmp_path: Path
+) -> None:
+    for fps in (6.5, 10, 15.84, 16, 24):
+        written_clip(tmp_path, fps)
+    events: list[Event] = []
+    clips = drained(scan(open_tiny(name, "t2v"), tmp_path, ClipForm(96, 64, 17, 16)), events.append)
+    rates, repeats = {}, {}
+    for clip in clips:
+        pixels = clip_pixels(clip)
+        assert len(pixels) == clip.bucket.frames
+        rates[clip.clip.path.stem] = clip.fps
+        shades = pixels.float().mean((1, 2, 3))
+        if repeated := int((shades.diff().abs() < 2).sum()):
+            repeats[clip.clip.path.name] = repeated
+    told = [event.message for event in events if isinstance(event, Notice)]
+    notices = [message for message in told if "longer than data.frames" not in message]
+    if own:
+        assert rates == pytest.approx({"6.5": 6.5, "10": 10, "15.84": 15.84, "16": 16, "24": 16})
+        assert not repeats
+        assert not notices
+    else:
+        assert rates == pytest.approx({"6.5": 16, "10": 16, "15.84": 15.84, "16": 16, "24": 16})
+        assert repeats.keys() == {"6.5.mp4", "10.mp4"}
+        assert sorted(notices) == [
+            f"{clip} is slower than data.fps = 16: {count} of its 17 frames repeat the one before"
+            for clip, count in sorted(repeats.items())
+        ]
+
+
+def test_the_rate_that_a_clip_is_trained_at_is_stored_with_it(open_tiny: OpenTiny, tmp_path: Path) -> None:
+    written_clip(tmp_path, 10)
+    cache = Cache(tmp_path / "cache")
+    form = ClipForm(96, 64, 9, 30)
+    family, device = open_tiny("ltxvideo", "t2v"), torch.device("cpu")
+    work = prepare(family, tmp_path, form, None, [""], cache, device, torch.float32)
+    (clip,) = drained(work, lambda _: None)
+    assert cache.read("latents", clip.latents_key)["fps"] == pytest.approx(10)
+    assert len(cache.read("prompts", clip.prompt_key)["prompt_embeds"]) == 256
 
 
 def test_what_changes_in_clips_and_what_is_left_out_is_named_once(family: Family, tmp_path: Path) -> None:

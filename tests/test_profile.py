@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from crepa_cli.errors import UserError
-from crepa_cli.models import FAMILIES, load_family
+from crepa_cli.models import FAMILIES
 from crepa_cli.models import family_defaults as real_defaults
 from crepa_cli.models.flavours import FLAVOURS
 from crepa_cli.profile import (
@@ -63,13 +63,13 @@ CREPA_DEFAULTS = {
     "threshold_mode": "permanent",
 }
 KEYS = {
-    "model": "family task checkpoint revision dtype variant",
+    "model": "family task checkpoint revision variant dtype vae_dtype vae_tiling",
     "adapter": "kind rank alpha dropout target_modules export",
     "data": "path width height frames fps repeats caption_dropout cache",
     "train": "steps batch_size gradient_accumulation learning_rate optimizer weight_decay lr_scheduler "
     "lr_warmup_steps max_grad_norm max_skipped_steps sharding activation_checkpointing compile ema timestep_sampling "
     "timestep_shift loss_weighting seed output",
-    "validation": "every prompts images steps guidance_scale frames",
+    "validation": "every prompts negative_prompt images motion_score steps guidance_scale frames",
     "checkpoints": "every keep",
     "report": "every trackers",
     "crepa": "block_index " + " ".join(CREPA_DEFAULTS),
@@ -132,10 +132,10 @@ OUT_OF_RANGE = [
 ]
 
 
-def family_defaults(family: str, task: str) -> dict[str, dict[str, object]]:
+def family_defaults(family: str, task: str, _kind: str, _checkpoint: str | None) -> dict[str, dict[str, Any]]:
     if family != "wan":
         raise UserError("the families with CREPA support are wan and ltxvideo")
-    return {
+    defaults = {
         "model": {"checkpoint": "org/wan"},
         "adapter": {"rank": 32, "target_modules": ["to_q"]},
         "data": {"width": 832, "height": 480, "frames": 81 if task == "t2v" else 49, "fps": 16.0},
@@ -143,6 +143,7 @@ def family_defaults(family: str, task: str) -> dict[str, dict[str, object]]:
         "validation": {"guidance_scale": 5.0},
         "crepa": {"block_index": 8},
     }
+    return {"family wan": defaults}
 
 
 @pytest.fixture
@@ -521,7 +522,7 @@ def test_alpha_follows_the_rank_unless_it_is_set(folder: Path):
 
 def family_settings(family: str, task: str) -> dict[str, object]:
     """The family's value of each setting that depends on the family, by "table.key"."""
-    defaults = load_family(family).defaults(task)
+    defaults = real_defaults(family, task, "lora", None)[f"family {family}"]
     return {f"{table}.{key}": defaults[table][key] for table, key in family_keys()}
 
 

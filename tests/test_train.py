@@ -37,7 +37,7 @@ def test_the_demo_leaves_the_files_of_a_run(demo_run: Path) -> None:
     for step in (20, 40, 60):
         files = {path.name for path in (demo_run / "checkpoints" / f"step-{step:06d}").iterdir()}
         assert files == {"model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"}
-    for step in (30, 60):
+    for step in (0, 30, 60):
         video = probe(demo_run / "samples" / f"step-{step:06d}" / "00.mp4")
         assert (video.frames, video.width, video.height) == (17, 96, 64)
     card = (demo_run / "README.md").read_text()

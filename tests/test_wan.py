@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import pytest
 import torch
 from conftest import OpenTiny
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline
+from safetensors.torch import load_file, save_file
 from test_families import encoded_clip, overfitted, sampled_similarity
 
 from crepa_cli.demo.tiny import normalize_latents, smooth_video, write_once
 from crepa_cli.demo.wan import tiny_transformer
 from crepa_cli.errors import UserError
+from crepa_cli.models.base import check_embedding
 from crepa_cli.models.wan import Wan
 from crepa_cli.training.flow import sample_sigmas
 
@@ -146,7 +149,7 @@ def test_tokenizers_by_the_name_in_published_checkpoints(open_tiny: OpenTiny, tm
     assert pipeline.tokenizer("a")["input_ids"]
 
 
-@pytest.mark.parametrize("sampling", ["uniform", "logit_normal"])
+@pytest.mark.parametrize("sampling", ["uniform", "logit_normal", "stretched"])
 @pytest.mark.parametrize("bounds", [(0.0, BOUNDARY), (BOUNDARY, 1.0)])
 def test_noise_levels_of_an_expert_are_those_of_the_whole_range_within_its_own(
     sampling: str, bounds: tuple[float, float]
@@ -157,3 +160,39 @@ def test_noise_levels_of_an_expert_are_those_of_the_whole_range_within_its_own(
     drawn = sample_sigmas(200_000, sampling, 3.0, generator, bounds)
     quantiles = torch.linspace(0.05, 0.95, 10)
     torch.testing.assert_close(drawn.quantile(quantiles), within.quantile(quantiles), atol=5e-3, rtol=0)
+
+
+@pytest.fixture
+def published_encoder(open_tiny: OpenTiny, tmp_path: Path) -> Path:
+    """The tiny checkpoint with a text encoder in the published layout: its embedding is `shared.weight` alone."""
+    folder = tmp_path / "wan"
+    shutil.copytree(open_tiny("wan", "t2v").base.name, folder)
+    config, weights = folder / "text_encoder/config.json", folder / "text_encoder/model.safetensors"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": False}))
+    tensors = load_file(weights)
+    embedding = {tensors.pop(name) for name in ("shared.weight", "encoder.embed_tokens.weight") if name in tensors}
+    save_file(tensors | {"shared.weight": embedding.pop()}, weights, metadata={"format": "pt"})
+    return folder
+
+
+def test_captions_are_the_same_if_the_text_encoder_holds_its_embedding_once(
+    published_encoder: Path, open_tiny: OpenTiny
+) -> None:
+    families = open_tiny("wan", "t2v"), Wan(str(published_encoder), "t2v")
+    with torch.no_grad():
+        tied, published = (one.encode_prompt(one.load_text_pipeline(torch.float32), "a red disc") for one in families)
+        other = families[1].encode_prompt(families[1].load_text_pipeline(torch.float32), "a blue square")
+    torch.testing.assert_close(published, tied, rtol=0, atol=0)
+    assert not torch.allclose(other["prompt_embeds"], published["prompt_embeds"])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_text_encoder_without_its_embedding_is_refused(tied: bool, open_tiny: OpenTiny) -> None:
+    """As transformers 5.0 to 5.2 load it: an embedding of its own, zero or whatever memory held."""
+    encoder: Any = open_tiny("wan", "t2v").load_text_pipeline(torch.float32).text_encoder
+    if not tied:
+        encoder.encoder.embed_tokens = torch.nn.Embedding.from_pretrained(encoder.shared.weight.detach().clone())
+    else:
+        torch.nn.init.zeros_(encoder.shared.weight)
+    with pytest.raises(UserError, match=r"without its embedding.*transformers>=5\.3"):
+        check_embedding(encoder)

@@ -33,6 +33,8 @@ class _Choices:
     checkpoint: str | None
     data: str | None
     vram: float | None
+    prompts: list[str] | None = None
+    images: list[str] | None = None
 
 
 def init(
@@ -114,6 +116,8 @@ def _create(choices: _Choices, from_json: Path | None, *, force: bool) -> None:
             "model.task": choices.task,
             "model.checkpoint": choices.checkpoint,
             "data.path": choices.data,
+            "validation.prompts": choices.prompts,
+            "validation.images": choices.images,
         },
         folder=folder,
         families=family_names(),
@@ -203,6 +207,7 @@ def _ask(choices: _Choices, imported: Imported | None) -> None:
     from crepa_cli.profile import presets
 
     said = {f"{one.table}.{one.key}" for one in imported.settings} if imported else set()
+    everything_said = imported or None not in (choices.model, choices.profile, choices.data, choices.vram)
     if choices.model is None and "model.family" not in said:
         choices.model = Prompt.ask("Model family", choices=family_names(), default=family_names()[0])
     if imported is None and choices.profile is None:
@@ -215,6 +220,23 @@ def _ask(choices: _Choices, imported: Imported | None) -> None:
     if imported is None and choices.vram is None:
         name, memory = detected_gpu() or ("no NVIDIA GPU found", 24.0)
         choices.vram = FloatPrompt.ask(f"GPU memory in GB ({name})", default=memory)
+    if not everything_said:
+        _ask_prompts(choices)
+
+
+def _ask_prompts(choices: _Choices) -> None:
+    """Ask for prompts until an empty answer; without any, training takes captions of the clips."""
+    from rich.prompt import Prompt
+
+    prompts, images = [], []
+    question = "Prompt to sample videos from (empty: two captions of your clips)"
+    while prompt := Prompt.ask(question, default="", show_default=False):
+        prompts.append(prompt)
+        if "i2v" in (choices.task, choices.profile):
+            images.append(Prompt.ask("Image that this video starts from"))
+        question = "Another prompt (empty: no more)"
+    if prompts:
+        choices.prompts, choices.images = prompts, images or None
 
 
 def detected_gpu() -> tuple[str, float] | None:

@@ -6,7 +6,8 @@ in memory together. A stage whose entries are all cached loads no model. The pro
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+import math
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,21 +17,30 @@ from torch import Tensor
 
 from crepa_cli.alignment.grid import matching_frames
 from crepa_cli.data.buckets import Bucket, Fit, Size, bucket_sizes, fit, nearest_bucket, valid_frames
-from crepa_cli.data.cache import Cache, cache_key, check_writable, not_finite
+from crepa_cli.data.cache import Cache, cache_key, check_writable
 from crepa_cli.data.clips import Clip, ClipError, file_digest, find_clips
-from crepa_cli.data.share import each, share
+from crepa_cli.data.looks import changed_looks
+from crepa_cli.data.stages import each, share, store
 from crepa_cli.data.video import DECODING_VERSION, VideoInfo, decode, frames_available, probe
 from crepa_cli.errors import UserError, counted, listed
 from crepa_cli.events import ClipSkipped, Event, Notice, Progress
 from crepa_cli.heap import release_memory
 from crepa_cli.hub.download import Need, fetch
 from crepa_cli.hub.read import fingerprint, read_config
-from crepa_cli.models.family import Family, Tensors
+from crepa_cli.models.family import Family
 from crepa_cli.processes import from_main
 from crepa_cli.profile import CrepaSettings, DataSettings
 from crepa_cli.teachers.dinov2 import ENCODERS, Dinov2Teacher, input_size
 
-LARGE_CROP = 0.1
+SAME_RATE = 0.99
+"""Clips that have this share of a frame rate or more are trained frame by frame, as if they had it: 29.97 is 30."""
+
+
+class Prompt(NamedTuple):
+    """A text to encode, as a caption or as a negative prompt."""
+
+    text: str
+    negative: bool = False
 
 
 class ClipForm(NamedTuple):
@@ -49,12 +59,17 @@ class ClipForm(NamedTuple):
 
 @dataclass(frozen=True)
 class PreparedClip:
-    """A clip and the keys of its cache entries; `features_key` is None if no encoder is the teacher."""
+    """A clip, the frame rate it is trained at, and the keys of its cache entries.
+
+    `repeated` of its frames repeat the one before. `features_key` is None if no encoder is the teacher.
+    """
 
     clip: Clip
     info: VideoInfo
     bucket: Bucket
     digest: str
+    fps: float
+    repeated: int = 0
     prompt_key: str = ""
     latents_key: str = ""
     features_key: str | None = None
@@ -74,6 +89,7 @@ def prepare(
     cache: Cache,
     device: torch.device,
     dtype: torch.dtype,
+    negative_prompt: str | None = None,
 ) -> Generator[Event, None, list[PreparedClip]]:
     """Fill the cache for a folder of clips; yields events and returns the usable clips.
 
@@ -86,6 +102,7 @@ def prepare(
         cache: stores the entries.
         device: the device of the models.
         dtype: dtype of the text encoder.
+        negative_prompt: of the validation, to encode too.
 
     Raises:
         UserError: if the cache cannot be written, no clip is usable, or a prompt of `prompts` cannot be encoded.
@@ -93,29 +110,37 @@ def prepare(
     check_writable(cache.root, folder)
     cache.remove_leftovers()
     clips = yield from scan(family, folder, form)
-    clips = yield from _prepare_prompts(family, clips, prompts, cache, device, dtype)
-    clips = yield from _prepare_latents(family, clips, form.fps, cache, device)
+    texts = {Prompt(text) for text in prompts} | ({Prompt(negative_prompt, True)} if negative_prompt else set())
+    captions = {Prompt(clip.clip.caption) for clip in clips}
+    reasons = yield from encode_prompts(family, texts | captions, cache, device, dtype)
+    require_prompts(texts, reasons)
+    clips = yield from _with_captions(family, clips, reasons, dtype)
+    clips = yield from _prepare_latents(family, clips, cache, device)
     if crepa is not None:
-        clips = yield from _prepare_features(family, crepa, clips, form.fps, cache, device)
+        clips = yield from _prepare_features(family, crepa, clips, cache, device)
     if not clips:
         raise UserError(f"no usable clips in {folder}; the messages above give the reasons")
     return clips
 
 
-def prompt_key(family: Family, caption: str, dtype: torch.dtype) -> str:
-    """The cache key of a caption's tensors."""
+def prompt_key(family: Family, caption: str, dtype: torch.dtype, *, negative: bool = False) -> str:
+    """The cache key of a caption's tensors, or of a negative prompt's; without a text they are the same."""
+    difference = {"negative": True} if negative and caption else {}
     return cache_key(
+        **difference,
         kind="prompts",
         family=family.name,
         pipeline=family.pipeline_class,
         caption=caption,
         dtype=str(dtype),
         encoder=_digests(family.text_components, family),
+        # Entries of earlier versions have the pipeline's length.
+        **({"tokens": family.caption_tokens} if family.caption_tokens else {}),
     )
 
 
 def scan(family: Family, folder: Path, form: ClipForm) -> Generator[Event, None, list[PreparedClip]]:
-    """Find the clips of a folder and the bucket of each; yields progress, skipped clips, and what changes in clips.
+    """Find the clips of a folder and the bucket of each; yields progress, skipped clips and notices.
 
     Raises:
         UserError: if the folder does not exist or has no usable clips.
@@ -125,63 +150,69 @@ def scan(family: Family, folder: Path, form: ClipForm) -> Generator[Event, None,
         yield ClipSkipped(skipped.name, skipped.reason)
     if found.left_out:
         yield Notice(f"{counted(len(found.left_out), 'file')} left out, of no kind of video: {listed(found.left_out)}")
-
-    def place(clip: Clip) -> PreparedClip:
-        info = probe(clip.path)
-        return PreparedClip(clip, info, bucket_of(info, family, form), file_digest(clip.path))
-
-    clips = yield from each("scanning", found.clips, place, name=lambda clip: clip.path.name)
+    clips = yield from each(
+        "scanning", found.clips, lambda clip: _placed(clip, family, form), name=lambda clip: clip.path.name
+    )
     if not clips:
         raise UserError(
             f"no usable clips in {folder}: {len(found.clips) + len(found.skipped)} found, all skipped for the reasons "
             "given above"
         )
-    yield from _changes(clips)
+    for clip in clips:
+        if clip.repeated:
+            yield Notice(
+                f"{_clip_name(clip)} is slower than data.fps = {form.fps:g}: {clip.repeated} of its "
+                f"{clip.bucket.frames} frames repeat the one before"
+            )
+    yield from _unused(clips, form)
+    yield from changed_looks([(_clip_name(clip), clip.info, clip.bucket) for clip in clips])
     return clips
 
 
-def _changes(clips: Sequence[PreparedClip]) -> Iterator[Notice]:
-    """Name the clips that are trained on in another look than their own."""
-    changed = {
-        "in HDR, tone-mapped to BT.709": [f"{_clip_name(clip)} ({clip.info.hdr})" for clip in clips if clip.info.hdr],
-        "interlaced, deinterlaced": [_clip_name(clip) for clip in clips if clip.info.interlaced],
-        "cropped by more than a tenth": [_crop(clip) for clip in clips if clip.fit.cropped > LARGE_CROP],
-    }
-    for how, names in changed.items():
-        if names:
-            yield Notice(f"{counted(len(names), 'clip')} {how}: {listed(names)}")
+def _unused(clips: Sequence[PreparedClip], form: ClipForm) -> Iterator[Notice]:
+    """Say what part of long clips is trained on."""
+    long = [clip for clip in clips if frames_available(clip.info, clip.fps) > form.frames]
+    if long:
+        share = sum(clip.bucket.frames / clip.fps for clip in clips) / sum(clip.info.duration for clip in clips)
+        yield Notice(
+            f"{len(long)} of {counted(len(clips), 'clip')} longer than data.frames = {form.frames}: only the first "
+            f"{form.frames / form.fps:.1f} s of each are trained on, {share:.0%} of all seconds; cut long clips into "
+            "several to use the rest"
+        )
 
 
-def _crop(clip: PreparedClip) -> str:
-    info, bucket = clip.info, clip.bucket
-    return (
-        f"{_clip_name(clip)} loses {clip.fit.cropped:.0%} ({info.width}x{info.height} scaled "
-        f"by {clip.fit.enlargement:.2f} for {bucket.width}x{bucket.height})"
-    )
-
-
-def bucket_of(info: VideoInfo, family: Family, form: ClipForm) -> Bucket:
-    """The size and frame count at which a clip is trained.
+def _placed(clip: Clip, family: Family, form: ClipForm) -> PreparedClip:
+    """The clip with the size, the frame count and the frame rate at which it is trained.
 
     Raises:
-        ClipError: if it is too short.
+        ClipError: if it cannot be read or is too short.
     """
-    available = frames_available(info, form.fps)
-    frames = valid_frames(available, form.frames, family.frame_multiple)
+    info, fps = probe(clip.path), form.fps
+    frames = valid_frames(frames_available(info, fps), form.frames, family.frame_multiple)
+    repeated = _repeated(info, frames or 1, fps)
+    if repeated and (family.takes_frame_rate or info.fps >= SAME_RATE * fps):
+        fps, repeated = info.fps, 0
+        frames = valid_frames(frames_available(info, fps), form.frames, family.frame_multiple)
     if frames is None:
         raise ClipError(
-            f"too short: {counted(available, 'frame')} at {form.fps:g} frames per second, "
+            f"too short: {counted(frames_available(info, fps), 'frame')} at {fps:g} frames per second, "
             f"needs at least {min(form.frames, family.frame_multiple + 1)}"
         )
-    sizes = bucket_sizes(form.width, form.height, family.size_multiple)
-    size = nearest_bucket(info.width, info.height, sizes)
-    return Bucket(frames, size.height, size.width)
+    size = nearest_bucket(info.width, info.height, bucket_sizes(form.width, form.height, family.size_multiple))
+    bucket = Bucket(frames, size.height, size.width)
+    return PreparedClip(clip, info, bucket, file_digest(clip.path), fps, repeated)
 
 
-def clip_pixels(clip: PreparedClip, fps: float) -> Tensor:
+def _repeated(info: VideoInfo, frames: int, fps: float) -> int:
+    """How many of the first `frames` frames at a frame rate repeat the one before, if the clip's own rate is steady."""
+    shown = math.floor(((frames - 1) / fps + info.rounding) * info.fps) + 1
+    return max(0, frames - shown)
+
+
+def clip_pixels(clip: PreparedClip) -> Tensor:
     """The frames of a clip, resized for training: uint8 `[F, 3, H, W]`."""
     bucket = clip.bucket
-    return decode(clip.clip.path, frames=bucket.frames, fps=fps, width=bucket.width, height=bucket.height)
+    return decode(clip.clip.path, frames=bucket.frames, fps=clip.fps, width=bucket.width, height=bucket.height)
 
 
 def load_teacher(crepa: CrepaSettings, device: torch.device) -> Dinov2Teacher:
@@ -205,84 +236,96 @@ def encoder_config(crepa: CrepaSettings) -> dict[str, Any]:
     return read_config(need.name, "config.json", need.revision)
 
 
-def _prepare_prompts(
-    family: Family,
-    clips: list[PreparedClip],
-    prompts: Iterable[str],
-    cache: Cache,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Generator[Event, None, list[PreparedClip]]:
-    prompts = set(prompts)
-    texts = sorted({clip.clip.caption for clip in clips} | prompts)
-    keys = {text: prompt_key(family, text, dtype) for text in texts}
-    missing = from_main(lambda: [text for text in texts if not cache.has("prompts", keys[text])])
-    reasons: dict[str, str] = {}
-    if missing:
-        reasons = yield from _encode_prompts(family, {text: keys[text] for text in missing}, cache, device, dtype)
-        release_memory()
-    for text in sorted(reasons.keys() & prompts):
-        where = f"the validation prompt {text!r}" if text else "the empty prompt"
-        raise UserError(f"{where} cannot be used: {reasons[text]}. Try another model.dtype")
-    for clip in clips:
-        if clip.clip.caption in reasons:
-            yield ClipSkipped(_clip_name(clip), f"its caption: {reasons[clip.clip.caption]}")
-    usable = [clip for clip in clips if clip.clip.caption not in reasons]
-    return [replace(clip, prompt_key=keys[clip.clip.caption]) for clip in usable]
+def encode_prompts(
+    family: Family, prompts: Collection[Prompt], cache: Cache, device: torch.device, dtype: torch.dtype
+) -> Generator[Event, None, dict[Prompt, str]]:
+    """Fill the cache for some texts, and return why some of them cannot be used; see `prepare`."""
+    keys = {one: prompt_key(family, one.text, dtype, negative=one.negative) for one in sorted(prompts)}
+    missing = from_main(lambda: [one for one in keys if not cache.has("prompts", keys[one])])
+    if not missing:
+        return {}
+    reasons = yield from _encode_missing(family, {one: keys[one] for one in missing}, cache, device, dtype)
+    release_memory()
+    return reasons
 
 
-def _encode_prompts(
-    family: Family, keys: dict[str, str], cache: Cache, device: torch.device, dtype: torch.dtype
-) -> Generator[Event, None, dict[str, str]]:
-    """Encode the texts, and return why some of them cannot be used."""
+def _encode_missing(
+    family: Family, keys: dict[Prompt, str], cache: Cache, device: torch.device, dtype: torch.dtype
+) -> Generator[Event, None, dict[Prompt, str]]:
     yield Progress("prompts", 0, len(share(keys)), "loading the text encoder")
     pipeline = family.load_text_pipeline(dtype).to(device)
 
-    def encode(text: str) -> tuple[str, str] | None:
+    def encode(prompt: Prompt) -> tuple[Prompt, str] | None:
+        encode_text = family.encode_negative_prompt if prompt.negative else family.encode_prompt
         try:
-            _store(cache, "prompts", keys[text], family.encode_prompt(pipeline, text))
+            store(cache, "prompts", keys[prompt], encode_text(pipeline, prompt.text))
         except ClipError as error:
-            return text, str(error)
+            return prompt, str(error)
         return None
 
-    failed = yield from each("prompts", list(keys), encode, name=repr)
+    failed = yield from each("prompts", list(keys), encode, name=lambda prompt: repr(prompt.text))
     return dict(one for one in failed if one is not None)
 
 
+def require_prompts(prompts: Collection[Prompt], reasons: Mapping[Prompt, str]) -> None:
+    """Raise a UserError that names the first of some prompts that cannot be used, with the reason."""
+    for prompt in sorted(reasons.keys() & set(prompts)):
+        kind = "negative" if prompt.negative else "validation"
+        where = f"the {kind} prompt {prompt.text!r}" if prompt.text else "the empty prompt"
+        raise UserError(f"{where} cannot be used: {reasons[prompt]}. Try another model.dtype")
+
+
+def _with_captions(
+    family: Family, clips: list[PreparedClip], reasons: Mapping[Prompt, str], dtype: torch.dtype
+) -> Generator[Event, None, list[PreparedClip]]:
+    """The clips with the keys of their captions; those whose caption cannot be used are skipped."""
+    usable = []
+    for clip in clips:
+        caption = clip.clip.caption
+        if reason := reasons.get(Prompt(caption)):
+            yield ClipSkipped(_clip_name(clip), f"its caption: {reason}")
+        else:
+            usable.append(replace(clip, prompt_key=prompt_key(family, caption, dtype)))
+    return usable
+
+
 def _prepare_latents(
-    family: Family, clips: list[PreparedClip], fps: float, cache: Cache, device: torch.device
+    family: Family, clips: list[PreparedClip], cache: Cache, device: torch.device
 ) -> Generator[Event, None, list[PreparedClip]]:
     vae = _digests(family.vae_components, family)
 
     def key(clip: PreparedClip) -> str:
-        return cache_key(kind="latents", family=family.name, task=family.task, vae=vae, **_content(clip, fps))
+        content = family.encoding | _content(clip)
+        return cache_key(kind="latents", family=family.name, task=family.task, vae=vae, **content)
 
     clips = [replace(clip, latents_key=key(clip)) for clip in clips]
     missing = from_main(lambda: [clip for clip in clips if not cache.has("latents", clip.latents_key)])
     if not missing:
         return clips
-    encoded = yield from _encode_latents(family, missing, fps, cache, device)
+    encoded = yield from _encode_latents(family, missing, cache, device)
     release_memory()
     return _without_failed(clips, missing, encoded)
 
 
 def _encode_latents(
-    family: Family, clips: list[PreparedClip], fps: float, cache: Cache, device: torch.device
+    family: Family, clips: list[PreparedClip], cache: Cache, device: torch.device
 ) -> Generator[Event, None, list[PreparedClip]]:
     yield Progress("latents", 0, len(share(clips)), "loading the VAE")
     pipeline = family.load_vae_pipeline().to(device)
 
     def encode(clip: PreparedClip) -> PreparedClip:
-        video = clip_pixels(clip, fps).transpose(0, 1).float() / 127.5 - 1
-        tensors = family.encode_clip(pipeline, video) | {"fps": torch.tensor(fps)}
-        _store(cache, "latents", clip.latents_key, tensors)
+        video = clip_pixels(clip).transpose(0, 1).float() / 127.5 - 1
+        # The same noise whenever this entry is computed, and another for every clip.
+        generator = torch.Generator().manual_seed(int(clip.latents_key[:15], 16)) if family.samples_posterior else None
+        tensors = family.encode_clip(pipeline, video, generator) | {"fps": torch.tensor(clip.fps)}
+        store(cache, "latents", clip.latents_key, tensors)
         return clip
 
     return (yield from each("latents", clips, encode, name=_clip_name))
 
 
 def _prepare_features(
-    family: Family, crepa: CrepaSettings, clips: list[PreparedClip], fps: float, cache: Cache, device: torch.device
+    family: Family, crepa: CrepaSettings, clips: list[PreparedClip], cache: Cache, device: torch.device
 ) -> Generator[Event, None, list[PreparedClip]]:
     folder = encoder_folder(crepa)
     encoder = fingerprint(folder)
@@ -293,13 +336,13 @@ def _prepare_features(
         grid = family.token_grid(cache.read("latents", clip.latents_key)["latents"][None])
         frames = matching_frames(clip.bucket.frames, grid.frames)
         size = input_size(crepa.encoder_image_size, grid, patch_size)
-        key = cache_key(kind="features", encoder=encoder, chosen=frames, size=size, **_content(clip, fps))
+        key = cache_key(kind="features", encoder=encoder, chosen=frames, size=size, **_content(clip))
         inputs[key] = frames, size
         keyed.append(replace(clip, features_key=key))
     missing = from_main(lambda: [clip for clip in keyed if not cache.has("features", str(clip.features_key))])
     if not missing:
         return keyed
-    encoded = yield from _encode_features(crepa, missing, inputs, fps, cache, device)
+    encoded = yield from _encode_features(crepa, missing, inputs, cache, device)
     release_memory()
     return _without_failed(keyed, missing, encoded)
 
@@ -308,7 +351,6 @@ def _encode_features(
     crepa: CrepaSettings,
     clips: list[PreparedClip],
     inputs: dict[str, tuple[list[int], tuple[int, int]]],
-    fps: float,
     cache: Cache,
     device: torch.device,
 ) -> Generator[Event, None, list[PreparedClip]]:
@@ -317,8 +359,8 @@ def _encode_features(
 
     def encode(clip: PreparedClip) -> PreparedClip:
         frames, size = inputs[str(clip.features_key)]
-        features = teacher.features(clip_pixels(clip, fps)[frames], size)
-        _store(cache, "features", str(clip.features_key), {"features": features})
+        features = teacher.features(clip_pixels(clip)[frames], size)
+        store(cache, "features", str(clip.features_key), {"features": features})
         return clip
 
     return (yield from each("features", clips, encode, name=_clip_name))
@@ -335,13 +377,13 @@ def _without_failed(
     return [clip for clip in clips if clip.clip.path not in failed]
 
 
-def _content(clip: PreparedClip, fps: float) -> dict[str, object]:
+def _content(clip: PreparedClip) -> dict[str, object]:
     """The part of a cache key that determines a clip's pixels."""
     bucket = clip.bucket
     return {
         "decoding": DECODING_VERSION,
         "digest": clip.digest,
-        "fps": fps,
+        "fps": clip.fps,
         "frames": bucket.frames,
         "height": bucket.height,
         "width": bucket.width,
@@ -352,14 +394,3 @@ def _digests(components: Iterable[str], family: Family) -> list[str]:
     components = list(components)
     folder = family.base.fetch(*components)
     return [fingerprint(folder / name) for name in components]
-
-
-def _store(cache: Cache, kind: str, key: str, tensors: Tensors) -> None:
-    """Cache tensors that can be trained on.
-
-    Raises:
-        ClipError: if they are not finite; every step with them would be skipped.
-    """
-    if names := not_finite(tensors):
-        raise ClipError(f"{', '.join(names)}: computed, and not finite (NaN or infinity)")
-    cache.write(kind, key, tensors)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from importlib import import_module
 from pathlib import Path
 
-from PIL import Image
 from safetensors import SafetensorError
 
+from crepa_cli.data.images import write_frame
 from crepa_cli.data.video import decode
 from crepa_cli.demo.clips import FPS, SIZES, write_demo_clips
 from crepa_cli.demo.teacher import write_tiny_dinov2
 from crepa_cli.demo.tiny import write_once
 from crepa_cli.errors import UserError
-from crepa_cli.files import write_whole
 from crepa_cli.profile import Profile
 
 FOLDER = Path("crepa-demo")
@@ -25,14 +23,14 @@ FIRST_FRAME = FOLDER / "first-frame.png"
 
 def demo_settings(family: str, task: str) -> dict[str, dict[str, object]]:
     """Settings of the demo: its files, and a run of a minute that shows warmup, decay and rising similarity."""
-    validation: dict[str, object] = {"every": 30, "prompts": ["a red disc drifts over blue stripes"], "steps": 8}
+    validation: dict[str, object] = {"every": 30, "prompts": ["a red disc drifts over blue stripes"], "steps": 6}
     if task == "i2v":
         validation["images"] = [str(FIRST_FRAME)]
     return {
         "model": {"checkpoint": str(FOLDER / f"{family}-{task}"), "dtype": "float32"},
         "adapter": {"rank": 8},
-        "data": {"path": str(CLIPS), "width": 96, "height": 64, "frames": 17},
-        "train": {"steps": 60, "batch_size": 2, "learning_rate": 2e-3},
+        "data": {"path": str(CLIPS), "width": 96, "height": 64, "frames": 17, "fps": float(FPS)},
+        "train": {"steps": 60, "batch_size": 2, "learning_rate": 2e-3, "lr_warmup_steps": 0},
         "crepa": {"encoder": str(TEACHER), "encoder_image_size": 56, "warmup_steps": 10},
         "validation": validation,
         "checkpoints": {"every": 20},
@@ -72,6 +70,4 @@ def write_demo(profile: Profile) -> None:
 def _write_first_frame() -> None:
     """An image to sample from: the first frame of the first clip."""
     frame = decode(min(CLIPS.glob("*.mp4")), frames=1, fps=FPS, width=SIZES[0].width, height=SIZES[0].height)[0]
-    content = io.BytesIO()
-    Image.fromarray(frame.permute(1, 2, 0).numpy()).save(content, format="png")
-    write_whole(FIRST_FRAME, content.getvalue())
+    write_frame(FIRST_FRAME, frame)

@@ -35,7 +35,7 @@ def predict_preparation(
     """
     peaks = {
         "text encoder": _text_encoders_peak(family, clips, torch_dtype(profile.model.dtype)),
-        "VAE": _vae_peak(family, bucket),
+        "VAE": vae_peak(family, bucket),
     }
     if clips.teacher is not None:
         peaks["vision encoder"] = _teacher_peak(profile.crepa, bucket, clips.teacher, encoder_dtype(device))
@@ -57,7 +57,7 @@ def _text_encoders_peak(family: Family, clips: Clips, dtype: torch.dtype) -> int
 
 
 @torch.no_grad()
-def _vae_peak(family: Family, bucket: Bucket) -> int:
+def vae_peak(family: Family, bucket: Bucket) -> int:
     """The VAE on one clip, and the image encoder, if there is one, on its first frame."""
     pipeline = family.empty_vae_pipeline()
     image_encoder = family.base.empty_model(family.image_encoder, family.vae_dtype) if family.image_encoder else None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from crepa_cli.errors import UserError
 
 if TYPE_CHECKING:
-    from crepa_cli.models.family import Family
+    from crepa_cli.models.family import Family, Tables
 
 FAMILIES = {
     "wan": "Wan",
@@ -34,10 +34,12 @@ def load_family(name: str) -> type[Family]:
     return family
 
 
-def family_defaults(family: str, task: str) -> dict[str, dict[str, object]]:
-    """The default settings of a family for a task, by table and key.
+def family_defaults(family: str, task: str, kind: str, checkpoint: str | None) -> dict[str, Tables]:
+    """The layers of the default settings of a family's checkpoint, by their names; see `default_layers`.
 
     Raises:
         UserError: if there is no such family; the message lists the known ones.
     """
-    return load_family(family).defaults(task)
+    from crepa_cli.models.defaults import default_layers
+
+    return default_layers(load_family(family), task, kind, checkpoint)

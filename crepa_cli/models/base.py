@@ -9,8 +9,10 @@ import diffusers
 import torch
 import transformers
 from diffusers import DiffusionPipeline, ModelMixin
+from torch import nn
 from transformers import AutoConfig
 
+from crepa_cli.errors import UserError
 from crepa_cli.hub.download import Need, fetch
 from crepa_cli.hub.read import read_config
 
@@ -89,3 +91,20 @@ class BaseCheckpoint:
         pipeline = pipeline_class.from_pretrained(folder, dtype=dtype, use_safetensors=True, **given)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
+
+
+def check_embedding(text_encoder: nn.Module) -> None:
+    """Check that a T5 encoder reads the embedding of its checkpoint, which may hold it as `shared` alone.
+
+    Raises:
+        UserError: if the embedding is another one, or empty: every caption would become the same noise.
+    """
+    shared = getattr(text_encoder, "shared", None)
+    used = getattr(getattr(text_encoder, "encoder", None), "embed_tokens", None)
+    if shared is None or used is None:
+        return
+    if used.weight.data_ptr() != shared.weight.data_ptr() or not used.weight.any():
+        raise UserError(
+            f"the text encoder {type(text_encoder).__name__} was loaded without its embedding, as transformers 5.0 to "
+            "5.2 do: pip install 'transformers>=5.3', and delete the folder prompts of the cache"
+        )

@@ -23,9 +23,12 @@ from torch import Tensor, nn
 
 from crepa_cli.alignment import TokenGrid
 from crepa_cli.errors import UserError
-from crepa_cli.models.base import BaseCheckpoint
+from crepa_cli.models.base import BaseCheckpoint, check_embedding
+from crepa_cli.models.precision import compute_in_own_dtype, in_loaded_dtypes, keep_float32
 
 Tensors = dict[str, Tensor]
+Tables = Mapping[str, Mapping[str, object]]
+"""Settings by table and key, as they stand in a profile."""
 COMFYUI_FILE = "comfyui_lora.safetensors"
 """A LoRA by the module names of the original checkpoint, in a run's weights."""
 
@@ -63,9 +66,25 @@ class Family(ABC):
     """The diffusers pipeline that generates each task."""
     checkpoints: ClassVar[Mapping[str, str]]
     """The default base model of each task."""
-    settings: ClassVar[Mapping[str, Mapping[str, object]]]
-    """Defaults of settings, by table and key, as they stand in a profile."""
-    vae_dtype: ClassVar[torch.dtype] = torch.float32
+    settings: ClassVar[Tables]
+    """Defaults of settings."""
+    full_settings: ClassVar[Tables]
+    """Defaults of full fine-tuning that differ from those of a LoRA."""
+    published: ClassVar[Mapping[str, Tables]]
+    """The published checkpoints by Hub id, each with its defaults that differ from the family's."""
+    caption_tokens: ClassVar[int | None] = None
+    """Tokens of a caption; None if the pipeline decides."""
+    takes_frame_rate: ClassVar[bool] = False
+    """Whether the positions in time depend on the frame rate, so that a clip can be trained at its own."""
+    vae_dtype: torch.dtype = torch.float32
+    vae_tiling: bool = False
+    """Whether the VAE works on overlapping tiles of the frames, as the family's own code does; a setting too."""
+    samples_posterior: ClassVar[bool] = False
+    """Whether it is trained on samples of the VAE's posterior, rather than on the mode."""
+    negative_prompt: ClassVar[str]
+    """Published with the model for classifier-free guidance."""
+    motion_suffix: ClassVar[str | None] = None
+    """How a prompt asks for an amount of motion, if the model knows one: a format with one number."""
     comfyui_names: ClassVar[Mapping[str, str] | None] = None
     """Patterns in module names and their replacements in the original names; None if ComfyUI does not run it."""
 
@@ -84,12 +103,13 @@ class Family(ABC):
             )
 
     @classmethod
-    def defaults(cls, task: str) -> dict[str, dict[str, object]]:
-        """The family's defaults, which override the built-in ones."""
-        layer = {table: dict(keys) for table, keys in cls.settings.items()}
-        if task in cls.checkpoints:
-            layer.setdefault("model", {})["checkpoint"] = cls.checkpoints[task]
-        return layer
+    def published_like(cls, base: BaseCheckpoint, task: str) -> str | None:  # noqa: ARG003
+        """The published checkpoint whose defaults fit an unpublished one, by its configuration; None for the family's.
+
+        Raises:
+            UserError: if the configuration cannot be read.
+        """
+        return None
 
     # Facts of this checkpoint, from its configuration alone.
 
@@ -142,7 +162,10 @@ class Family(ABC):
 
     def load_transformer(self, dtype: torch.dtype) -> ModelMixin:
         """The transformer, on the CPU, with parameters that require no gradient."""
-        return self.base.load_model(self.transformer_class, self.component, dtype).requires_grad_(False)
+        return self._load_expert(self.component, dtype).requires_grad_(False)
+
+    def _load_expert(self, component: str, dtype: torch.dtype) -> ModelMixin:
+        return keep_float32(self.base.load_model(self.transformer_class, component, dtype))
 
     def empty_transformer(self, dtype: torch.dtype) -> ModelMixin:
         """The transformer of `load_transformer` without its weights, from the configuration alone.
@@ -150,7 +173,7 @@ class Family(ABC):
         In `torch.device("meta")` or in a FakeTensorMode it takes no memory.
         """
         transformer = getattr(diffusers, self.transformer_class).from_config(self.config)
-        return in_loaded_dtypes(transformer, dtype)
+        return keep_float32(in_loaded_dtypes(transformer, dtype))
 
     def blocks(self, transformer: nn.Module) -> nn.ModuleList:
         """The transformer's blocks, in order."""
@@ -200,25 +223,47 @@ class Family(ABC):
         return tuple(self.experts.values()) or ("transformer",)
 
     def load_text_pipeline(self, dtype: torch.dtype) -> DiffusionPipeline:
-        """The pipeline with the components that `encode_prompt` needs."""
+        """The pipeline with the components that `encode_prompt` needs.
+
+        Raises:
+            UserError: if transformers has left the text encoder without its embedding.
+        """
         without = (*self.transformer_components, *self.vae_components)
-        return self.base.load_pipeline(self.pipeline_class, dtype=dtype, without=without)
+        pipeline = self.base.load_pipeline(self.pipeline_class, dtype=dtype, without=without)
+        for name in self.text_encoders:
+            check_embedding(getattr(pipeline, name))
+        return pipeline
 
     def load_vae_pipeline(self) -> DiffusionPipeline:
         """The pipeline with the components that `encode_clip` needs."""
         without = (*self.transformer_components, *self.text_components)
-        return self.base.load_pipeline(self.pipeline_class, dtype=self.vae_dtype, without=without)
+        return self._with_tiling(self.base.load_pipeline(self.pipeline_class, dtype=self.vae_dtype, without=without))
 
     def empty_vae_pipeline(self) -> Any:
         """The pipeline with a VAE on the meta device and no other component."""
         config = self.base.read_config("vae/config.json")
         pipeline_class = getattr(diffusers, self.pipeline_class)
         with torch.device("meta"):
-            vae = getattr(diffusers, config["_class_name"]).from_config(config)
+            vae = getattr(diffusers, config["_class_name"]).from_config(config).to(self.vae_dtype)
         required = [
             name for name, one in signature(pipeline_class).parameters.items() if one.default is Parameter.empty
         ]
-        return pipeline_class(**dict.fromkeys(required) | {"vae": vae})
+        return self._with_tiling(pipeline_class(**dict.fromkeys(required) | {"vae": vae}))
+
+    def _with_tiling(self, pipeline: Any) -> Any:
+        if self.vae_tiling:
+            pipeline.vae.enable_tiling()
+        return pipeline
+
+    @property
+    def encoding(self) -> dict[str, object]:
+        """How clips are encoded, as far as it differs from the mode of an untiled VAE in float32."""
+        options = {
+            "posterior": "sample" if self.samples_posterior else None,
+            "tiling": self.vae_tiling or None,
+            "dtype": None if self.vae_dtype == torch.float32 else str(self.vae_dtype),
+        }
+        return {name: value for name, value in options.items() if value is not None}
 
     def without_image_encoder(self) -> Family:
         """The same recipe for a base model without an image encoder."""
@@ -235,16 +280,18 @@ class Family(ABC):
         return {"image_embeds": torch.empty(tokens, config["hidden_size"], dtype=self.vae_dtype)}
 
     def load_sampling_pipeline(self, transformer: ModelMixin) -> DiffusionPipeline:
-        """The pipeline for sampling videos from encoded prompts; its VAE is in `vae_dtype`."""
+        """The pipeline for sampling videos from encoded prompts; its VAE keeps to `vae_dtype` under autocast."""
         frozen = {
-            name: self.base.load_model(self.transformer_class, name, transformer.dtype)
+            name: self._load_expert(name, transformer.dtype)
             for name in self.transformer_components
             if name != self.component
         }
         trained = {self.component: transformer}
-        return self.base.load_pipeline(
+        pipeline = self.base.load_pipeline(
             self.pipeline_class, dtype=self.vae_dtype, without=self.text_components, **trained, **frozen
         )
+        compute_in_own_dtype(pipeline.vae)
+        return self._with_tiling(pipeline)
 
     def _expert(self, variant: str | None) -> str:
         """The component to train."""
@@ -264,6 +311,10 @@ class Family(ABC):
         `prompt_embeds` `[L, D]` is among them.
         """
 
+    def encode_negative_prompt(self, pipeline: DiffusionPipeline, prompt: str) -> Tensors:
+        """The tensors of a negative prompt; see `encode_prompt`."""
+        return self.encode_prompt(pipeline, prompt)
+
     @abstractmethod
     def longest_prompt(self, dtype: torch.dtype) -> Tensors:
         """Tensors like those of `encode_prompt` for the longest caption that fits, without content.
@@ -273,12 +324,15 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def encode_clip(self, pipeline: DiffusionPipeline, video: Tensor) -> Tensors:
+    def encode_clip(
+        self, pipeline: DiffusionPipeline, video: Tensor, generator: torch.Generator | None = None
+    ) -> Tensors:
         """The tensors of a clip, each without a batch dimension; `latents` `[C, T, h, w]` are among them.
 
         Args:
             pipeline: from `load_vae_pipeline`.
             video: `[3, F, H, W]` in [-1, 1].
+            generator: draws the latents from the VAE's posterior; None takes its mode.
         """
 
     @abstractmethod
@@ -311,6 +365,11 @@ class Family(ABC):
 
     # Sampling.
 
+    @property
+    def fewest_sampling_steps(self) -> int:
+        """The fewest steps that the pipeline's scheduler can take."""
+        return 1
+
     def sampling_arguments(self, prompt: Tensors, negative_prompt: Tensors) -> dict[str, Any]:
         """The prompt arguments of the pipeline's call, from the tensors of `encode_prompt`.
 
@@ -324,50 +383,7 @@ class Family(ABC):
         return {"width": width, "height": height, "num_frames": frames}
 
 
-def in_loaded_dtypes(model: ModelMixin, dtype: torch.dtype) -> ModelMixin:
-    """A new model of diffusers with the dtypes that `from_pretrained` gives it, and parameters without gradient."""
-    kept = set(model._keep_in_fp32_modules or ())
-    for path, module in model.named_modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            parameter_dtype = dtype if kept.isdisjoint([*path.split("."), name]) else torch.float32
-            # Not model.to(): the parameters of a FakeTensorMode can be replaced, but not converted.
-            setattr(module, name, nn.Parameter(parameter.to(parameter_dtype), requires_grad=False))
-    return model
-
-
 def add_noise(latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
     """`(1 - sigma) * latents + sigma * noise`; sigmas broadcast from the left."""
     sigmas = sigmas.view(-1, *[1] * (latents.ndim - 1))
     return (1 - sigmas) * latents + sigmas * noise
-
-
-def normalized_latents(vae: Any, video: Tensor) -> Tensor:
-    """The mode of a VAE's posterior, normalized with the VAE's mean and std: `[C, T, h, w]`, float32.
-
-    Args:
-        vae: with `latents_mean` and `latents_std` per channel, in its configuration or as buffers.
-        video: `[3, F, H, W]` in [-1, 1].
-    """
-    latents: Tensor = vae.encode(video[None].to(vae.device, vae.dtype)).latent_dist.mode()[0].float()
-    mean, std = _latent_statistics(vae, latents)
-    return (latents - mean) / std
-
-
-def decoded_video(vae: Any, latents: Tensor, *arguments: Any) -> Tensor:
-    """The video of normalized latents `[C, T, h, w]`: `[3, F, H, W]` in [-1, 1], float32.
-
-    Args:
-        vae: as in `normalized_latents`.
-        latents: normalized.
-        arguments: further ones that its decoder takes.
-    """
-    mean, std = _latent_statistics(vae, latents)
-    latents = (latents * std + mean)[None].to(vae.device, vae.dtype)
-    video: Tensor = vae.decode(latents, *arguments, return_dict=False)[0][0]
-    return video.float().clamp(-1, 1)
-
-
-def _latent_statistics(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor]:
-    statistics = dict(vae.config) | dict(vae.named_buffers())
-    mean, std = (torch.as_tensor(statistics[name]).to(latents) for name in ("latents_mean", "latents_std"))
-    return mean.view(-1, 1, 1, 1), std.view(-1, 1, 1, 1) / statistics.get("scaling_factor", 1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -21,12 +22,22 @@ from transformers import (
 )
 
 from crepa_cli.alignment import TokenGrid
+from crepa_cli.models.base import BaseCheckpoint
 from crepa_cli.models.family import Family, Tensors, TransformerStep, add_noise
+from crepa_cli.models.vae import encoded_latents
 
 PROMPT_TOKENS = 512
 """Most tokens of a caption in the pipeline's call."""
 NABLA_PATCH = 8
 """Rows and columns of the squares of tokens that NABLA attention keeps together."""
+PRO_WIDTH = 4096
+"""Width of the hidden states of the Pro models."""
+SD_AREA, HD_AREA = 512 * 768, 1024 * 1024
+"""Pixels of a frame in standard and in high definition."""
+
+TEN_SECONDS = {"data": {"frames": 241}}
+HD = {"data": {"width": 1280, "height": 768}}
+HD_TEN_SECONDS = {"data": HD["data"] | TEN_SECONDS["data"]}
 
 
 class CaptionAttention(Kandinsky5AttnProcessor):  # type: ignore[misc]  # diffusers has no types
@@ -86,6 +97,11 @@ class Kandinsky5Video(Family):
         "i2v": "kandinskylab/Kandinsky-5.0-I2V-Lite-5s-Diffusers",
     }
     text_components = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    vae_tiling = True
+    negative_prompt = (
+        "Static, 2D cartoon, cartoon, 2d animation, paintings, images, worst quality, low quality, ugly, "
+        "deformed, walking backwards"
+    )
     comfyui_names = {}
     settings = {
         "crepa": {"block_index": 8},
@@ -101,10 +117,36 @@ class Kandinsky5Video(Family):
                 "feed_forward.out_layer",
             ],
         },
+        # The README and configs/ of kandinskylab/kandinsky-5.
         "data": {"width": 768, "height": 512, "frames": 121, "fps": 24.0},
+        # musubi-tuner: docs/kandinsky5.md.
         "train": {"learning_rate": 1e-4},
         "validation": {"guidance_scale": 5.0},
     }
+    # No full fine-tune is published; that of the other families' authors.
+    full_settings = {"train": {"learning_rate": 1e-5}}
+    published = {
+        "kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s-Diffusers": {},
+        "kandinskylab/Kandinsky-5.0-T2V-Lite-pretrain-5s-Diffusers": {},
+        "kandinskylab/Kandinsky-5.0-T2V-Lite-sft-10s-Diffusers": TEN_SECONDS,
+        "kandinskylab/Kandinsky-5.0-T2V-Lite-pretrain-10s-Diffusers": TEN_SECONDS,
+        "kandinskylab/Kandinsky-5.0-I2V-Lite-5s-Diffusers": {},
+        "kandinskylab/Kandinsky-5.0-T2V-Pro-sft-5s-Diffusers": HD,
+        "kandinskylab/Kandinsky-5.0-T2V-Pro-pretrain-5s-Diffusers": HD,
+        "kandinskylab/Kandinsky-5.0-T2V-Pro-sft-10s-Diffusers": HD_TEN_SECONDS,
+        "kandinskylab/Kandinsky-5.0-T2V-Pro-pretrain-10s-Diffusers": HD_TEN_SECONDS,
+        "kandinskylab/Kandinsky-5.0-I2V-Pro-sft-5s-Diffusers": HD,
+    }
+
+    @classmethod
+    def published_like(cls, base: BaseCheckpoint, task: str) -> str | None:
+        """Pro by its width, and Lite of 10 seconds by its attention."""
+        config = base.read_config("transformer/config.json")
+        if config.get("model_dim", 0) >= PRO_WIDTH:
+            return f"kandinskylab/Kandinsky-5.0-{task.upper()}-Pro-sft-5s-Diffusers"
+        if config.get("attention_type") == "nabla":
+            return "kandinskylab/Kandinsky-5.0-T2V-Lite-sft-10s-Diffusers"
+        return None
 
     @property
     def block_count(self) -> int:
@@ -169,6 +211,12 @@ class Kandinsky5Video(Family):
         pipeline.tokenizer = AutoTokenizer.from_pretrained(self.base.fetch("tokenizer") / "tokenizer")
         return pipeline
 
+    def load_sampling_pipeline(self, transformer: ModelMixin) -> DiffusionPipeline:
+        """The pipeline for sampling videos from encoded prompts, with the rotary scale that is trained."""
+        pipeline = super().load_sampling_pipeline(transformer)
+        pipeline._get_scale_factor = self.rotary_scale
+        return pipeline
+
     def encode_prompt(self, pipeline: DiffusionPipeline, caption: str) -> Tensors:
         """`prompt_embeds` `[512, D]` of Qwen2.5-VL, zero from `prompt_length` on, and `pooled_embeds` `[E]` of CLIP."""
         embeds, pooled, ends = pipeline.encode_prompt([caption], max_sequence_length=PROMPT_TOKENS)
@@ -185,11 +233,13 @@ class Kandinsky5Video(Family):
             "pooled_embeds": torch.empty(self.config["in_text_dim2"], dtype=dtype),
         }
 
-    def encode_clip(self, pipeline: DiffusionPipeline, video: Tensor) -> Tensors:
+    def encode_clip(
+        self, pipeline: DiffusionPipeline, video: Tensor, generator: torch.Generator | None = None
+    ) -> Tensors:
         """`latents` `[C, T, h, w]`, and for image to video `first_frame` `[C, 1, h, w]`, encoded on its own."""
-        tensors = {"latents": _scaled_latents(pipeline.vae, video)}
+        tensors = {"latents": _scaled_latents(pipeline.vae, video, generator)}
         if self.task == "i2v":
-            tensors["first_frame"] = _scaled_latents(pipeline.vae, video[:, :1])
+            tensors["first_frame"] = _scaled_latents(pipeline.vae, video[:, :1], generator)
         return tensors
 
     def decode_latents(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
@@ -217,12 +267,22 @@ class Kandinsky5Video(Family):
             "pooled_projections": batch["pooled_embeds"],
             "visual_rope_pos": [torch.arange(n, device=latents.device) for n in (grid.frames, grid.rows, grid.columns)],
             "text_rope_pos": torch.arange(max(lengths), device=latents.device),
-            "scale_factor": rotary_scale(*(size * self._pixels for size in latents.shape[3:])),
+            "scale_factor": self.rotary_scale(*(size * self._pixels for size in latents.shape[3:])),
             "sparse_params": self._sparse_attention(grid, latents.device) if self._nabla else None,
         }
         if min(lengths) < max(lengths):
             inputs["text_lengths"] = lengths
         return TransformerStep(inputs, (noise - latents).movedim(1, -1), (1 - given).movedim(1, -1))
+
+    def rotary_scale(self, height: int, width: int) -> tuple[float, float, float]:
+        """How far rotary positions are compressed in time, rows and columns, for a size in pixels.
+
+        The Lite models are for standard definition, of 512 x 768 pixels. The Pro models have a configuration for that
+        and one for high definition, of 1024 x 1024 pixels (kandinskylab/kandinsky-5: configs/, i2v_pipeline.py): the
+        nearer one counts. The pipelines of diffusers go by the sides instead, and miss sizes such as 832 x 464.
+        """
+        high = self.config["model_dim"] >= PRO_WIDTH and height * width > math.sqrt(SD_AREA * HD_AREA)
+        return (1, 3.16, 3.16) if high else (1, 2, 2)
 
     def _sparse_attention(self, grid: TokenGrid, device: torch.device) -> dict[str, Any]:
         """The mask of squares that always attend to each other, and the parameters of NABLA."""
@@ -242,17 +302,10 @@ class Kandinsky5Video(Family):
         return _prompt_arguments("", prompt) | _prompt_arguments("negative_", negative_prompt)
 
 
-def rotary_scale(height: int, width: int) -> tuple[float, float, float]:
-    """How far rotary positions are compressed in time, rows and columns, for a size in pixels, as in the pipelines."""
-    space = 2 if all(480 <= size <= 854 for size in (height, width)) else 3.16
-    return 1, space, space
-
-
-def _scaled_latents(vae: Any, video: Tensor) -> Tensor:
-    """The mode of the posterior of a video `[3, F, H, W]`, scaled: `[C, T, h, w]`, float32."""
-    posterior = vae.encode(video[None].to(vae.device, vae.dtype)).latent_dist
-    latents: Tensor = posterior.mode()[0].float() * vae.config.scaling_factor
-    return latents
+def _scaled_latents(vae: Any, video: Tensor, generator: torch.Generator | None) -> Tensor:
+    """The latents of a video `[3, F, H, W]`, scaled: `[C, T, h, w]`, float32."""
+    scaled: Tensor = encoded_latents(vae, video, generator) * vae.config.scaling_factor
+    return scaled
 
 
 def _prompt_arguments(prefix: str, prompt: Tensors) -> dict[str, Tensor]:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
-from inspect import signature
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import (
     DiffusionPipeline,
@@ -17,7 +15,8 @@ from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
 from torch import Tensor
 
 from crepa_cli.alignment import TokenGrid
-from crepa_cli.models.family import Family, Tensors, TransformerStep, add_noise, decoded_video, normalized_latents
+from crepa_cli.models.family import Family, Tensors, TransformerStep, add_noise
+from crepa_cli.models.vae import decoded_video, normalized_latents
 
 SHIFT = {"base_image_seq_len": 1024, "max_image_seq_len": 4096, "base_shift": 0.95, "max_shift": 2.05}
 """Logarithm of the shift, linear in the number of latents, that all versions are trained with (LTX-Video-Trainer)."""
@@ -34,14 +33,30 @@ class LtxVideo(Family):
     transformer_class = "LTXVideoTransformer3DModel"
     blocks_attribute = "transformer_blocks"
     pipelines = {"t2v": "LTXPipeline", "i2v": "LTXImageToVideoPipeline"}
-    checkpoints = {"t2v": "Lightricks/LTX-Video", "i2v": "Lightricks/LTX-Video"}
+    # The newest of 2B that has diffusers' layout (LTX-Video-Trainer: model_loader.py); its license is OpenRAIL-M.
+    checkpoints = dict.fromkeys(pipelines, "Lightricks/LTX-Video-0.9.5")
+    samples_posterior = True
+    negative_prompt = "worst quality, inconsistent motion, blurry, jittery, distorted"
     comfyui_names = {r"^proj_in$": "patchify_proj", r"^time_embed\b": "adaln_single"}
+    # Of its authors' code (pipeline_ltx_video.py); the pipelines of diffusers cut at 128 up to version 0.9.1.
+    caption_tokens = 256
+    takes_frame_rate = True
     settings = {
         "crepa": {"block_index": 8},
         "adapter": {"rank": 32, "target_modules": ["to_q", "to_k", "to_v", "to_out.0"]},
-        "data": {"width": 768, "height": 512, "frames": 121, "fps": 25.0},
-        "train": {"learning_rate": 2e-4},
+        # The size of the model card, and the frame rate of the authors' inference.py.
+        "data": {"width": 768, "height": 512, "frames": 121, "fps": 30.0},
+        # LTX-Video-Trainer: configs/ltxv_2b_lora.yaml and ltxv_13b_lora_template.yaml. The noise is that of LTX-2's.
+        "train": {"learning_rate": 2e-4, "timestep_sampling": "stretched"},
         "validation": {"guidance_scale": 3.0},
+    }
+    # LTX-Video-Trainer: configs/ltxv_2b_full.yaml.
+    full_settings = {"train": {"learning_rate": 1e-5, "lr_scheduler": "linear"}}
+    published = {
+        "Lightricks/LTX-Video": {},
+        "Lightricks/LTX-Video-0.9.1": {},
+        "Lightricks/LTX-Video-0.9.5": {},
+        "Lightricks/LTX-Video-0.9.7-dev": {},
     }
 
     @property
@@ -78,20 +93,22 @@ class LtxVideo(Family):
         return int(frames), int(pixels)
 
     def encode_prompt(self, pipeline: DiffusionPipeline, caption: str) -> Tensors:
-        """`prompt_embeds` `[L, D]` of the T5 encoder and `prompt_attention_mask` `[L]`; L is the pipeline's choice."""
-        embeds, mask, _, _ = pipeline.encode_prompt(caption, do_classifier_free_guidance=False)
+        """`prompt_embeds` `[256, D]` of the T5 encoder and `prompt_attention_mask` `[256]`."""
+        embeds, mask, _, _ = pipeline.encode_prompt(
+            caption, do_classifier_free_guidance=False, max_sequence_length=self.caption_tokens
+        )
         return {"prompt_embeds": embeds[0], "prompt_attention_mask": mask[0]}
 
     def longest_prompt(self, dtype: torch.dtype) -> Tensors:
-        """`prompt_embeds` `[L, D]` and `prompt_attention_mask` `[L]`."""
-        encode = getattr(diffusers, self.pipeline_class).encode_prompt
-        tokens = signature(encode).parameters["max_sequence_length"].default
-        embeds = torch.empty(tokens, self.config["caption_channels"], dtype=dtype)
-        return {"prompt_embeds": embeds, "prompt_attention_mask": torch.empty(tokens, dtype=torch.bool)}
+        """`prompt_embeds` `[256, D]` and `prompt_attention_mask` `[256]`."""
+        embeds = torch.empty(self.caption_tokens, self.config["caption_channels"], dtype=dtype)
+        return {"prompt_embeds": embeds, "prompt_attention_mask": torch.empty(self.caption_tokens, dtype=torch.bool)}
 
-    def encode_clip(self, pipeline: DiffusionPipeline, video: Tensor) -> Tensors:
+    def encode_clip(
+        self, pipeline: DiffusionPipeline, video: Tensor, generator: torch.Generator | None = None
+    ) -> Tensors:
         """`latents` `[C, T, h, w]`, normalized; the first of them is that of the first frame alone."""
-        return {"latents": normalized_latents(pipeline.vae, video)}
+        return {"latents": normalized_latents(pipeline.vae, video, generator)}
 
     def decode_latents(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
         """The inverse of `encode_clip`, as far as the VAE is; a denoising decoder gets a noise level of 0."""
@@ -144,11 +161,16 @@ class LtxVideo(Family):
         units = torch.stack([fps, torch.ones_like(fps), torch.ones_like(fps)], dim=1)
         return positions / units[:, :, None]
 
+    @property
+    def fewest_sampling_steps(self) -> int:
+        """Two if the scheduler stretches the noise levels between the first and the last one."""
+        return 2 if self.base.read_config("scheduler/scheduler_config.json").get("shift_terminal") else 1
+
     def sampling_arguments(self, prompt: Tensors, negative_prompt: Tensors) -> dict[str, Any]:
-        """Both prompts, and the decoding timestep that diffusers recommends for VAEs with one (its PR 11516)."""
+        """Both prompts, and what a decoder that denoises takes (LTX-Video: configs/ltxv-2b-0.9.5.yaml)."""
         arguments = super().sampling_arguments(prompt, negative_prompt)
         if self.base.read_config("vae/config.json").get("timestep_conditioning"):
-            arguments["decode_timestep"] = 0.05
+            arguments |= {"decode_timestep": 0.05, "decode_noise_scale": 0.025}
         if self._causal_positions:
             arguments["image_cond_noise_scale"] = 0.025
         return arguments

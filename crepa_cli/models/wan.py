@@ -11,16 +11,21 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from diffusers import (
-    DiffusionPipeline,
-)
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor
 
 from crepa_cli.errors import UserError
-from crepa_cli.models.family import Family, Tensors, TransformerStep, add_noise, decoded_video, normalized_latents
+from crepa_cli.models.base import BaseCheckpoint
+from crepa_cli.models.family import Family, Tensors, TransformerStep, add_noise
+from crepa_cli.models.vae import decoded_video, normalized_latents
 
 PROMPT_TOKENS = 512
 """Length of the text sequence in the pipeline's call; the transformer's image attention relies on it."""
+
+SHIFT_480P = 3.0
+"""The shift at 832 x 480; it is 5 at 1280 x 720 (diffusers: pipeline_wan.py; Wan2.1: generate.py)."""
+A14B_SHIFT = {"t2v": 12.0, "i2v": 5.0}
+"""The shift that Wan 2.2 A14B is sampled with (Wan2.2: wan/configs), whatever its scheduler file says."""
 
 
 class Wan(Family):
@@ -46,10 +51,35 @@ class Wan(Family):
                 "ffn.net.2",
             ],
         },
+        # Wan-Video/Wan2.1 and Wan2.2: wan/configs.
         "data": {"width": 832, "height": 480, "frames": 81, "fps": 16.0},
+        # DiffSynth-Studio: examples/wanvideo/model_training/lora.
         "train": {"learning_rate": 1e-4},
         "validation": {"guidance_scale": 5.0},
     }
+    # DiffSynth-Studio: examples/wanvideo/model_training/full.
+    full_settings = {"train": {"learning_rate": 1e-5}}
+    published = {
+        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": {"train": {"timestep_shift": SHIFT_480P}},
+        "Wan-AI/Wan2.1-T2V-14B-Diffusers": {"train": {"timestep_shift": SHIFT_480P}},
+        "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": {"train": {"timestep_shift": SHIFT_480P}},
+        "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers": {
+            "data": {"width": 1280, "height": 720},
+            "train": {"timestep_shift": 5.0},
+        },
+        "Wan-AI/Wan2.2-T2V-A14B-Diffusers": {"train": {"timestep_shift": A14B_SHIFT["t2v"]}},
+        "Wan-AI/Wan2.2-I2V-A14B-Diffusers": {"train": {"timestep_shift": A14B_SHIFT["i2v"]}},
+        "Wan-AI/Wan2.2-TI2V-5B-Diffusers": {
+            "data": {"width": 1280, "height": 704, "frames": 121, "fps": 24.0},
+            "train": {"timestep_shift": 5.0},
+        },
+    }
+    negative_prompt = (
+        "Bright tones, overexposed, static, blurred details, subtitles, style, works, paintings, images, static, "
+        "overall gray, worst quality, low quality, JPEG compression residue, ugly, incomplete, extra fingers, "
+        "poorly drawn hands, poorly drawn faces, deformed, disfigured, misshapen limbs, fused fingers, still "
+        "picture, messy background, three legs, many people in the background, walking backwards"
+    )
     comfyui_names = {
         r"\battn1\b": "self_attn",
         r"\battn2\b": "cross_attn",
@@ -73,7 +103,20 @@ class Wan(Family):
             self.image_components = ("image_encoder", "image_processor")
         takes_image = self.config["in_channels"] != (self.config.get("out_channels") or self.config["in_channels"])
         if not self.per_token_timesteps and takes_image != (task == "i2v"):
-            raise UserError(f"{checkpoint} generates from {'an image' if takes_image else 'text alone'}, not {task!r}")
+            raise UserError(
+                f"{checkpoint} generates from {'an image' if takes_image else 'text alone'}, not {task!r}; "
+                f"--checkpoint {self.checkpoints[task]} does, and so does leaving --checkpoint out"
+            )
+
+    @classmethod
+    def published_like(cls, base: BaseCheckpoint, task: str) -> str | None:
+        """Those of Wan 2.2; the configuration does not tell the sizes of Wan 2.1 apart."""
+        index = base.read_config("model_index.json")
+        if index.get("expand_timesteps"):
+            return "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
+        if index.get("boundary_ratio") is not None:
+            return f"Wan-AI/Wan2.2-{task.upper()}-A14B-Diffusers"
+        return None
 
     @cached_property
     def _index(self) -> dict[str, Any]:
@@ -111,6 +154,15 @@ class Wan(Family):
         """The VAE's compression of time."""
         return int(self.base.read_config("vae/config.json").get("scale_factor_temporal", 4))
 
+    def load_sampling_pipeline(self, transformer: ModelMixin) -> DiffusionPipeline:
+        """The pipeline for sampling videos from encoded prompts, with the published shift."""
+        pipeline = super().load_sampling_pipeline(transformer)
+        if self._boundary is not None:
+            pipeline.scheduler = type(pipeline.scheduler).from_config(
+                pipeline.scheduler.config, flow_shift=A14B_SHIFT[self.task]
+            )
+        return pipeline
+
     def encode_prompt(self, pipeline: DiffusionPipeline, caption: str) -> Tensors:
         """`prompt_embeds` `[512, D]` of the T5 encoder, zero after the caption's end."""
         embeds, _ = pipeline.encode_prompt(
@@ -122,13 +174,15 @@ class Wan(Family):
         """`prompt_embeds` `[512, D]`."""
         return {"prompt_embeds": torch.empty(PROMPT_TOKENS, self.config["text_dim"], dtype=dtype)}
 
-    def encode_clip(self, pipeline: DiffusionPipeline, video: Tensor) -> Tensors:
+    def encode_clip(
+        self, pipeline: DiffusionPipeline, video: Tensor, generator: torch.Generator | None = None
+    ) -> Tensors:
         """`latents` `[C, T, h, w]`, normalized.
 
         For image to video also `condition` `[4 + C, T, h, w]`, the mask and the latents of the first frame followed by
         gray, and with an image encoder `image_embeds` `[N, D]` of the first frame.
         """
-        tensors = {"latents": normalized_latents(pipeline.vae, video)}
+        tensors = {"latents": normalized_latents(pipeline.vae, video, generator)}
         if self.task == "i2v" and not self.per_token_timesteps:
             tensors["condition"] = _first_frame_condition(pipeline, video, tensors["latents"])
         if self.image_components:

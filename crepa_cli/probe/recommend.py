@@ -25,7 +25,7 @@ class Choice(NamedTuple):
 
 def default_choice(family: Family) -> Choice:
     """The family's default block, or the one at a third of the depth if the checkpoint has too few blocks."""
-    block, blocks = cast("int", family.defaults(family.task)["crepa"]["block_index"]), family.block_count
+    block, blocks = cast("int", family.settings["crepa"]["block_index"]), family.block_count
     if block >= blocks:
         return Choice(
             blocks // 3,

@@ -38,8 +38,11 @@ from crepa_cli.profile.files import (
 )
 from crepa_cli.profile.settings import Profile
 
-Defaults = Callable[[str, str], Mapping[str, Mapping[str, object]]]
+Tables = Mapping[str, Mapping[str, object]]
+Demo = Callable[[str, str], Tables]
 """From the names of a model family and a task to settings by table and key."""
+Defaults = Callable[[str, str, str, str | None], Mapping[str, Tables]]
+"""From family, task, `adapter.kind` and, if it is set, the checkpoint to layers of settings, by their names."""
 Key = tuple[str, str]
 
 BUILT_IN = "built-in default"
@@ -47,6 +50,8 @@ FAMILY: Key = ("model", "family")
 RANK: Key = ("adapter", "rank")
 ALPHA: Key = ("adapter", "alpha")
 TASK: Key = ("model", "task")
+KIND: Key = ("adapter", "kind")
+CHECKPOINT: Key = ("model", "checkpoint")
 FLAGS = {"model.family": "--model", "data.path": "--data"}
 NO_FAMILY = "no model family is set: choose one with --model; `crepa init` lists them"
 LARGEST_INTEGER = 2**63 - 1
@@ -119,7 +124,7 @@ def resolve_profile(
     sets: Sequence[str],
     folder: Path,
     family_defaults: Defaults,
-    demo: Defaults | None = None,
+    demo: Demo | None = None,
 ) -> ResolvedProfile:
     """Merge the layers of a run's settings; later layers override earlier ones.
 
@@ -159,21 +164,22 @@ def resolve_profile(
 
 
 def _defaults(
-    stated: Mapping[Key, Setting], family_defaults: Defaults, demo: Defaults | None, mistakes: list[str]
+    stated: Mapping[Key, Setting], family_defaults: Defaults, demo: Demo | None, mistakes: list[str]
 ) -> tuple[list[Setting], list[Setting]]:
-    """The family's defaults and the demo's settings for the stated family and task; nothing if these are unknown."""
+    """The defaults and the demo's settings for the stated family and task; nothing if these are unknown."""
     family, task = stated.get(FAMILY), stated.get(TASK)
     if family is None or (task is not None and task.value not in ("t2v", "i2v")):
         return [], []
     names = str(family.value), str(task.value) if task else "t2v"
+    kind, checkpoint = ("lora" if KIND not in stated else str(stated[KIND].value)), stated.get(CHECKPOINT)
     try:
-        defaults = family_defaults(*names)
+        layers = family_defaults(*names, kind, str(checkpoint.value) if checkpoint else None)
         demo_tables = demo(*names) if demo else {}
     except UserError as error:
         mistakes.append(f"{family}: {error}")
         return [], []
     return (
-        list(known_settings(defaults, f"family {family.value}", mistakes)),
+        [one for source, tables in layers.items() for one in known_settings(tables, source, mistakes)],
         list(known_settings(demo_tables, "--demo", mistakes)),
     )
 

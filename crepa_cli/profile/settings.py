@@ -48,6 +48,15 @@ class ModelSettings(Table):
         default="bfloat16",
         description="Data type of the frozen weights and of the computation. float32 takes twice the memory.",
     )
+    vae_dtype: Literal["bfloat16", "float32"] = Field(
+        default="float32",
+        description="Data type of the VAE and of the image encoder. bfloat16 takes half the memory and is less exact.",
+    )
+    vae_tiling: bool | None = Field(
+        default=None,
+        description="Let the VAE work on overlapping tiles of the frames: far less memory for large videos, a little "
+        "slower, and slightly different. none: as the model's own code does.",
+    )
 
 
 class AdapterSettings(Table):
@@ -111,7 +120,8 @@ class DataSettings(Table):
     fps: float = resolved_later(
         FAMILY_DEFAULT,
         example=16.0,
-        description="Frame rate that clips are resampled to.",
+        description="Frame rate that clips are resampled to. Slower clips keep their own if the model is told the "
+        "rate; otherwise some of their frames are repeated.",
         gt=0,
     )
     repeats: int = Field(default=1, ge=1, description="Number of times each clip is used per epoch.")
@@ -174,8 +184,10 @@ class TrainSettings(Table):
         lt=1,
         description="Decay per step of the moving average of the trained weights, such as 0.999; 0 turns it off.",
     )
-    timestep_sampling: Literal["logit_normal", "uniform"] = Field(
-        default="logit_normal", description="Distribution of the noise levels; logit_normal favors the middle ones."
+    timestep_sampling: Literal["logit_normal", "stretched", "uniform"] = Field(
+        default="logit_normal",
+        description="Distribution of the noise levels. logit_normal favors the middle ones; stretched spreads it over "
+        "all levels after the shift, for models whose shift grows with the clip.",
     )
     timestep_shift: float | None = Field(
         default=None,
@@ -192,11 +204,26 @@ class TrainSettings(Table):
 class ValidationSettings(Table):
     """Validation videos sampled during training."""
 
-    every: int = Field(default=500, ge=0, description="Optimizer steps between validations; 0 turns validation off.")
-    prompts: Texts = Field(default=(), description="Prompts to sample videos from, one video per prompt.")
+    every: int = Field(
+        default=500,
+        ge=0,
+        description="Optimizer steps between validations, the first of which comes before training; 0 turns them off.",
+    )
+    prompts: Texts = Field(
+        default=(),
+        description="Prompts to sample videos from, one video per prompt. Without any, two captions of the clips are "
+        "taken, and for image to video the first frames of these clips.",
+    )
+    negative_prompt: str | None = Field(
+        default=None,
+        description='What the videos should not look like. none: as published with the model; "" for nothing.',
+    )
     images: Texts = Field(
         default=(),
         description="Image files used as first frames for image to video, one per prompt, in the same order.",
+    )
+    motion_score: int | None = Field(
+        default=None, ge=0, description="Amount of motion that the prompts ask SANA-Video for, such as 30. none: none."
     )
     steps: int = Field(default=30, ge=1, description="Denoising steps per video.")
     guidance_scale: float = resolved_later(

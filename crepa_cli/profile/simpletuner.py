@@ -48,6 +48,7 @@ COUNTERPARTS = {
     "validation_step_interval": "validation.every",
     "validation_steps": "validation.every",
     "validation_prompt": "validation.prompts",
+    "validation_negative_prompt": "validation.negative_prompt",
     "validation_num_inference_steps": "validation.steps",
     "validation_guidance": "validation.guidance_scale",
     "validation_num_video_frames": "validation.frames",

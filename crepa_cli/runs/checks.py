@@ -14,6 +14,7 @@ from crepa_cli.data.clips import check_clips, clips_folder
 from crepa_cli.data.images import first_frame
 from crepa_cli.errors import UserError
 from crepa_cli.models import FAMILIES, load_family
+from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
 from crepa_cli.profile import AdapterSettings, DataSettings, Profile, ValidationSettings
 
@@ -120,7 +121,11 @@ def load_checkpoint(profile: Profile) -> Family:
         UserError: if it cannot be read, or is not for the family and the task.
     """
     model = profile.model
-    return load_family(model.family)(model.checkpoint, model.task, model.revision, model.variant)
+    family = load_family(model.family)(model.checkpoint, model.task, model.revision, model.variant)
+    family.vae_dtype = torch_dtype(model.vae_dtype)
+    if model.vae_tiling is not None:
+        family.vae_tiling = model.vae_tiling
+    return family
 
 
 def family_mistakes(family: Family, profile: Profile, *, resumes: bool = False) -> list[str]:
@@ -130,6 +135,7 @@ def family_mistakes(family: Family, profile: Profile, *, resumes: bool = False) 
         *_size_mistakes(family, profile.data),
         *([] if resumes else _length_mistakes(family, profile)),
         *image_mistakes(profile.validation, profile.model.task),
+        *_sampling_mistakes(family, profile.validation),
         *export_mistakes(family, profile.adapter),
     ]
 
@@ -182,6 +188,20 @@ def image_mistakes(validation: ValidationSettings, task: str) -> list[str]:
     if validation.prompts and validation.every and not validation.images:
         return ["validation.images: image to video needs one image per prompt, the first frame of its video"]
     return [mistake for path in validation.images for mistake in _unreadable(path)]
+
+
+def _sampling_mistakes(family: Family, validation: ValidationSettings) -> list[str]:
+    if not validation.every:
+        return []
+    mistakes = []
+    if validation.steps < family.fewest_sampling_steps:
+        mistakes.append(
+            f"validation.steps = {validation.steps}: the scheduler of {family.base.name} stretches the noise levels "
+            f"between the first and the last one; choose {family.fewest_sampling_steps} or more"
+        )
+    if validation.motion_score is not None and family.motion_suffix is None:
+        mistakes.append(f"validation.motion_score: {family.name} knows no motion score; leave it out")
+    return mistakes
 
 
 def _unreadable(path: str) -> list[str]:

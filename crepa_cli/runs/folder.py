@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,11 @@ class RunFolder:
         """The folder of the validation videos after `step` steps."""
         return self.path / "samples" / f"step-{step:06d}"
 
+    @property
+    def first_frames(self) -> Path:
+        """The images that validation videos start from, if they were taken from clips."""
+        return self.path / "first-frames"
+
     def sheet(self, step: int) -> Path:
         """Frames of the validation videos after `step` steps, in one image."""
         return self.samples(step) / "sheet.png"
@@ -115,6 +121,7 @@ class RunFolder:
     def remove(self) -> None:
         """Undo `claim`: the folder stays if there is anything else in it."""
         self.profile.unlink(missing_ok=True)
+        shutil.rmtree(self.first_frames, ignore_errors=True)
         with suppress(OSError):
             self.path.rmdir()
 

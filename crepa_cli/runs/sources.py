@@ -7,7 +7,7 @@ from pathlib import Path
 from crepa_cli.data.prepare import encoder_need
 from crepa_cli.hub.download import Need
 from crepa_cli.hub.layout import is_commit
-from crepa_cli.hub.question import ask_anew, resolve
+from crepa_cli.hub.question import resolve
 from crepa_cli.models.family import Family
 from crepa_cli.profile import Profile
 
@@ -18,7 +18,7 @@ def needs(profile: Profile, family: Family) -> list[Need]:
     An expert that is not trained is needed for validation alone.
     """
     idle = set(family.transformer_components) - {family.component}
-    validates = profile.validation.prompts and profile.validation.every
+    validates = profile.validation.every > 0
     components = tuple(name for name in family.base.components if validates or name not in idle)
     base = Need(family.base.name, family.base.revision, components)
     return [base, encoder_need(profile.crepa)] if profile.crepa.encoder_teaches else [base]
@@ -27,12 +27,11 @@ def needs(profile: Profile, family: Family) -> list[Need]:
 def commits(profile: Profile) -> dict[str, str | None]:
     """The commits of the base model and of the encoder, by setting; the revision as it is for a local folder.
 
-    The Hub is asked here, and not again in this run: a commit that arrives later changes nothing.
+    The Hub is asked once in a run: a commit that arrives later changes nothing.
 
     Raises:
         UserError: if a repository does not exist, or is not on this machine and the Hub cannot be asked.
     """
-    ask_anew()
     model, encoder = profile.model, encoder_need(profile.crepa)
     found = {"model.revision": _commit(str(model.checkpoint), model.revision)}
     if profile.crepa.encoder_teaches:

@@ -21,6 +21,12 @@ def seeded_generator(*parts: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
+STRETCHED_QUANTILES = 0.005, 0.999
+"""Shares of the shifted logit-normal distribution whose noise levels `stretched` moves to 0 and 1 (LTX-2's trainer)."""
+UNIFORM_SHARE = 0.1
+"""The share of the noise levels that `stretched` draws uniformly (LTX-2's trainer)."""
+
+
 def sample_sigmas(
     count: int,
     sampling: str,
@@ -30,22 +36,51 @@ def sample_sigmas(
 ) -> Tensor:
     """Noise levels `[count]` in [0, 1]: drawn, then shifted by s * u / (1 + (s - 1) * u).
 
+    A shift that grows with the clip leaves a long clip next to no low noise. `stretched` therefore scales the shifted
+    levels linearly so that their 0.5 and 99.9 % quantiles become 0 and 1, and draws one level in ten uniformly.
+
     Args:
         count: how many.
-        sampling: `logit_normal` (mean 0, std 1) or `uniform`.
+        sampling: `logit_normal` (mean 0, std 1), `stretched` (the same, stretched) or `uniform`.
         shift: s; above 1 it moves them towards noise, as samplers do for large videos.
         generator: on the CPU.
         bounds: the lowest and the highest noise level; within them the distribution keeps its shape.
     """
     ends = torch.tensor(bounds, dtype=torch.float64)
-    low, high = ends / (shift - (shift - 1) * ends)
     quantiles = torch.rand(count, generator=generator, dtype=torch.float64)
+    if sampling == "stretched":
+        sigmas = _stretched(quantiles, ends, shift)
+        uniform = torch.lerp(ends[0], ends[1], torch.rand(count, generator=generator, dtype=torch.float64))
+        chosen = torch.rand(count, generator=generator, dtype=torch.float64) < UNIFORM_SHARE
+        return torch.where(chosen, uniform, sigmas).float()
+    low, high = _unshifted(ends, shift)
     if sampling == "uniform":
-        drawn = torch.lerp(low, high, quantiles)
-    else:
-        drawn = torch.lerp(_logit_normal_share(low), _logit_normal_share(high), quantiles)
-        drawn = torch.special.ndtri(drawn).sigmoid()
-    return (shift * drawn / (1 + (shift - 1) * drawn)).float()
+        return _shifted(torch.lerp(low, high, quantiles), shift).float()
+    return _shifted(_logit_normal(quantiles, low, high), shift).float()
+
+
+def _stretched(quantiles: Tensor, ends: Tensor, shift: float) -> Tensor:
+    """The levels at these shares of the stretched distribution between two levels."""
+    lowest, highest = _shifted(torch.special.ndtri(ends.new_tensor(STRETCHED_QUANTILES)).sigmoid(), shift)
+    low, high = _unshifted(torch.lerp(lowest, highest, ends), shift)
+    levels = _shifted(_logit_normal(quantiles, low, high), shift)
+    stretched: Tensor = (levels - lowest) / (highest - lowest)
+    return stretched
+
+
+def _logit_normal(quantiles: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """The levels at these shares of the logit-normal distribution between two levels."""
+    shares = torch.lerp(_logit_normal_share(low), _logit_normal_share(high), quantiles)
+    levels: Tensor = torch.special.ndtri(shares).sigmoid()
+    return levels
+
+
+def _shifted(levels: Tensor, shift: float) -> Tensor:
+    return shift * levels / (1 + (shift - 1) * levels)
+
+
+def _unshifted(levels: Tensor, shift: float) -> Tensor:
+    return levels / (shift - (shift - 1) * levels)
 
 
 def _logit_normal_share(level: Tensor) -> Tensor:

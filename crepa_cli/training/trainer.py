@@ -114,6 +114,8 @@ class Trainer:
     def _steps(self, should_stop: StopRequest) -> Iterator[Event]:
         profile, last = self.profile, self.profile.train.steps
         batches = self.batches.starting_at(self.done)
+        if self.done == 0:
+            yield from self._validate(should_stop)
         for step in range(self.done, last):
             if self.learner.aligns and self.learner.schedule.finished(step):
                 yield self._drop_alignment(step)
@@ -129,10 +131,7 @@ class Trainer:
                 yield self._save()
             if self._stopping(should_stop):
                 break
-            if profile.validation.prompts and _due(self.done, profile.validation.every):
-                yield Progress("validation", 0, len(profile.validation.prompts), "sampling videos")
-                yield self.validator.sample(self.learner, self.done, should_stop)
-                self.peak.restart()
+            yield from self._validate(should_stop)
         if self.done < last:
             if self.done > self.saved:
                 yield self._save()
@@ -140,6 +139,14 @@ class Trainer:
         else:
             self._export()
             yield TrainingEnded(self.done, self.run.weights)
+
+    def _validate(self, should_stop: StopRequest) -> Iterator[Event]:
+        """Sample videos if they are due."""
+        validation = self.profile.validation
+        if validation.prompts and _due(self.done, validation.every):
+            yield Progress("validation", 0, len(validation.prompts), "sampling videos")
+            yield self.validator.sample(self.learner, self.done, should_stop)
+            self.peak.restart()
 
     def _step(self, step: int, batches: Iterator[Batch], should_stop: StopRequest) -> StepDone | StepSkipped | None:
         """One optimizer step; None if the run is to stop before it is complete, which changes nothing."""

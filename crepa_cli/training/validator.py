@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -22,14 +22,8 @@ from crepa_cli.models.family import Family, Tensors
 from crepa_cli.processes import from_all
 from crepa_cli.profile import Profile
 from crepa_cli.runs.folder import RunFolder
+from crepa_cli.runs.prompts import Prompts
 from crepa_cli.training.learner import Learner
-
-
-class Prompts(NamedTuple):
-    """Encoded prompts, from the cache: those of the validation, one for each video, and the empty one."""
-
-    validation: Sequence[Tensors]
-    empty: Tensors
 
 
 class Validator:
@@ -38,7 +32,7 @@ class Validator:
     Args:
         profile: the resolved settings.
         family: whose pipeline samples.
-        prompts: the validation prompts; the empty one is the negative prompt of classifier-free guidance.
+        prompts: one for each video, and the negative one of classifier-free guidance.
         form: size, length and frame rate of the clips; `validation.frames` may replace the length.
         run: the run's folder.
         accelerator: device and processes.
@@ -118,7 +112,7 @@ class Validator:
         validation, device = self.validation, self.accelerator.device
         inputs = self.family.form_arguments(**self.form._asdict())
         inputs |= self.family.sampling_arguments(
-            _to(self.prompts.validation[index], device), _to(self.prompts.empty, device)
+            _to(self.prompts.validation[index], device), _to(self.prompts.negative, device)
         )
         inputs["num_inference_steps"] = validation.steps
         inputs["guidance_scale"] = validation.guidance_scale

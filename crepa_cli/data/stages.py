@@ -1,4 +1,4 @@
-"""Splits the work on many clips among the processes of a run, with its progress."""
+"""How a stage of the preparation works through its items: shared out, named, and stored if they are sound."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import TypeVar
 import torch
 from accelerate import PartialState
 
+from crepa_cli.data.cache import Cache, not_finite
 from crepa_cli.data.clips import ClipError
 from crepa_cli.errors import UserError
 from crepa_cli.events import ClipSkipped, Event, Progress
+from crepa_cli.models.family import Tensors
 from crepa_cli.processes import from_all
 
 Item = TypeVar("Item")
@@ -54,3 +56,14 @@ def share(items: Collection[object]) -> range:
     """The indices of the items that this process works on."""
     state = PartialState()
     return range(len(items))[state.process_index :: state.num_processes]
+
+
+def store(cache: Cache, kind: str, key: str, tensors: Tensors) -> None:
+    """Cache tensors that can be trained on.
+
+    Raises:
+        ClipError: if they are not finite; every step with them would be skipped.
+    """
+    if names := not_finite(tensors):
+        raise ClipError(f"{', '.join(names)}: computed, and not finite (NaN or infinity)")
+    cache.write(kind, key, tensors)

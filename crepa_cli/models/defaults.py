@@ -1,0 +1,41 @@
+"""The default settings of a checkpoint: those of its family, of full fine-tuning, and of its published kin."""
+
+from __future__ import annotations
+
+from crepa_cli.errors import UserError
+from crepa_cli.models.base import BaseCheckpoint
+from crepa_cli.models.family import Family, Tables
+
+
+def default_layers(family: type[Family], task: str, kind: str, checkpoint: str | None) -> dict[str, Tables]:
+    """The layers of defaults that override the built-in ones, by their names; later ones override earlier ones.
+
+    Args:
+        family: of the checkpoint.
+        task: `t2v` or `i2v`.
+        kind: `lora` or `full`, as `adapter.kind`.
+        checkpoint: Hub id or local folder; None for the default one of the task.
+    """
+    name, default = f"family {family.name}", family.checkpoints.get(task)
+    layers: dict[str, Tables] = {
+        name: {**family.settings, "model": {"checkpoint": default}} if default else family.settings
+    }
+    if kind == "full":
+        layers[f"{name}, full"] = family.full_settings
+    if (checkpoint := checkpoint or default) is not None:
+        layers[f"checkpoint {checkpoint}"] = _checkpoint_settings(family, checkpoint, task)
+    return layers
+
+
+def _checkpoint_settings(family: type[Family], checkpoint: str, task: str) -> Tables:
+    """Those of the published checkpoint, or of the one that an unpublished one resembles.
+
+    If its configuration cannot be read, there are none: whoever opens the checkpoint explains that.
+    """
+    if checkpoint in family.published:
+        return family.published[checkpoint]
+    try:
+        alike = family.published_like(BaseCheckpoint(checkpoint), task)
+    except UserError:
+        return {}
+    return {} if alike is None else family.published[alike]
