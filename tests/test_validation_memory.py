@@ -34,9 +34,10 @@ from crepa_cli.models.wan import Wan
 from crepa_cli.processes import PRECISION
 from crepa_cli.profile import Profile
 from crepa_cli.runs.folder import RunFolder
+from crepa_cli.runs.prompts import Prompts
 from crepa_cli.training.build import trainable
 from crepa_cli.training.learner import build_learner
-from crepa_cli.training.validator import Prompts, Validator
+from crepa_cli.training.validator import Validator
 
 LONG = pytest.mark.slow
 STEPS = 2

@@ -19,6 +19,7 @@ from crepa_cli.alignment.grid import teaching_frames
 from crepa_cli.data.buckets import Bucket, Fit, Size, bucket_sizes, fit, nearest_bucket, valid_frames
 from crepa_cli.data.cache import Cache, cache_key, check_writable
 from crepa_cli.data.clips import Clip, ClipError, file_digest, find_clips
+from crepa_cli.data.looks import changed_looks
 from crepa_cli.data.stages import each, share, store
 from crepa_cli.data.video import DECODING_VERSION, VideoInfo, decode, frames_available, probe
 from crepa_cli.errors import UserError, counted, listed
@@ -140,7 +141,7 @@ def prompt_key(family: Family, caption: str, dtype: torch.dtype, *, negative: bo
 
 
 def scan(family: Family, folder: Path, form: ClipForm) -> Generator[Event, None, list[PreparedClip]]:
-    """Find the clips of a folder and the bucket of each; yields progress, skipped clips, and what changes in clips.
+    """Find the clips of a folder and the bucket of each; yields progress, skipped clips and notices.
 
     Raises:
         UserError: if the folder does not exist or has no usable clips.
@@ -165,7 +166,7 @@ def scan(family: Family, folder: Path, form: ClipForm) -> Generator[Event, None,
                 f"{clip.bucket.frames} frames repeat the one before"
             )
     yield from _unused(clips, form)
-    yield from _changes(clips)
+    yield from changed_looks([(_clip_name(clip), clip.info, clip.bucket) for clip in clips])
     return clips
 
 
@@ -179,26 +180,6 @@ def _unused(clips: Sequence[PreparedClip], form: ClipForm) -> Iterator[Notice]:
             f"{form.frames / form.fps:.1f} s of each are trained on, {share:.0%} of all seconds; cut long clips into "
             "several to use the rest"
         )
-
-
-def _changes(clips: Sequence[PreparedClip]) -> Iterator[Notice]:
-    """Name the clips that are trained on in another look than their own."""
-    changed = {
-        "in HDR, tone-mapped to BT.709": [f"{_clip_name(clip)} ({clip.info.hdr})" for clip in clips if clip.info.hdr],
-        "interlaced, deinterlaced": [_clip_name(clip) for clip in clips if clip.info.interlaced],
-        "cropped by more than a tenth": [_crop(clip) for clip in clips if clip.fit.cropped > LARGE_CROP],
-    }
-    for how, names in changed.items():
-        if names:
-            yield Notice(f"{counted(len(names), 'clip')} {how}: {listed(names)}")
-
-
-def _crop(clip: PreparedClip) -> str:
-    info, bucket = clip.info, clip.bucket
-    return (
-        f"{_clip_name(clip)} loses {clip.fit.cropped:.0%} ({info.width}x{info.height} scaled "
-        f"by {clip.fit.enlargement:.2f} for {bucket.width}x{bucket.height})"
-    )
 
 
 def _placed(clip: Clip, family: Family, form: ClipForm) -> PreparedClip:
