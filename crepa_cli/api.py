@@ -11,7 +11,7 @@ print(run.weights)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +29,7 @@ from crepa_cli.data.prepare import ClipForm, PreparedClip, encoder_config, prepa
 from crepa_cli.data.video import DECODING_VERSION
 from crepa_cli.errors import RunError, UserError, counted
 from crepa_cli.events import Event, Notice, Progress, RunOpened, TrainingEnded, TrainingStarted
+from crepa_cli.follow import Listener, StopRequest, follow
 from crepa_cli.hub.download import download as download_needs
 from crepa_cli.hub.question import ask_anew, unreachable
 from crepa_cli.models.dtypes import torch_dtype
@@ -49,7 +50,6 @@ from crepa_cli.runs.resume import resume_mistakes
 from crepa_cli.runs.sources import at_commits, commits, keep_commits, needs
 from crepa_cli.runs.warnings import neighbor_warnings, setting_warnings
 from crepa_cli.settings import resolve
-from crepa_cli.signals import stop_signals
 from crepa_cli.training.batches import Batches
 from crepa_cli.training.build import coefficient_schedule
 from crepa_cli.training.checkpointer import Checkpointer
@@ -62,8 +62,6 @@ from crepa_cli.training.validator import Validator
 
 __all__ = ["check", "download", "fill_cache", "resolve", "train"]
 
-Listener = Callable[[Event], None]
-StopRequest = Callable[[], bool]
 Events = Generator[Event, None, None]
 
 
@@ -148,7 +146,7 @@ def train(
             curves = CurvesFile(run, profile.crepa.similarity_threshold)
             trackers = stack.enter_context(closing(Trackers(profile, run, listeners)))
             listeners = [MetricsFile(run.metrics), curves, trackers, *listeners]
-        last = _follow(
+        last = follow(
             lambda should_stop: _run(profile, family, run, accelerator, resume=resume, should_stop=should_stop),
             listeners,
             should_stop,
@@ -167,7 +165,7 @@ def fill_cache(
     start_processes()
     profile, family = _opened(profile)
     accelerator = Accelerator(mixed_precision=PRECISION[profile.model.dtype])
-    _follow(lambda _: _prepared(profile, family, accelerator), listeners, should_stop)
+    follow(lambda _: _prepared(profile, family, accelerator), listeners, should_stop)
 
 
 def download(profile: Profile, *, listeners: Sequence[Listener] = (), should_stop: StopRequest = lambda: False) -> None:
@@ -175,7 +173,7 @@ def download(profile: Profile, *, listeners: Sequence[Listener] = (), should_sto
     start_processes()
     profile = from_main(lambda: _pinned(profile, resume=False))
     family = open_family(profile)
-    _follow(lambda _: _downloaded(profile, family), listeners, should_stop)
+    follow(lambda _: _downloaded(profile, family), listeners, should_stop)
 
 
 def _opened(profile: Profile, *, resume: bool = False) -> tuple[Profile, Family]:
@@ -199,37 +197,6 @@ def _pinned(profile: Profile, *, resume: bool) -> Profile:
         saved = RunFolder.to_resume(profile.train.output).profile
         profile = keep_commits(resolve(str(saved)).profile, profile)
     return at_commits(profile, commits(profile))
-
-
-def _follow(
-    start: Callable[[StopRequest], Generator[Event, None, object]],
-    listeners: Sequence[Listener],
-    should_stop: StopRequest,
-) -> Event | None:
-    """Pass all events to the listeners, and return the last one.
-
-    A listener's error is raised where the event came from, so that the trainer can save a checkpoint. A signal ends
-    the preparation at once: what it has stored is whole.
-
-    Raises:
-        Stopped: if a signal ended the work.
-    """
-    event = None
-    with stop_signals() as signals:
-        events = start(lambda: bool(signals.received) or should_stop())
-        with closing(events):
-            for event in events:
-                if isinstance(event, TrainingStarted):
-                    signals.at_once = False
-                try:
-                    for listener in listeners:
-                        listener(event)
-                except BaseException as error:
-                    events.throw(error)
-                if isinstance(event, Progress) and signals.at_once and should_stop():
-                    break
-        signals.raise_first()
-    return event
 
 
 class _Prepared(NamedTuple):

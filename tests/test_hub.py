@@ -29,8 +29,8 @@ WAN = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 TEACHER = "facebook/dinov2-small"
 TEACHER_NEED = Need(TEACHER, None, ("",))
 DECOY = b"nobody needs this" * 10_000
+CARD = b"---\nlicense: apache-2.0\n---\n"
 WAN_DECOYS = {
-    "README.md": DECOY,
     "transformer/diffusion_pytorch_model.fp16.safetensors": DECOY,
     "transformer/diffusion_pytorch_model.bin": DECOY,
     "vae/nested/config.json": DECOY,
@@ -59,7 +59,7 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStub]:
 @pytest.fixture
 def published(stub: HubStub, open_tiny: OpenTiny, tiny_dinov2: Path) -> HubStub:
     """The stub with a tiny base model and a tiny teacher under published names."""
-    stub.add(WAN, Path(open_tiny("wan", "t2v").base.name), decoys=WAN_DECOYS)
+    stub.add(WAN, Path(open_tiny("wan", "t2v").base.name), decoys=WAN_DECOYS | {"README.md": CARD})
     stub.add(TEACHER, tiny_dinov2, decoys=TEACHER_DECOYS)
     return stub
 
@@ -104,7 +104,8 @@ def test_a_first_start_takes_what_is_needed_and_later_ones_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert start(run_crepa) == 0
-    assert published.sent == needed_bytes(Path(open_tiny("wan", "t2v").base.name)) + needed_bytes(tiny_dinov2)
+    base = needed_bytes(Path(open_tiny("wan", "t2v").base.name))
+    assert published.sent == base + len(CARD) + needed_bytes(tiny_dinov2)
     assert sorted(asked(published)) == [WAN, TEACHER]
     output = capsys.readouterr().out
     assert "to download into" in output
@@ -112,7 +113,7 @@ def test_a_first_start_takes_what_is_needed_and_later_ones_nothing(
 
     # A commit that arrives later makes no difference to a run that is resumed.
     first = published.repositories[WAN].head
-    published.repositories[WAN].commits.append(published.repositories[WAN].commits[0] | {"README.md": b"new"})
+    published.repositories[WAN].commits.append(published.repositories[WAN].commits[0] | {"new.txt": b"new"})
     assert revisions(tmp_path / "runs/wan-t2v-1") == (first, published.repositories[TEACHER].head)
     published.requests.clear()
     assert start(run_crepa, "--resume", "--steps", 2, "--output", "runs/wan-t2v-1") == 0

@@ -11,16 +11,12 @@ import typer
 from crepa_cli.cli.flags import CheckpointFlag, DataFlag, ModelFlag, ProfileFlag, SetFlag, TaskFlag, one_folder
 from crepa_cli.cli.launch import check_processes, launch, launched
 from crepa_cli.cli.terminal import LastingOutput
-from crepa_cli.cli.view import LogLevel, View, open_view, silence_libraries
+from crepa_cli.cli.view import LogLevel, View, open_view, print_settings, silence_libraries
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from crepa_cli.profile import Profile, ResolvedProfile
+    from crepa_cli.profile import Profile
 
 Flag = typer.Option
-VALUE_WIDTH = 24
-"""Room for a value in the list of settings; longer ones are not cut."""
 Only = Literal["download", "cache"] | None
 
 
@@ -68,7 +64,7 @@ def train(
     # Python has no standard output if the caller closed it.
     console = Console(file=cast(TextIO, LastingOutput(sys.stdout))) if sys.stdout else Console()
     if print_profile:
-        _print_profile(resolved, console)
+        print_settings(resolved, console)
     elif processes > 1 and not launched():
         _check_launch(resolved.profile, processes, resume=resume, demo=demo)
         raise typer.Exit(launch(processes))
@@ -78,14 +74,6 @@ def train(
         view = open_view(resolved.profile, console, plain=plain, quiet=quiet, log_level=log_level)
         only: Only = "download" if download_only else "cache" if cache_only else None
         raise typer.Exit(_train(resolved.profile, view, resume=resume, only=only, demo=demo))
-
-
-def _print_profile(resolved: ResolvedProfile, console: Console) -> None:
-    rows = [(f"{section}.{key}", value, source) for section, key, value, source in resolved.rows()]
-    width = max(len(name) for name, _, _ in rows)
-    for name, value, source in [("setting", "value", "from"), *rows]:
-        line = f"{name:<{width}}  {value:<{VALUE_WIDTH}}  {source}"
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _check_launch(profile: Profile, processes: int, *, resume: bool, demo: bool) -> None:

@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from crepa_cli.events import Event
-    from crepa_cli.profile import Profile
+    from crepa_cli.profile import Profile, ResolvedProfile
 
 Listener = Callable[["Event"], None]
 View = AbstractContextManager[list[Listener]]
 LogLevel = Literal["debug", "info", "warning", "error"]
+VALUE_WIDTH = 24
+"""Room for a value in the list of settings; longer ones are not cut."""
 
 
 @contextmanager
@@ -86,3 +88,12 @@ def silence_libraries() -> None:
         library.disable_progress_bar()
         library.set_verbosity_error()
     logging.captureWarnings(True)
+
+
+def print_settings(resolved: ResolvedProfile, console: Console) -> None:
+    """Print every setting with its value and where that comes from."""
+    rows = [(f"{section}.{key}", value, source) for section, key, value, source in resolved.rows()]
+    width = max(len(name) for name, _, _ in rows)
+    for name, value, source in [("setting", "value", "from"), *rows]:
+        line = f"{name:<{width}}  {value:<{VALUE_WIDTH}}  {source}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

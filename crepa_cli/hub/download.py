@@ -37,11 +37,13 @@ class Need:
         name: Hub id or local folder.
         revision: branch, tag or commit on the Hub; None is the main branch.
         folders: the sub-folders; "" is the top.
+        files: single files that are of use if there are any.
     """
 
     name: str
     revision: str | None
     folders: tuple[str, ...]
+    files: tuple[str, ...] = ()
 
 
 class Missing(NamedTuple):
@@ -92,7 +94,7 @@ def _chosen(need: Need, commit: str, paths: list[str]) -> list[str]:
     def read_index(path: str) -> Any:
         return read_config(need.name, path, commit)
 
-    small, weights = [], []
+    small, weights = [path for path in need.files if path in paths], []
     for folder in need.folders:
         found = small_files(paths, folder)
         if not found:

@@ -14,8 +14,11 @@ from torch import nn
 from transformers import AutoConfig
 
 from crepa_cli.errors import UserError
-from crepa_cli.hub.download import Need, fetch
-from crepa_cli.hub.read import fetch_file, read_config
+from crepa_cli.hub.download import Need, fetch, local_folder
+from crepa_cli.hub.read import read_config
+
+CARD = "README.md"
+"""The model card, which states the license."""
 
 
 class BaseCheckpoint:
@@ -51,11 +54,7 @@ class BaseCheckpoint:
     @property
     def license(self) -> str | None:
         """The license in the model card, if there is one."""
-        name = "README.md"
-        try:
-            card = Path(self.name, name) if Path(self.name).is_dir() else fetch_file(self.name, name, self.revision)
-        except UserError:
-            return None
+        card = local_folder(self.name, self.revision) / CARD
         if not card.is_file():
             return None
         data = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data

@@ -8,6 +8,7 @@ from crepa_cli.data.prepare import encoder_need
 from crepa_cli.hub.download import Need
 from crepa_cli.hub.layout import is_commit
 from crepa_cli.hub.question import resolve
+from crepa_cli.models.base import CARD
 from crepa_cli.models.family import Family
 from crepa_cli.profile import Profile
 
@@ -20,7 +21,7 @@ def needs(profile: Profile, family: Family) -> list[Need]:
     idle = set(family.transformer_components) - {family.component}
     validates = profile.validation.every > 0
     components = tuple(name for name in family.base.components if validates or name not in idle)
-    base = Need(family.base.name, family.base.revision, components)
+    base = Need(family.base.name, family.base.revision, components, (CARD,))
     return [base, encoder_need(profile.crepa)] if profile.crepa.encoder_teaches else [base]
 
 
