@@ -35,12 +35,14 @@ from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
 from crepa_cli.processes import PRECISION, from_all, from_main, start_processes
 from crepa_cli.profile import Profile
-from crepa_cli.report.card import loading_lines, write_model_card
+from crepa_cli.report.card import write_model_card
+from crepa_cli.report.loading import loading_lines
 from crepa_cli.report.metrics import MetricsFile
 from crepa_cli.report.plot import CurvesFile
 from crepa_cli.report.trackers import Trackers
 from crepa_cli.runs.capabilities import attention_mistakes, compile_mistakes, dtype_mistakes
 from crepa_cli.runs.checks import attempt, open_family, open_run
+from crepa_cli.runs.facts import write_facts
 from crepa_cli.runs.folder import RunFolder
 from crepa_cli.runs.prompts import Prompts, negative_prompt, read_prompts, sampled_texts, with_prompts, with_prompts_of
 from crepa_cli.runs.resume import resume_mistakes
@@ -153,7 +155,8 @@ def train(
         )
     accelerator.end_training()
     if state.is_main_process and isinstance(last, TrainingEnded) and last.weights is not None:
-        write_model_card(run, family, profile)
+        # The prompts may be captions, which the settings of the run hold alone.
+        write_model_card(run, family, with_prompts_of(resolve(str(run.profile)).profile, profile))
     return run
 
 
@@ -247,7 +250,7 @@ def _run(
     should_stop: StopRequest,
 ) -> Events:
     """Prepare, build the trainer, train."""
-    yield RunOpened(run.path, device_memory(accelerator.device), loading_lines(family, profile, run.weights))
+    yield RunOpened(run.path, device_memory(accelerator.device), loading_lines(run, family, profile))
     for warning in setting_warnings(profile):
         yield Notice(warning)
     checkpoint = (yield from _newest_checkpoint(run, profile.train.steps)) if resume else None
@@ -258,6 +261,8 @@ def _run(
     prompts = yield from read_prompts(profile, family, prepared.cache, accelerator.device)
     yield Progress("loading", 0, 1, "the transformer")
     trainer = _build_trainer(profile, family, run, accelerator, prepared, prompts, checkpoint)
+    if accelerator.is_main_process:
+        write_facts(run, family, [clip.clip.caption for clip in prepared.clips], _device_name(accelerator))
     yield from trainer.train(should_stop)
 
 
@@ -359,6 +364,13 @@ def _accelerator(profile: Profile) -> Accelerator:
         # The trainer accumulates by itself; without the plugin an environment variable would divide the gradients.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )
+
+
+def _device_name(accelerator: Accelerator) -> str:
+    """The device and how many take part."""
+    device = accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    return f"{accelerator.num_processes} x {name}"
 
 
 @contextmanager

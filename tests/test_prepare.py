@@ -13,6 +13,7 @@ import torch
 from conftest import OpenTiny
 
 from crepa_cli.data.cache import Cache
+from crepa_cli.data.online import OnlineTeacher
 from crepa_cli.data.prepare import ClipForm, PreparedClip, clip_pixels, prepare, scan
 from crepa_cli.data.video import DECODING_VERSION, write_video
 from crepa_cli.demo.clips import write_demo_clips
@@ -37,13 +38,13 @@ def _prepared(family: Family, tiny_dinov2: Path, tmp_path: Path) -> Prepare:
     write_demo_clips(tmp_path / "clips", count=3)
     crepa = CrepaSettings(block_index=8, encoder=str(tiny_dinov2), encoder_image_size="grid")
 
-    def run(cache: Cache | None = None) -> tuple[list[PreparedClip], list[Event]]:
+    def run(cache: Cache | None = None, **changes: object) -> tuple[list[PreparedClip], list[Event]]:
         events: list[Event] = []
         work = prepare(
             family,
             tmp_path / "clips",
             ClipForm(96, 64, 5, 16),
-            crepa,
+            crepa.model_copy(update=changes),
             [VALIDATION, ""],
             cache or Cache(tmp_path / "cache"),
             torch.device("cpu"),
@@ -158,8 +159,7 @@ def test_a_clip_that_is_too_slow_is_named_or_trained_at_its_own_rate(
         shades = pixels.float().mean((1, 2, 3))
         if repeated := int((shades.diff().abs() < 2).sum()):
             repeats[clip.clip.path.name] = repeated
-    told = [event.message for event in events if isinstance(event, Notice)]
-    notices = [message for message in told if "longer than data.frames" not in message]
+    notices = [event.message for event in events if isinstance(event, Notice) and "slower" in event.message]
     if own:
         assert rates == pytest.approx({"6.5": 6.5, "10": 10, "15.84": 15.84, "16": 16, "24": 16})
         assert not repeats
@@ -215,3 +215,28 @@ def test_pixels_of_another_decoding_have_other_entries(prepared: Prepare, monkey
     for one, other in zip(before, after, strict=True):
         assert one.prompt_key == other.prompt_key
         assert not {one.latents_key, one.features_key} & {other.latents_key, other.features_key}
+
+
+def test_the_middle_frame_of_a_latent_can_teach_it(
+    prepared: Prepare, family: Family, tiny_dinov2: Path, tmp_path: Path
+) -> None:
+    cache = Cache(tmp_path / "cache")
+    teacher = Dinov2Teacher.load(tiny_dinov2, torch.device("cpu"))
+    (last, *_), _ = prepared(cache)
+    (middle, *_), _ = prepared(cache, teacher_frame="middle")
+    assert (last.latents_key, last.prompt_key) == (middle.latents_key, middle.prompt_key)
+    pixels = clip_pixels(last)
+    for clip, frames in ((last, [0, 4]), (middle, [0, 2])):
+        stored = cache.read("features", str(clip.features_key))["features"]
+        rows, columns = stored.shape[1:3]
+        size = rows * teacher.patch_size, columns * teacher.patch_size
+        torch.testing.assert_close(stored, teacher.features(pixels[frames], size), rtol=0, atol=0)
+    online = CrepaSettings(
+        block_index=8, encoder=str(tiny_dinov2), encoder_image_size=56, teacher_frame="middle", teacher_cache=False
+    )
+    online_teacher = OnlineTeacher(family, online, torch.device("cpu"))
+    latents = cache.read("latents", last.latents_key)["latents"]
+    decoded = family.decode_latents(online_teacher.pipeline, latents)[:, [0, 2]].transpose(0, 1)
+    expected = teacher.features(((decoded + 1) * 127.5).round().clamp(0, 255).byte(), (56, 56))
+    found, _ = online_teacher.features(latents[None])
+    torch.testing.assert_close(found[0], expected.flatten(1, 2), rtol=0, atol=0)

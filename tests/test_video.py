@@ -1,7 +1,6 @@
 """Decoding returns the right frames and pixels, and for bad files it fails only with a clear reason."""
 
 import math
-import resource
 import struct
 import tempfile
 from collections.abc import Sequence
@@ -216,6 +215,7 @@ def test_the_same_frames_give_the_same_bytes_ten_times_in_a_row(tmp_path: Path) 
 
 
 def test_a_clip_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
     frames = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, hard))

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from crepa_cli.alignment.grid import matching_frames
+from crepa_cli.alignment.grid import teaching_frames
 from crepa_cli.data.buckets import Bucket, Fit, Size, bucket_sizes, fit, nearest_bucket, valid_frames
 from crepa_cli.data.cache import Cache, cache_key, check_writable
 from crepa_cli.data.clips import Clip, ClipError, file_digest, find_clips
@@ -34,6 +34,7 @@ from crepa_cli.teachers.dinov2 import ENCODERS, Dinov2Teacher, input_size
 
 SAME_RATE = 0.99
 """Clips that have this share of a frame rate or more are trained frame by frame, as if they had it: 29.97 is 30."""
+LARGE_CROP = 0.1
 
 
 class Prompt(NamedTuple):
@@ -334,7 +335,7 @@ def _prepare_features(
     keyed = []
     for clip in clips:
         grid = family.token_grid(cache.read("latents", clip.latents_key)["latents"][None])
-        frames = matching_frames(clip.bucket.frames, grid.frames)
+        frames = teaching_frames(clip.bucket.frames, grid.frames, crepa.teacher_frame)
         size = input_size(crepa.encoder_image_size, grid, patch_size)
         key = cache_key(kind="features", encoder=encoder, chosen=frames, size=size, **_content(clip))
         inputs[key] = frames, size

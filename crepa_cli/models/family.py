@@ -8,6 +8,7 @@ builds the transformer's inputs and target, and locates its tokens. All are trai
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from copy import copy
@@ -29,8 +30,6 @@ from crepa_cli.models.precision import compute_in_own_dtype, in_loaded_dtypes, k
 Tensors = dict[str, Tensor]
 Tables = Mapping[str, Mapping[str, object]]
 """Settings by table and key, as they stand in a profile."""
-COMFYUI_FILE = "comfyui_lora.safetensors"
-"""A LoRA by the module names of the original checkpoint, in a run's weights."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +86,10 @@ class Family(ABC):
     """How a prompt asks for an amount of motion, if the model knows one: a format with one number."""
     comfyui_names: ClassVar[Mapping[str, str] | None] = None
     """Patterns in module names and their replacements in the original names; None if ComfyUI does not run it."""
+    comfyui_prefix: ClassVar[str] = "diffusion_model."
+    """Before the names of a LoRA for ComfyUI; one that diffusers reads too."""
+    guides_in_one_batch: ClassVar[bool] = False
+    """Whether the pipelines run a prompt and its negative as one batch of two, rather than one after the other."""
 
     def __init__(self, checkpoint: str, task: str, revision: str | None = None, variant: str | None = None) -> None:
         if task not in self.pipelines:
@@ -117,6 +120,31 @@ class Family(ABC):
     def experts(self) -> Mapping[str, str]:
         """Component of each expert, by its name in `model.variant`; the first is the default, and most have none."""
         return {}
+
+    @property
+    def expert(self) -> str | None:
+        """The name of the expert that is trained; None if the checkpoint has one transformer."""
+        return next((name for name, component in self.experts.items() if component == self.component), None)
+
+    @property
+    def architecture(self) -> str:
+        """The kind of model in the header of exported files, by the name that other trainers give it."""
+        return self.name
+
+    @property
+    def comfyui_header(self) -> Mapping[str, str]:
+        """What ComfyUI reads from the header of a file with all weights."""
+        return {}
+
+    def original_name(self, name: str) -> str:
+        """The name that a module or parameter of the transformer has in the original checkpoint, which ComfyUI uses."""
+        assert self.comfyui_names is not None, "open_family has checked it"
+        module, dot, last = name.rpartition(".")
+        if last not in ("weight", "bias"):
+            module, dot, last = name, "", ""
+        for pattern, replacement in self.comfyui_names.items():
+            module = re.sub(pattern, replacement, module)
+        return f"{module}{dot}{last}"
 
     @property
     def sigma_range(self) -> tuple[float, float]:
