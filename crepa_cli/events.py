@@ -88,6 +88,10 @@ class StepDone:
     step_seconds: float
     samples_per_second: float
     peak_memory_bytes: int
+    crepa_weighted_loss: float | None = None
+    """The coefficient times `crepa_loss`: the part of the total that alignment adds, below 0 once frames agree."""
+    crepa_self_similarity: float | None = None
+    """The mean cosine of each frame with its own features, without its neighbors."""
 
 
 @dataclass(frozen=True)

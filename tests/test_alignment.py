@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from crepa_cli.alignment import Alignment, Crepa, TokenGrid, layersync_loss, loss
-from crepa_cli.alignment.grid import interpolation_taps, matching_frames
+from crepa_cli.alignment.grid import interpolation_taps, matching_frames, teaching_frames
 from crepa_cli.alignment.loss import neighbor_weights
 from crepa_cli.memory.live_bytes import LiveBytes
 
@@ -78,9 +78,21 @@ def test_interpolation_is_that_of_torch(source: int, target: int) -> None:
 
 
 @given(student=st.integers(1, 50), factor=st.integers(1, 8))
-def test_a_latent_frame_meets_the_video_frame_it_begins_with(student: int, factor: int) -> None:
+def test_a_latent_frame_meets_the_last_video_frame_that_it_covers(student: int, factor: int) -> None:
     video_frames = factor * (student - 1) + 1
     assert matching_frames(video_frames, student) == [factor * i for i in range(student)]
+
+
+@given(student=st.integers(1, 50), factor=st.integers(1, 8))
+def test_the_middle_frame_lies_in_the_middle_of_those_that_a_latent_covers(student: int, factor: int) -> None:
+    video_frames = factor * (student - 1) + 1
+    assert teaching_frames(video_frames, student, "last") == matching_frames(video_frames, student)
+    first, *others = teaching_frames(video_frames, student, "middle")
+    assert first == 0
+    for latent, frame in enumerate(others, start=1):
+        covered = range(factor * (latent - 1) + 1, factor * latent + 1)
+        before, after = frame - covered[0], covered[-1] - frame
+        assert after - before in (0, 1)
 
 
 @given(seed=st.integers(0, 99), options=SETTINGS, frames=st.integers(1, 6), student=GRIDS, teacher=GRIDS)

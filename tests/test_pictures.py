@@ -47,7 +47,7 @@ def test_curves_of_a_run_without_steps_are_empty() -> None:
 
 def test_a_finished_run_has_curves_and_its_card_shows_them(demo: Path) -> None:
     run = demo / "runs" / "wan-t2v-1"
-    assert (run / "curves.svg").read_bytes() == draw_metrics(read_metrics(run / "metrics.jsonl"), 0.85)
+    assert (run / "curves.svg").read_bytes() == draw_metrics(read_metrics(run / "metrics.jsonl"), 0.5)
     assert "](curves.svg)" in (run / "README.md").read_text()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +13,7 @@ import pytest
 
 from crepa_cli.signals import Stopped, stop_signals
 
+STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 WAIT = """
 import sys
 from crepa_cli.signals import stop_signals
@@ -27,39 +28,39 @@ with stop_signals() as signals:
 @pytest.fixture(autouse=True)
 def _handlers() -> Iterator[None]:
     """Handlers of Python's own at first, whatever started the tests."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.getsignal(number) for number in STOPS}
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in STOPS[1:]:
         signal.signal(number, signal.SIG_DFL)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", STOPS)
 def test_a_signal_is_recorded_and_its_handler_is_put_back(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with stop_signals() as signals:
         signals.at_once = False
         assert signals.received == []
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
         assert signals.received == [number]
     assert signal.getsignal(number) == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", STOPS)
 def test_a_signal_ends_at_once_what_has_nothing_to_save(number: signal.Signals) -> None:
     with pytest.raises(Stopped) as stopped, stop_signals():
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
     assert stopped.value.number == number
 
 
 def test_the_second_ctrl_c_ends_the_process_at_once() -> None:
     with pytest.raises(SystemExit) as ended, stop_signals() as signals:  # noqa: PT012
         signals.at_once = False
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
     assert ended.value.code == 128 + signal.SIGINT
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -68,7 +69,7 @@ def test_a_launcher_may_repeat_ctrl_c_as_sigterm() -> None:
     with stop_signals() as signals:
         signals.at_once = False
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
     assert signals.received == [signal.SIGINT, signal.SIGTERM, signal.SIGTERM]
 
 
@@ -86,6 +87,7 @@ def test_other_threads_get_no_handlers() -> None:
     assert found == [[], before]
 
 
+@pytest.mark.skipif(shutil.which("nohup") is None, reason="has no nohup")
 @pytest.mark.parametrize(("command", "expected"), [([], "[1]"), (["nohup"], "[]")])
 def test_a_closed_terminal_is_a_request_but_for_nohup(command: list[str], expected: str) -> None:
     process = subprocess.Popen(

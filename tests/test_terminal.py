@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import pty
 import re
 import signal
 import struct
 import subprocess
 import sys
-import termios
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from crepa_cli.report.metrics import read_metrics
+
+fcntl, pty, termios = (pytest.importorskip(name) for name in ("fcntl", "pty", "termios"))
 
 TRAIN = [sys.executable, "-m", "crepa_cli", "train", "--profile", "t2v", "--model", "wan", "--demo"]
 SHORT = ["--set", "validation.every=0", "--set", "checkpoints.every=0"]

@@ -4,15 +4,15 @@
 - A folder cannot be opened, and what is open for reading alone cannot be synced.
 - A file that is open or memory-mapped cannot be replaced, renamed or deleted, nor can a folder that holds one.
 - Renaming replaces no file, and nothing replaces a folder.
+
+`NEEDS` says what enforcing them takes.
 """
 
 from __future__ import annotations
 
 import builtins
 import errno
-import fcntl
 import os
-import resource
 import shutil
 import sys
 from collections.abc import Callable
@@ -24,6 +24,8 @@ from typing import Any
 import psutil
 
 POSIX_MODULES = {"fcntl", "grp", "pty", "pwd", "resource", "termios", "tty"}
+NEEDS = Path("/proc/self/maps")
+"""Linux lists here which files are mapped."""
 Call = Callable[..., Any]
 
 
@@ -53,6 +55,8 @@ def _without_posix_modules(import_: Call) -> Call:
 
 
 def _memory_of_windows(_process: psutil.Process) -> SimpleNamespace:
+    import resource
+
     return SimpleNamespace(peak_wset=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
@@ -66,6 +70,8 @@ def _refusing_folders(open_: Call) -> Call:
 
 
 def _refusing_readers(fsync: Call) -> Call:
+    import fcntl
+
     def limited(file: Any) -> None:
         descriptor = file if isinstance(file, int) else file.fileno()
         if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
@@ -107,7 +113,7 @@ def _held_files() -> set[Path]:
     for descriptor in Path("/proc/self/fd").iterdir():
         with suppress(FileNotFoundError):  # another thread has closed it
             held.add(descriptor.readlink())
-    lines = Path("/proc/self/maps").read_text().splitlines()
+    lines = NEEDS.read_text().splitlines()
     return held | {Path(line.split(maxsplit=5)[5]) for line in lines if "/" in line}
 
 

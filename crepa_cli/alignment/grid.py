@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,23 @@ class TokenGrid:
 def matching_frames(teacher_frames: int, student_frames: int) -> list[int]:
     """The teacher's frame for each student frame i: floor(i * (T_teacher - 1) / (T_student - 1)), in integers.
 
-    A video VAE that compresses time k-fold keeps the first frame and one of every k after it, so with k*n + 1 video
-    frames and n + 1 latent frames, latent frame i corresponds to video frame k*i.
+    A causal video VAE that compresses time k-fold encodes the first frame alone and then k frames at a time: of
+    k*n + 1 video frames and n + 1 latent frames, latent frame i meets video frame k*i, the last that it covers.
     """
     if student_frames == 1:
         return [0]
     return [i * (teacher_frames - 1) // (student_frames - 1) for i in range(student_frames)]
+
+
+def teaching_frames(video_frames: int, latent_frames: int, which: Literal["last", "middle"]) -> list[int]:
+    """The video frame that teaches each latent frame, of those that it covers: the last, as above, or the middle one.
+
+    Of k frames, the middle one has k // 2 after it.
+    """
+    last = matching_frames(video_frames, latent_frames)
+    if which == "last":
+        return last
+    return [end - (end - before) // 2 for before, end in zip([0, *last], last, strict=False)]
 
 
 def coarser_grid(student: TokenGrid, teacher: TokenGrid) -> TokenGrid:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -56,7 +56,10 @@ def init(
     from_json: Annotated[
         Path | None,
         typer.Option(
-            "--from", help="Start from SimpleTuner's JSON configuration.", metavar="FILE", autocompletion=json_files
+            "--from",
+            help="Start from a configuration of SimpleTuner, takenoko or musubi-tuner (JSON or TOML).",
+            metavar="FILE",
+            autocompletion=json_files,
         ),
     ] = None,
     to_json: Annotated[
@@ -71,7 +74,7 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
     list_presets: Annotated[bool, typer.Option("--list", help="List the presets and their purposes.")] = False,
 ) -> None:
-    """Write a crepa.toml for this folder, from a preset or from SimpleTuner's JSON.
+    """Write a crepa.toml for this folder, from a preset or from another trainer's configuration.
 
     In a terminal, it asks for everything that no flag gives; in notebooks and CI, it never asks.
     """
@@ -99,12 +102,13 @@ def _create(choices: _Choices, from_json: Path | None, *, force: bool) -> None:
     folder = Path()
     if not force:
         refuse_to_overwrite(folder)
-    imported = None if from_json is None else _imported(from_json)
+    config = None if from_json is None else _read(from_json)
     if sys.stdin.isatty() and interactive(Console()):
         try:
-            _ask(choices, imported)
+            _ask(choices, config)
         except EOFError as error:
             raise UserError("not all questions were answered; nothing was written") from error
+    imported = None if config is None else _imported(config, str(from_json), choices)
     if choices.profile is None and imported is None:
         choices.profile = choices.task if choices.task in presets() else "t2v"
     settings = project_settings(
@@ -126,6 +130,8 @@ def _create(choices: _Choices, from_json: Path | None, *, force: bool) -> None:
         planned, notes = _checked(settings, choices.vram)
     write_project(settings, planned, folder)
     typer.echo(f"Wrote crepa.toml and {SCHEMA_FILE}.")
+    for note in imported.notes if imported else ():
+        typer.echo(f"  {note}")
     if imported and imported.without_counterpart:
         _show_without_counterpart(imported.without_counterpart, from_json)
     clips = settings.get("data", {}).get("path")
@@ -184,12 +190,50 @@ def _memory_notes(profile: Profile, family: Family, vram: float) -> list[str]:
     ]
 
 
-def _imported(path: Path) -> Imported:
-    from crepa_cli.models.flavours import FLAVOURS
+def _read(path: Path) -> dict[str, Any]:
     from crepa_cli.profile.files import read_text
-    from crepa_cli.profile.simpletuner import import_config, read_config
+    from crepa_cli.profile.simpletuner import read_config
 
-    return import_config(read_config(read_text(path, str(path)), str(path)), str(path), FLAVOURS)
+    return read_config(read_text(path, str(path)), str(path))
+
+
+def _imported(config: Mapping[str, Any], label: str, choices: _Choices) -> Imported:
+    from crepa_cli.cli.view import silence_libraries
+    from crepa_cli.models import family_defaults
+    from crepa_cli.models.flavours import FLAVOURS
+    from crepa_cli.profile.layers import complete
+    from crepa_cli.profile.project import memory_settings
+    from crepa_cli.profile.simpletuner import import_config
+
+    flags = {"family": choices.model, "task": choices.task, "checkpoint": choices.checkpoint}
+
+    def latent_frames(settings: Mapping[str, object]) -> int:
+        silence_libraries()
+        model = {name.removeprefix("model."): value for name, value in settings.items()}
+        model |= {name: value for name, value in flags.items() if value is not None}
+        without_checkpoint = {name: value for name, value in model.items() if name != "checkpoint"}
+        for stated in (model, without_checkpoint):
+            contents = {"model": stated, **(memory_settings(choices.vram) if choices.vram else {})}
+            try:
+                return _latent_frames(complete(contents, family_defaults))
+            except UserError:  # an unknown family, which the check of all settings refuses, or an unknown checkpoint
+                continue
+        return 1
+
+    return import_config(config, label, FLAVOURS, latent_frames)
+
+
+def _latent_frames(profile: Profile) -> int:
+    """Frames of a clip's latents; if the checkpoint cannot be read, with the VAE of the family's default one."""
+    from crepa_cli.models import load_family
+    from crepa_cli.runs.checks import load_checkpoint
+
+    try:
+        family = load_checkpoint(profile)
+    except UserError:
+        kind, task = load_family(profile.model.family), profile.model.task
+        family = kind(kind.checkpoints[task], task)
+    return (profile.data.frames - 1) // family.frame_multiple + 1
 
 
 def _show_without_counterpart(options: Mapping[str, object], path: Path | None) -> None:
@@ -200,24 +244,24 @@ def _show_without_counterpart(options: Mapping[str, object], path: Path | None) 
         typer.echo(f"  {name} = {shown(value)}")
 
 
-def _ask(choices: _Choices, imported: Imported | None) -> None:
-    """Ask for what is still open; after an import, that is at most the family and the clips."""
+def _ask(choices: _Choices, config: Mapping[str, Any] | None) -> None:
+    """Ask for what is still open; with another trainer's configuration, that is at most the family and the clips."""
     from rich.prompt import FloatPrompt, Prompt
 
     from crepa_cli.profile import presets
 
-    said = {f"{one.table}.{one.key}" for one in imported.settings} if imported else set()
-    everything_said = imported or None not in (choices.model, choices.profile, choices.data, choices.vram)
-    if choices.model is None and "model.family" not in said:
+    said = {name.lstrip("-") for name in config or ()}
+    everything_said = config is not None or None not in (choices.model, choices.profile, choices.data, choices.vram)
+    if choices.model is None and "model_family" not in said:
         choices.model = Prompt.ask("Model family", choices=family_names(), default=family_names()[0])
-    if imported is None and choices.profile is None:
+    if config is None and choices.profile is None:
         if choices.task is None:
             choices.task = Prompt.ask("Text to video or image to video", choices=["t2v", "i2v"], default="t2v")
         _show_presets()
         choices.profile = Prompt.ask("Preset", choices=list(presets()), default=choices.task)
-    if choices.data is None and "data.path" not in said:
+    if choices.data is None:
         choices.data = Prompt.ask("Folder of clips", default="clips")
-    if imported is None and choices.vram is None:
+    if config is None and choices.vram is None:
         name, memory = detected_gpu() or ("no NVIDIA GPU found", 24.0)
         choices.vram = FloatPrompt.ask(f"GPU memory in GB ({name})", default=memory)
     if not everything_said:
@@ -251,6 +295,7 @@ def detected_gpu() -> tuple[str, float] | None:
 
 
 def _export(path: Path, profile: str | None, flags: Mapping[str, object], *, force: bool) -> None:
+    from crepa_cli.cli.view import silence_libraries
     from crepa_cli.files import write_whole
     from crepa_cli.models import family_defaults
     from crepa_cli.profile import resolve_profile
@@ -262,6 +307,7 @@ def _export(path: Path, profile: str | None, flags: Mapping[str, object], *, for
         if not force:
             raise UserError(f"{path}: already exists; --force replaces its crepa_* options and keeps the others")
         config = read_config(read_text(path, str(path)), str(path))
+    silence_libraries()
     resolved = resolve_profile(
         profile=profile,
         flags=flags,
@@ -269,6 +315,9 @@ def _export(path: Path, profile: str | None, flags: Mapping[str, object], *, for
         folder=Path(),
         family_defaults=family_defaults,
     )
-    text = json.dumps(export_crepa(resolved.profile, config), indent=4, ensure_ascii=False)
+    exported = export_crepa(resolved.profile, config, lambda: _latent_frames(resolved.profile))
+    text = json.dumps(exported.config, indent=4, ensure_ascii=False)
     write_whole(path, f"{text}\n".encode())
     typer.echo(f"Wrote the crepa_* options to {path}.")
+    for note in exported.notes:
+        typer.echo(f"  {note}")

@@ -106,7 +106,7 @@ def _open_family(profile: Profile) -> Family:
     unasked = {
         "crepa": profile.crepa.model_copy(update={"enabled": False}),
         "layersync": LayerSyncSettings(),
-        "validation": profile.validation.model_copy(update={"prompts": (), "images": ()}),
+        "validation": profile.validation.model_copy(update={"every": 0, "prompts": (), "images": ()}),
     }
     return open_family(profile.model_copy(update=unasked))
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from crepa_cli.alignment import TokenGrid
-from crepa_cli.alignment.grid import matching_frames
+from crepa_cli.alignment.grid import teaching_frames
 from crepa_cli.data.prepare import load_teacher
 from crepa_cli.models.family import Family
 from crepa_cli.profile import CrepaSettings
@@ -18,13 +18,13 @@ class OnlineTeacher:
 
     Args:
         family: provides the VAE.
-        crepa: the vision encoder, its input size, and whether to drop the VAE's own encoder.
+        crepa: the vision encoder, its input, and whether to drop the VAE's own encoder.
         device: the device of both.
     """
 
     def __init__(self, family: Family, crepa: CrepaSettings, device: torch.device) -> None:
         self.family = family
-        self.image_size = crepa.encoder_image_size
+        self.image_size, self.teacher_frame = crepa.encoder_image_size, crepa.teacher_frame
         self.pipeline = family.load_vae_pipeline()
         if crepa.drop_vae_encoder:
             self.pipeline.vae.encoder = None
@@ -40,7 +40,8 @@ class OnlineTeacher:
 
     def _clip_features(self, latents: Tensor, grid: TokenGrid) -> Tensor:
         video = self.family.decode_latents(self.pipeline, latents)
-        chosen = video[:, matching_frames(video.shape[1], grid.frames)].transpose(0, 1)
+        taught = teaching_frames(video.shape[1], grid.frames, self.teacher_frame)
+        chosen = video[:, taught].transpose(0, 1)
         frames = ((chosen + 1) * 127.5).round().clamp(0, 255).byte()
         size = input_size(self.image_size, grid, self.teacher.patch_size)
         return self.teacher.features(frames, size)

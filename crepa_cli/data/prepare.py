@@ -7,35 +7,34 @@ in memory together. A stage whose entries are all cached loads no model. The pro
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
-from crepa_cli.alignment.grid import matching_frames
-from crepa_cli.data.buckets import Bucket, bucket_sizes, nearest_bucket, valid_frames
-from crepa_cli.data.cache import Cache, cache_key, check_writable, not_finite
+from crepa_cli.alignment.grid import teaching_frames
+from crepa_cli.data.buckets import Bucket, Fit, Size, bucket_sizes, fit, nearest_bucket, valid_frames
+from crepa_cli.data.cache import Cache, cache_key, check_writable
 from crepa_cli.data.clips import Clip, ClipError, file_digest, find_clips
-from crepa_cli.data.video import VideoInfo, decode, frames_available, probe
-from crepa_cli.errors import UserError, counted
+from crepa_cli.data.looks import changed_looks
+from crepa_cli.data.stages import each, share, store
+from crepa_cli.data.video import DECODING_VERSION, VideoInfo, decode, frames_available, probe
+from crepa_cli.errors import UserError, counted, listed
 from crepa_cli.events import ClipSkipped, Event, Notice, Progress
 from crepa_cli.heap import release_memory
 from crepa_cli.hub.download import Need, fetch
 from crepa_cli.hub.read import fingerprint, read_config
-from crepa_cli.models.family import Family, Tensors
-from crepa_cli.processes import from_all, from_main
+from crepa_cli.models.family import Family
+from crepa_cli.processes import from_main
 from crepa_cli.profile import CrepaSettings, DataSettings
 from crepa_cli.teachers.dinov2 import ENCODERS, Dinov2Teacher, input_size
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 SAME_RATE = 0.99
 """Clips that have this share of a frame rate or more are trained frame by frame, as if they had it: 29.97 is 30."""
+LARGE_CROP = 0.1
 
 
 class Prompt(NamedTuple):
@@ -76,6 +75,11 @@ class PreparedClip:
     latents_key: str = ""
     features_key: str | None = None
 
+    @property
+    def fit(self) -> Fit:
+        """How much the clip is enlarged and cropped for its bucket."""
+        return fit(self.info.width, self.info.height, Size(self.bucket.width, self.bucket.height))
+
 
 def prepare(
     family: Family,
@@ -108,9 +112,8 @@ def prepare(
     cache.remove_leftovers()
     clips = yield from scan(family, folder, form)
     texts = {Prompt(text) for text in prompts} | ({Prompt(negative_prompt, True)} if negative_prompt else set())
-    reasons = yield from encode_prompts(
-        family, texts | {Prompt(clip.clip.caption) for clip in clips}, cache, device, dtype
-    )
+    captions = {Prompt(clip.clip.caption) for clip in clips}
+    reasons = yield from encode_prompts(family, texts | captions, cache, device, dtype)
     require_prompts(texts, reasons)
     clips = yield from _with_captions(family, clips, reasons, dtype)
     clips = yield from _prepare_latents(family, clips, cache, device)
@@ -138,7 +141,7 @@ def prompt_key(family: Family, caption: str, dtype: torch.dtype, *, negative: bo
 
 
 def scan(family: Family, folder: Path, form: ClipForm) -> Generator[Event, None, list[PreparedClip]]:
-    """Find the clips of a folder and the bucket of each; yields progress and skipped clips.
+    """Find the clips of a folder and the bucket of each; yields progress, skipped clips and notices.
 
     Raises:
         UserError: if the folder does not exist or has no usable clips.
@@ -146,8 +149,9 @@ def scan(family: Family, folder: Path, form: ClipForm) -> Generator[Event, None,
     found = find_clips(folder)
     for skipped in found.skipped:
         yield ClipSkipped(skipped.name, skipped.reason)
-
-    clips = yield from _each(
+    if found.left_out:
+        yield Notice(f"{counted(len(found.left_out), 'file')} left out, of no kind of video: {listed(found.left_out)}")
+    clips = yield from each(
         "scanning", found.clips, lambda clip: _placed(clip, family, form), name=lambda clip: clip.path.name
     )
     if not clips:
@@ -162,6 +166,7 @@ def scan(family: Family, folder: Path, form: ClipForm) -> Generator[Event, None,
                 f"{clip.bucket.frames} frames repeat the one before"
             )
     yield from _unused(clips, form)
+    yield from changed_looks([(_clip_name(clip), clip.info, clip.bucket) for clip in clips])
     return clips
 
 
@@ -248,18 +253,18 @@ def encode_prompts(
 def _encode_missing(
     family: Family, keys: dict[Prompt, str], cache: Cache, device: torch.device, dtype: torch.dtype
 ) -> Generator[Event, None, dict[Prompt, str]]:
-    yield Progress("prompts", 0, len(_share(keys)), "loading the text encoder")
+    yield Progress("prompts", 0, len(share(keys)), "loading the text encoder")
     pipeline = family.load_text_pipeline(dtype).to(device)
 
     def encode(prompt: Prompt) -> tuple[Prompt, str] | None:
         encode_text = family.encode_negative_prompt if prompt.negative else family.encode_prompt
         try:
-            _store(cache, "prompts", keys[prompt], encode_text(pipeline, prompt.text))
+            store(cache, "prompts", keys[prompt], encode_text(pipeline, prompt.text))
         except ClipError as error:
             return prompt, str(error)
         return None
 
-    failed = yield from _each("prompts", list(keys), encode, name=lambda prompt: repr(prompt.text))
+    failed = yield from each("prompts", list(keys), encode, name=lambda prompt: repr(prompt.text))
     return dict(one for one in failed if one is not None)
 
 
@@ -291,9 +296,8 @@ def _prepare_latents(
     vae = _digests(family.vae_components, family)
 
     def key(clip: PreparedClip) -> str:
-        return cache_key(
-            kind="latents", family=family.name, task=family.task, vae=vae, **family.encoding, **_content(clip)
-        )
+        content = family.encoding | _content(clip)
+        return cache_key(kind="latents", family=family.name, task=family.task, vae=vae, **content)
 
     clips = [replace(clip, latents_key=key(clip)) for clip in clips]
     missing = from_main(lambda: [clip for clip in clips if not cache.has("latents", clip.latents_key)])
@@ -307,7 +311,7 @@ def _prepare_latents(
 def _encode_latents(
     family: Family, clips: list[PreparedClip], cache: Cache, device: torch.device
 ) -> Generator[Event, None, list[PreparedClip]]:
-    yield Progress("latents", 0, len(_share(clips)), "loading the VAE")
+    yield Progress("latents", 0, len(share(clips)), "loading the VAE")
     pipeline = family.load_vae_pipeline().to(device)
 
     def encode(clip: PreparedClip) -> PreparedClip:
@@ -315,10 +319,10 @@ def _encode_latents(
         # The same noise whenever this entry is computed, and another for every clip.
         generator = torch.Generator().manual_seed(int(clip.latents_key[:15], 16)) if family.samples_posterior else None
         tensors = family.encode_clip(pipeline, video, generator) | {"fps": torch.tensor(clip.fps)}
-        _store(cache, "latents", clip.latents_key, tensors)
+        store(cache, "latents", clip.latents_key, tensors)
         return clip
 
-    return (yield from _each("latents", clips, encode, name=_clip_name))
+    return (yield from each("latents", clips, encode, name=_clip_name))
 
 
 def _prepare_features(
@@ -331,7 +335,7 @@ def _prepare_features(
     keyed = []
     for clip in clips:
         grid = family.token_grid(cache.read("latents", clip.latents_key)["latents"][None])
-        frames = matching_frames(clip.bucket.frames, grid.frames)
+        frames = teaching_frames(clip.bucket.frames, grid.frames, crepa.teacher_frame)
         size = input_size(crepa.encoder_image_size, grid, patch_size)
         key = cache_key(kind="features", encoder=encoder, chosen=frames, size=size, **_content(clip))
         inputs[key] = frames, size
@@ -351,54 +355,16 @@ def _encode_features(
     cache: Cache,
     device: torch.device,
 ) -> Generator[Event, None, list[PreparedClip]]:
-    yield Progress("features", 0, len(_share(clips)), "loading the teacher")
+    yield Progress("features", 0, len(share(clips)), "loading the teacher")
     teacher = load_teacher(crepa, device)
 
     def encode(clip: PreparedClip) -> PreparedClip:
         frames, size = inputs[str(clip.features_key)]
         features = teacher.features(clip_pixels(clip)[frames], size)
-        _store(cache, "features", str(clip.features_key), {"features": features})
+        store(cache, "features", str(clip.features_key), {"features": features})
         return clip
 
-    return (yield from _each("features", clips, encode, name=_clip_name))
-
-
-def _each(
-    stage: str, items: Sequence[Item], work: Callable[[Item], Result], *, name: Callable[[Item], str]
-) -> Generator[Event, None, list[Result]]:
-    """Process each item, yield progress and return the results; items with unreadable clips are skipped.
-
-    The processes of a run split the items, and each process returns all results. A UserError in one is raised in all.
-    """
-    mine = _share(items)
-    outcomes: list[tuple[int, Result | ClipError | UserError]] = []
-    for done, index in enumerate(mine):
-        yield Progress(stage, done, len(mine), name(items[index]))
-        try:
-            with torch.no_grad():
-                outcomes.append((index, work(items[index])))
-        except ClipError as error:
-            outcomes.append((index, error))
-        except UserError as error:
-            outcomes.append((index, error))
-            break
-    else:
-        yield Progress(stage, len(mine), len(mine))
-    results = []
-    for index, outcome in sorted(from_all(outcomes), key=itemgetter(0)):
-        if isinstance(outcome, UserError):
-            raise outcome
-        if isinstance(outcome, ClipError):
-            yield ClipSkipped(name(items[index]), str(outcome))
-        else:
-            results.append(outcome)
-    return results
-
-
-def _share(items: Collection[object]) -> range:
-    """The indices of the items that this process works on."""
-    state = PartialState()
-    return range(len(items))[state.process_index :: state.num_processes]
+    return (yield from each("features", clips, encode, name=_clip_name))
 
 
 def _clip_name(clip: PreparedClip) -> str:
@@ -416,6 +382,7 @@ def _content(clip: PreparedClip) -> dict[str, object]:
     """The part of a cache key that determines a clip's pixels."""
     bucket = clip.bucket
     return {
+        "decoding": DECODING_VERSION,
         "digest": clip.digest,
         "fps": clip.fps,
         "frames": bucket.frames,
@@ -428,14 +395,3 @@ def _digests(components: Iterable[str], family: Family) -> list[str]:
     components = list(components)
     folder = family.base.fetch(*components)
     return [fingerprint(folder / name) for name in components]
-
-
-def _store(cache: Cache, kind: str, key: str, tensors: Tensors) -> None:
-    """Cache tensors that can be trained on.
-
-    Raises:
-        ClipError: if they are not finite; every step with them would be skipped.
-    """
-    if names := not_finite(tensors):
-        raise ClipError(f"{', '.join(names)}: computed, and not finite (NaN or infinity)")
-    cache.write(kind, key, tensors)

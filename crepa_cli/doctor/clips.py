@@ -32,17 +32,12 @@ def describe_buckets(buckets: Sequence[BucketCount], data: DataSettings, family:
 
 def enlarged(clips: Sequence[PreparedClip]) -> str | None:
     """The clips that are enlarged a lot, the most enlarged one by name; None without any."""
-    much = [clip for clip in clips if _enlargement(clip) > MUCH]
+    much = [clip for clip in clips if clip.fit.enlargement > MUCH]
     if not much:
         return None
-    worst = max(much, key=_enlargement)
+    worst = max(much, key=lambda clip: clip.fit.enlargement)
     return (
         f"{len(much)} of {counted(len(clips), 'clip')} enlarged more than {MUCH:g} times, which trains blur; most of "
         f"all {worst.clip.path.name}: {worst.info.width}x{worst.info.height} to "
-        f"{worst.bucket.width}x{worst.bucket.height}, {_enlargement(worst):.1f} times"
+        f"{worst.bucket.width}x{worst.bucket.height}, {worst.fit.enlargement:.1f} times"
     )
-
-
-def _enlargement(clip: PreparedClip) -> float:
-    """The factor by which a clip is resized to cover its bucket."""
-    return max(clip.bucket.width / clip.info.width, clip.bucket.height / clip.info.height)

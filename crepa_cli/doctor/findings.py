@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Status = Literal["fine", "warning", "failure"]
 Item = TypeVar("Item")
 
-FIGURES = {"bytes", "preparation", "training", "GPU"}
+FIGURES = {"bytes", "preparation", "training", "validation", "GPU"}
 """Columns that hold numbers."""
 CARDS = (8, 12, 16, 24, 32, 48, 80, 96, 141, 180)
 """Memory of GPUs in GB, as they are sold."""
@@ -53,6 +53,7 @@ class Memory:
     Attributes:
         training: bytes by part at the peak of a training step.
         preparation: peak of each model used in preparation; they are never in memory together.
+        validation: peak of a validation, with what training keeps meanwhile; 0 if there is none.
         peak: bytes that a device must have free.
         limit: bytes that it has free; None if they are unknown.
         savings: settings that reduce the memory of training, largest saving first.
@@ -61,6 +62,7 @@ class Memory:
 
     training: dict[str, int]
     preparation: dict[str, int]
+    validation: int
     peak: int
     limit: int | None
     savings: list[Saving]
@@ -81,12 +83,13 @@ class FamilyMemory:
     shape: str
     training: int
     preparation: int
+    validation: int
     limit: int | None
 
     @property
     def peak(self) -> int:
         """Bytes that a device must have free."""
-        return max(self.training, self.preparation)
+        return max(self.training, self.preparation, self.validation)
 
     @property
     def fits(self) -> bool:
@@ -214,13 +217,15 @@ def _lines(check: Check) -> Iterator[str]:
 
 
 def memory_table(memory: Memory) -> Table:
-    """The memory of training by part and of its preparation, and the settings that save most."""
+    """The memory of training by part, of its preparation and of a validation, and the settings that save most."""
     table = _figures("Memory, predicted with fake tensors", "part", "bytes")
     for part, size in memory.training.items():
         table.add_row(part, decimal(size))
     table.add_row("training", decimal(sum(memory.training.values())), style="bold", end_section=True)
     for part, size in memory.preparation.items():
         table.add_row(f"{part}, before training", decimal(size))
+    if memory.validation:
+        table.add_row("validation", decimal(memory.validation))
     table.add_section()
     for saving in memory.savings:
         table.add_row(f"--set {saving.setting}", f"-{decimal(saving.saved)}", style="dim")
@@ -229,10 +234,10 @@ def memory_table(memory: Memory) -> Table:
 
 def families_table(families: list[FamilyMemory]) -> Table:
     """The memory of every family's default training, and the smallest GPU that has it."""
-    columns = "family", "task", "checkpoint", "clips", "preparation", "training", "GPU"
+    columns = "family", "task", "checkpoint", "clips", "preparation", "training", "validation", "GPU"
     table = _figures("Memory of each family with the preset of its task", *columns)
     for one in families:
-        sizes = decimal(one.preparation), decimal(one.training), one.card
+        sizes = decimal(one.preparation), decimal(one.training), decimal(one.validation), one.card
         red = one.limit is not None and not one.fits
         row = one.family, one.task, one.checkpoint, one.shape, *sizes
         table.add_row(*row, style=COLORS["failure"] if red else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import NamedTuple
 
 import psutil
@@ -52,15 +53,15 @@ def check_memory(plan: Plan, family: Family, profile: Profile, target: Target, r
             bucket,
             target.device,
             limit,
-            lambda shape: report(f"searching for the largest clips that fit: {shape}"),
+            lambda shape: report(f"searching for what fits: {shape}"),
         )
-    plan.memory = Memory(prediction.training, prediction.preparation, prediction.peak, limit, saved, fitting)
+    plan.memory = Memory(**asdict(prediction), peak=prediction.peak, limit=limit, savings=saved, fitting=fitting)
     message = _message(prediction, bucket, limit)
     if profile.train.sharding:
         message += " in a single process; train.sharding lowers it by an amount that is not predicted"
     elif limit is not None and fits and (frames := longest_that_fits(profile, family, bucket, target, report)):
         message += f"; clips of up to {frames} frames fit at this size"
-    plan.add("memory", "fine" if fits else "failure", message, _advice(saved, fitting))
+    plan.add("memory", "fine" if fits else "failure", message, _advice(prediction, limit, saved, fitting))
 
 
 def longest_that_fits(
@@ -113,19 +114,28 @@ def training_target(gpu_bytes: int | None) -> Target:
 
 def _message(prediction: Prediction, bucket: Bucket, limit: int | None) -> str:
     shape = f"{bucket.width}x{bucket.height}, {bucket.frames} frames"
+    if prediction.validation == prediction.peak:
+        shape = "validation videos"
     taken = f"peak of {decimal(prediction.peak)} for {shape}"
     return taken if limit is None else f"{taken}; {decimal(limit)} available"
 
 
-def _advice(saved: Sequence[Saving], fitting: Fitting | None) -> str:
-    if fitting is None:
+def _advice(prediction: Prediction, limit: int | None, saved: Sequence[Saving], fitting: Fitting | None) -> str:
+    if fitting is None or limit is None:
         return ""
-    lighter = [f"--set {one.setting} saves {decimal(one.saved)} in training" for one in saved[:3]]
+    lines = []
+    if prediction.validation > limit:
+        lines.append(f"--set validation.every=0 turns off the validation, which takes {decimal(prediction.validation)}")
+    if fitting.validation_frames:
+        lines.append(f"--set validation.frames={fitting.validation_frames} fits a validation")
+    training_fits = prediction.without_validation <= limit
+    if not training_fits:
+        lines += [f"--set {one.setting} saves {decimal(one.saved)} in training" for one in saved[:3]]
     if fitting.frames:
-        lighter.append(f"with no other change, --set data.frames={fitting.frames} fits")
+        lines.append(f"with no other change, --set data.frames={fitting.frames} fits")
     if fitting.width:
         size = f"--set data.width={fitting.width} --set data.height={fitting.height}"
-        lighter.append(f"with no other change, {size} fits")
-    if not fitting.frames and not fitting.width:
-        lighter.append("no length and no size fits with no other change: combine settings, or use a smaller checkpoint")
-    return "\n".join(lighter)
+        lines.append(f"with no other change, {size} fits")
+    if not training_fits and not fitting.frames and not fitting.width:
+        lines.append("no length and no size fits with no other change: combine settings, or use a smaller checkpoint")
+    return "\n".join(lines)

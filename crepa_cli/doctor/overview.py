@@ -48,5 +48,6 @@ def family_memories(
                 f"{bucket.width}x{bucket.height}, {bucket.frames} frames",
                 sum(prediction.training.values()),
                 max(prediction.preparation.values()),
+                prediction.validation,
                 target.free,
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from rich.filesize import decimal
 
+from crepa_cli.memory.prediction import validation_memory
 from crepa_cli.memory.savings import memory_advice
 from crepa_cli.memory.shapes import form_bucket
 from crepa_cli.models.family import Family
@@ -24,6 +25,8 @@ def out_of_memory_message(error: BaseException, profile: Profile, family: Family
     parts, savings = memory_advice(profile, family, bucket, device)
     held = [f"  {part}: {decimal(size)}" for part, size in sorted(parts.items(), key=lambda item: -item[1]) if size]
     advice = [f"  --set {saving.setting} saves {decimal(saving.saved)}" for saving in savings]
+    validation = validation_memory(profile, family, device)
+    larger = validation > sum(parts.values())
     return "\n".join(
         [
             f"out of memory: {str(error).splitlines()[0]}",
@@ -31,6 +34,7 @@ def out_of_memory_message(error: BaseException, profile: Profile, family: Family
             *held,
             "Settings that reduce it most:" if advice else "No single setting reduces it: use a smaller checkpoint.",
             *advice,
+            *([f"A validation needs {decimal(validation)}: --set validation.every=0 turns it off."] if larger else []),
             "Then train again; a run that had begun to train resumes with --resume.",
         ]
     )

@@ -1,4 +1,4 @@
-"""The memory that a run takes in training and in its preparation: predicted, not measured."""
+"""The memory that a run takes in its preparation, in training and in validations: predicted, not measured."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from crepa_cli.data.buckets import Bucket
 from crepa_cli.data.prepare import encoder_config
 from crepa_cli.memory.kept import kept
 from crepa_cli.memory.preparation import online_teacher_weights, predict_preparation
-from crepa_cli.memory.shapes import clips_of
+from crepa_cli.memory.shapes import clips_of, validation_bucket
 from crepa_cli.memory.step import predict_training
+from crepa_cli.memory.validation import predict_validation
 from crepa_cli.models.family import Family
 from crepa_cli.profile import Profile
 
@@ -24,23 +25,34 @@ IRRELEVANT: Any = {
     "train": {"steps", "learning_rate", "lr_scheduler", "lr_warmup_steps", "seed", "output", "gradient_accumulation"},
 }
 """Settings that memory does not depend on, or only through the shape of the clips."""
+IRRELEVANT_IN_VALIDATION: Any = IRRELEVANT | {
+    "validation": {"every", "prompts", "negative_prompt", "motion_score", "images", "steps"}
+}
+"""Those that the memory of a validation does not depend on."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Predicted bytes of training and its preparation.
+    """Predicted bytes of a run.
 
     Attributes:
         training: bytes by part at the peak of a training step.
         preparation: peak of each of its models; they are never in memory together.
+        validation: peak of a validation; 0 if there is none.
     """
 
     training: dict[str, int]
     preparation: dict[str, int]
+    validation: int
 
     @property
     def peak(self) -> int:
         """Bytes that a device must have free."""
+        return max(self.without_validation, self.validation)
+
+    @property
+    def without_validation(self) -> int:
+        """The same for a run that samples no videos."""
         return max(sum(self.training.values()), *self.preparation.values())
 
 
@@ -57,18 +69,19 @@ def predict(profile: Profile, family: Family, bucket: Bucket, device: torch.devi
         UserError: if a configuration cannot be read.
     """
     return Prediction(
-        training_memory(profile, family, bucket, device), preparation_memory(profile, family, bucket, device)
+        training_memory(profile, family, bucket, device),
+        preparation_memory(profile, family, bucket, device),
+        validation_memory(profile, family, device),
     )
 
 
 def training_memory(profile: Profile, family: Family, bucket: Bucket, device: torch.device) -> dict[str, int]:
     """Bytes by part at the peak of a training step; see `predict`."""
-    crepa = profile.crepa
 
     def predict_parts() -> dict[str, int]:
         parts = predict_training(profile, family, clips_of(profile, family, bucket), device)
-        if crepa.encoder_teaches and not crepa.teacher_cache:
-            parts["teacher"] = online_teacher_weights(family, crepa, device)
+        if _teaches_online(profile):
+            parts["teacher"] = online_teacher_weights(family, profile.crepa, device)
         return parts
 
     return kept(["training", *_facts(profile, family, bucket, device)], predict_parts)
@@ -83,11 +96,33 @@ def preparation_memory(profile: Profile, family: Family, bucket: Bucket, device:
     return kept(["preparation", *_facts(profile, family, bucket, device)], predict_peaks)
 
 
-def _facts(profile: Profile, family: Family, bucket: Bucket, device: torch.device) -> list[object]:
+def validation_memory(profile: Profile, family: Family, device: torch.device) -> int:
+    """Bytes at the peak of a validation, with all that training keeps meanwhile; 0 if no video is sampled."""
+    if not profile.validation.every:
+        return 0
+    bucket = validation_bucket(profile, family)
+
+    def predict_peaks() -> dict[str, int]:
+        peaks = predict_validation(profile, family, clips_of(profile, family, bucket), device)
+        teacher = online_teacher_weights(family, profile.crepa, device) if _teaches_online(profile) else 0
+        return {part: peak + teacher for part, peak in peaks.items()}
+
+    experts = [family.base.read_config(f"{name}/config.json") for name in family.transformer_components]
+    facts = _facts(profile, family, bucket, device, irrelevant=IRRELEVANT_IN_VALIDATION)
+    return max(kept(["validation", experts, *facts], predict_peaks).values())
+
+
+def _teaches_online(profile: Profile) -> bool:
+    return profile.crepa.encoder_teaches and not profile.crepa.teacher_cache
+
+
+def _facts(
+    profile: Profile, family: Family, bucket: Bucket, device: torch.device, irrelevant: Any = IRRELEVANT
+) -> list[object]:
     """Everything that a prediction depends on, as JSON values."""
     crepa = profile.crepa
     encoder = encoder_config(crepa) if crepa.encoder_teaches else None
-    settings = profile.model_dump(mode="json", by_alias=True, exclude=IRRELEVANT)
+    settings = profile.model_dump(mode="json", by_alias=True, exclude=irrelevant)
     return [
         settings,
         asdict(bucket),

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TypeVar
 
 import torch
 
 from crepa_cli.data.buckets import Bucket, Size
 from crepa_cli.hub.messages import HubError
-from crepa_cli.memory.prediction import preparation_memory, training_memory
+from crepa_cli.memory.prediction import preparation_memory, training_memory, validation_memory
+from crepa_cli.memory.shapes import validation_bucket
 from crepa_cli.models.family import Family
 from crepa_cli.profile import Profile
 from crepa_cli.teachers.dinov2 import ENCODERS
@@ -32,11 +33,19 @@ class Saving:
 
 @dataclass(frozen=True)
 class Fitting:
-    """The most frames and the largest size that fit a device with the other settings unchanged; None if none do."""
+    """What fits a device with the other settings unchanged; None for what does not.
+
+    Attributes:
+        frames: the most frames of clips.
+        width: of the largest clips.
+        height: of the largest clips.
+        validation_frames: the most frames of validation videos, if their length is what does not fit.
+    """
 
     frames: int | None
     width: int | None
     height: int | None
+    validation_frames: int | None
 
 
 def memory_advice(
@@ -125,7 +134,7 @@ def with_setting(profile: Profile, table: str, key: str, value: object) -> Profi
 def largest_that_fits(
     profile: Profile, family: Family, bucket: Bucket, device: torch.device, limit: int, report: Callable[[str], None]
 ) -> Fitting:
-    """The most frames at this size, and the largest size at this length, that need at most `limit` bytes.
+    """The clips, and the validation videos of the settings' size, that need at most `limit` bytes.
 
     Args:
         profile: the resolved settings.
@@ -137,19 +146,35 @@ def largest_that_fits(
     """
 
     def fits(frames: int, size: Size) -> bool:
-        report(f"{size.width}x{size.height}, {frames} frames")
+        report(f"clips of {size.width}x{size.height}, {frames} frames")
         tried = Bucket(frames, size.height, size.width)
-        # The preparation matters only if training fits.
+        # The others matter only if training fits.
         if sum(training_memory(profile, family, tried, device).values()) > limit:
             return False
-        return max(preparation_memory(profile, family, tried, device).values()) <= limit
+        if max(preparation_memory(profile, family, tried, device).values()) > limit:
+            return False
+        data = profile.data.model_copy(update=asdict(tried))
+        return validation_memory(profile.model_copy(update={"data": data}), family, device) <= limit
 
     size = Size(bucket.width, bucket.height)
     lengths = range(1 + family.frame_multiple, bucket.frames, family.frame_multiple)
     sizes = smaller_sizes(size, family.size_multiple)
     frames = last_that_holds(lengths, lambda frames: fits(frames, size))
     width, height = last_that_holds(sizes, lambda one: fits(bucket.frames, one)) or (None, None)
-    return Fitting(frames, width, height)
+    return Fitting(frames, width, height, _validation_frames(profile, family, device, limit, report))
+
+
+def _validation_frames(
+    profile: Profile, family: Family, device: torch.device, limit: int, report: Callable[[str], None]
+) -> int | None:
+    """The most frames of validation videos that need at most `limit` bytes; None if all or none do."""
+
+    def fits(frames: int) -> bool:
+        report(f"validation videos of {frames} frames")
+        return validation_memory(with_setting(profile, "validation", "frames", frames), family, device) <= limit
+
+    frames, step = validation_bucket(profile, family).frames, family.frame_multiple
+    return None if fits(frames) else last_that_holds(range(1, frames, step), fits)
 
 
 def smaller_sizes(size: Size, multiple: int) -> list[Size]:

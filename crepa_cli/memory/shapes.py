@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -23,6 +24,12 @@ def form_bucket(profile: Profile, family: Family) -> Bucket:
     form = ClipForm.of(profile.data)
     frames = valid_frames(form.frames, form.frames, family.frame_multiple)
     return Bucket(frames or form.frames, form.height, form.width)
+
+
+def validation_bucket(profile: Profile, family: Family) -> Bucket:
+    """The shape of a validation's videos; the pipelines round other lengths, some of them up."""
+    steps = math.ceil(((profile.validation.frames or profile.data.frames) - 1) / family.frame_multiple)
+    return Bucket(steps * family.frame_multiple + 1, profile.data.height, profile.data.width)
 
 
 @dataclass(frozen=True)

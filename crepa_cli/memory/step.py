@@ -11,7 +11,7 @@ import gc
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -42,10 +42,35 @@ def predict_training(profile: Profile, family: Family, clips: Clips, device: tor
         clips: the clips of a batch.
         device: the device that trains; a GPU's optimizer updates all parameters at once.
     """
+    batch = {name: torch.stack([tensor] * profile.train.batch_size) for name, tensor in clips.tensors.items()}
+    with fake_training(profile, family, clips.feature_size, device) as training:
+        training.live.reset_peak()
+        _step(profile, family, training, batch, clips)
+        return {part: training.live.peak_parts[part] for part in PARTS}
+
+
+class FakeTraining(NamedTuple):
+    """The tensors that stay in memory from one step to the next, without content, and their counter."""
+
+    model: AlignedTransformer
+    optimizer: torch.optim.Optimizer
+    average: EMAModel | None
+    live: LiveBytes
+
+
+@contextmanager
+def fake_training(profile: Profile, family: Family, feature_size: int, device: torch.device) -> Iterator[FakeTraining]:
+    """A training as it is after a step; within this context, new tensors are fake and counted.
+
+    Args:
+        profile: the resolved settings.
+        family: of the checkpoint, of which only the configuration is read.
+        feature_size: width of the teacher's features.
+        device: the device that trains.
+    """
     with torch.device("meta"):
         transformer = family.empty_transformer(frozen_dtype(profile))
-        model = build_model(profile, family, transformer, clips.feature_size if profile.crepa.enabled else None)
-    batch = {name: torch.stack([tensor] * profile.train.batch_size) for name, tensor in clips.tensors.items()}
+        model = build_model(profile, family, transformer, feature_size if profile.crepa.enabled else None)
     with fake_memory() as live:
         live.part = WEIGHTS
         make_fake(model)
@@ -57,49 +82,53 @@ def predict_training(profile: Profile, family: Family, clips: Clips, device: tor
             average = EMAModel(trained, decay=profile.train.ema) if profile.train.ema else None
         with live.belonging_to(OPTIMIZER):
             optimizer = _optimizer_with_state(profile, model, device)
-        live.reset_peak()
-        _step(profile, family, model, optimizer, batch, clips, live)
-        del average
-        return {part: live.peak_parts[part] for part in PARTS}
+        yield FakeTraining(model, optimizer, average, live)
 
 
 def _optimizer_with_state(profile: Profile, model: AlignedTransformer, device: torch.device) -> torch.optim.Optimizer:
     """The optimizer as it is after its first step."""
     train = profile.train
-    # bitsandbytes does not run on fake tensors; it takes less than AdamW.
+    # bitsandbytes, which takes less than AdamW, and Prodigy, which takes twice as much, do not run on fake tensors.
+    runs = train.optimizer in ("adamw", "adafactor")
     groups = [trainable(model.transformer), trainable(model.crepa) if model.crepa else []]
-    optimizer = make_optimizer("adamw", groups, train.learning_rate, train.weight_decay)
+    optimizer = make_optimizer(train if runs else train.model_copy(update={"optimizer": "adamw"}), groups)
     for group in optimizer.param_groups:
-        group["foreach"] = device.type == "cuda"
+        if "foreach" in group:
+            group["foreach"] = device.type == "cuda"
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
+    if train.optimizer == "prodigy":
+        for parameter, state in optimizer.state.items():
+            state |= {"s": torch.zeros_like(parameter), "p0": torch.zeros_like(parameter)}
     return optimizer
 
 
-def _step(
-    profile: Profile,
-    family: Family,
-    model: AlignedTransformer,
-    optimizer: torch.optim.Optimizer,
-    batch: Tensors,
-    clips: Clips,
-    live: LiveBytes,
-) -> None:
+def _step(profile: Profile, family: Family, training: FakeTraining, batch: Tensors, clips: Clips) -> None:
     """One optimizer step of the trainer."""
+    model, optimizer, live = training.model, training.optimizer, training.live
     live.part = ACTIVATIONS
-    # Tensors on the CPU, such as lengths, are read by the model, so they stay real.
-    tensors = {name: _like(tensor) if tensor.is_meta else tensor for name, tensor in batch.items()}
+    tensors = fake_batch(batch)
     noise, sigmas = torch.empty(batch["latents"].shape), torch.full((profile.train.batch_size,), 0.5)
     with live.belonging_to(ALIGNMENT):
         teaching = Teaching(*_features(clips, profile.train.batch_size), coefficient=1.0)
-    with torch.autocast("cpu", torch.bfloat16, enabled=profile.model.dtype == "bfloat16"):
+    with fake_autocast(profile):
         losses = step_losses(model, family, profile, tensors, noise, sigmas, teaching)
     losses.total.backward()
     live.part = OPTIMIZER
     nn.utils.clip_grad_norm_(trainable(model), profile.train.max_grad_norm or math.inf)
     optimizer.step()
+
+
+def fake_batch(batch: Tensors) -> Tensors:
+    """Tensors on the meta device as fake ones; those on the CPU, such as lengths, are read by the model: they stay."""
+    return {name: _like(tensor) if tensor.is_meta else tensor for name, tensor in batch.items()}
+
+
+def fake_autocast(profile: Profile) -> torch.autocast:
+    """The automatic casts of the run, for fake tensors."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=profile.model.dtype == "bfloat16")
 
 
 def _features(clips: Clips, batch_size: int) -> tuple[Tensor | None, TokenGrid | None]:

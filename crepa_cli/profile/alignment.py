@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import difflib
+import os
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from crepa_cli.profile.table import FAMILY_DEFAULT, Table, Text, broken_rule, resolved_later
 
 DINOV2_PATCH = 14
+ENCODERS = tuple(f"dinov2_vit{letter}14{suffix}" for suffix in ("", "_reg") for letter in "sblg")
+"""Encoders with a short name; others are given by their Hub id or folder."""
+ENCODER_ALIASES = {
+    **{spelling: name for name in ENCODERS for spelling in (name, name.replace("_", "-"))},
+    **dict.fromkeys(("dino_v2_g", "dinov2_g"), "dinov2_vitg14"),
+    **dict.fromkeys(("dino_v2_s", "dinov2_s"), "dinov2_vits14"),
+}
+"""What other trainers call them, in lower case."""
 Steps = Annotated[int, Field(ge=0)] | Annotated[str, Field(pattern=r"^(100|[0-9]{1,2}([.][0-9]+)?)%$")]
 """A number of optimizer steps, or a share of the run such as "40%"; `step_count` tells them apart."""
 
@@ -19,6 +30,11 @@ def step_count(steps: int | str, total: int) -> int:
         return steps
     share = float(steps.removesuffix("%"))
     return max(1, round(share * total / 100)) if share else 0
+
+
+def _encoder_name(value: object) -> object:
+    """The name of an encoder for its other spellings."""
+    return ENCODER_ALIASES.get(value.lower(), value) if isinstance(value, str) else value
 
 
 class CrepaSettings(Table):
@@ -59,7 +75,7 @@ class CrepaSettings(Table):
         default=True,
         description="Align each patch. false aligns the average of each frame, which takes less memory.",
     )
-    encoder: Text = Field(
+    encoder: Annotated[Text, BeforeValidator(_encoder_name)] = Field(
         default="dinov2_vitg14",
         description="Teacher: dinov2_vits14, dinov2_vitb14, dinov2_vitl14 or dinov2_vitg14 (each also with _reg), "
         "a Hub id or a local folder.",
@@ -124,6 +140,11 @@ class CrepaSettings(Table):
         description="permanent: alignment stays off once the threshold is reached. "
         "recoverable: it is switched on again when the average falls below the threshold.",
     )
+    teacher_frame: Literal["last", "middle"] = Field(
+        default="last",
+        description="Which of the 4 or 8 video frames that a latent frame covers the encoder sees. The middle one "
+        "agrees better with all of them if the picture moves.",
+    )
 
     @property
     def encoder_teaches(self) -> bool:
@@ -147,6 +168,17 @@ class CrepaSettings(Table):
                 f"must differ from crepa.block_index, which is also {self.block_index}",
                 "teacher_block_index",
                 "block_index",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_known_encoder(self) -> CrepaSettings:
+        name = self.encoder
+        if self.encoder_teaches and name not in ENCODERS and Path(name).name == name and not os.path.exists(name):  # noqa: PTH110 (it raises nothing)
+            nearest = difflib.get_close_matches(name.lower(), ENCODERS, n=1, cutoff=0.5)
+            hint = f"; did you mean {nearest[0]}?" if nearest else ""
+            raise broken_rule(
+                f"must be one of {', '.join(ENCODERS)}, a Hub id such as owner/name, or a local folder{hint}", "encoder"
             )
         return self
 

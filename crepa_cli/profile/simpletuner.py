@@ -1,23 +1,25 @@
-"""Import of SimpleTuner's JSON configuration, and export of the alignment settings to it."""
+"""Import of SimpleTuner's configuration, and export of the alignment settings to it.
+
+The configurations of takenoko and of musubi-tuner's forks, in TOML or JSON, share many of its options.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, get_args
 
-from pydantic import TypeAdapter, ValidationError
-
 from crepa_cli.errors import UserError
-from crepa_cli.profile.describe import known_keys
+from crepa_cli.profile.conversion import LatentFrames, read_alignment, written_alignment
+from crepa_cli.profile.describe import known_keys, shown
+from crepa_cli.profile.files import parse_toml
 from crepa_cli.profile.layers import Setting
+from crepa_cli.profile.musubi import read_musubi
+from crepa_cli.profile.options import Findings, Found, Options, coerced, meant, taken_flag, unset, word
 from crepa_cli.profile.settings import TABLES, Profile, Tracker
 
-ENCODER_KEYS = ("crepa_model", "crepa_encoder")
-"""Two names of one option; if both are given, the first one is used."""
 COUNTERPARTS = {
-    "crepa_model": "crepa.encoder",
     **{f"crepa_{key}": f"crepa.{key}" for key in known_keys()["crepa"]},
     "layersync_enabled": "layersync.enabled",
     "layersync_lambda": "layersync.lambda",
@@ -27,6 +29,8 @@ COUNTERPARTS = {
     "model_type": "adapter.kind",
     "lora_rank": "adapter.rank",
     "lora_alpha": "adapter.alpha",
+    "network_dim": "adapter.rank",
+    "network_alpha": "adapter.alpha",
     "lora_dropout": "adapter.dropout",
     "lora_format": "adapter.export",
     "framerate": "data.fps",
@@ -69,24 +73,61 @@ WORDS: dict[str, dict[str, str]] = {
     "flow_use_uniform_schedule": {"true": "uniform", "false": "logit_normal"},
 }
 """Options whose values have different names here; unlisted values have no counterpart."""
-Flavours = Mapping[str, Mapping[str, str]]
+ANOTHER_METHOD: dict[str, tuple[str, ...]] = {
+    "lora_type": ("", "standard"),
+    "distillation_method": ("", "none"),
+    "controlnet": ("", "false"),
+    "control": ("", "false"),
+}
+"""Options that choose another method of training, and their values that do not."""
+NEUTRAL: dict[str, tuple[str, ...]] = {
+    "base_model_precision": ("no_change",),
+    "crepa_use_tae": ("false",),
+    "delete_problematic_images": ("false",),
+    "grad_clip_method": ("norm",),
+    "minimum_image_size": ("0",),
+    "num_train_epochs": ("0",),
+    "strict_epoch_limit": ("false",),
+    "validation_prompt_library": ("false",),
+}
+"""Options without a counterpart, and their values that change nothing."""
+NO_EFFECT = frozenset(
+    (
+        *("attention_mechanism", "compress_disk_cache", "disable_benchmark", "gradient_checkpointing_backend"),
+        *("crepa_encoder_frame_chunk_size", "crepa_encoder_frames_batch_size", "crepa_self_flow_mask_ratio"),
+        *("gradient_checkpointing_interval", "gradient_checkpointing_segment_stride", "hub_model_id"),
+        *("irepa_projector_kernel_size", "irepa_spatial_norm_alpha", "num_processes", "offload_during_startup"),
+        *("push_checkpoints_to_hub", "push_to_hub", "push_to_hub_background", "quantize_via"),
+        *("resume_from_checkpoint", "text_encoder_batch_size", "tracker_project_name", "tracker_run_name"),
+        *("trust_remote_code", "vae_batch_size", "vae_enable_slicing", "vae_enable_tiling"),
+    )
+)
+"""Options that change memory, speed and bookkeeping, not what is trained; so do those of `NO_EFFECT_PREFIXES`."""
+NO_EFFECT_PREFIXES = ("ramtorch", "context_parallel")
+Flavours = Mapping[str, Mapping[str, Mapping[str, str] | str]]
 SIZE_STEP = 32
 DEFAULT_EMA_DECAY = 0.995
 
 
-class Found(NamedTuple):
-    """An option, the setting it stands for, and the value of that setting."""
-
-    option: str
-    setting: str
-    value: object
-
-
 class Imported(NamedTuple):
-    """The settings from a configuration, and the options without a counterpart with their values."""
+    """The settings from a configuration.
+
+    Attributes:
+        settings: in our terms.
+        without_counterpart: options that stand for nothing here, with their values.
+        notes: on values that are others here.
+    """
 
     settings: list[Setting]
     without_counterpart: dict[str, object]
+    notes: list[str]
+
+
+class Exported(NamedTuple):
+    """A configuration with the alignment settings, and notes on values that are others there or are missing."""
+
+    config: dict[str, Any]
+    notes: list[str]
 
 
 def read_config(text: str, label: str) -> dict[str, Any]:
@@ -95,6 +136,8 @@ def read_config(text: str, label: str) -> dict[str, Any]:
     Raises:
         UserError: if the text is not a JSON object or contains an option twice. The message starts with `label`.
     """
+    if label.lower().endswith(".toml"):
+        return _flat(parse_toml(text, label))
     try:
         config = json.loads(text, object_pairs_hook=_unique)
         json.dumps(config, ensure_ascii=False).encode()
@@ -106,6 +149,14 @@ def read_config(text: str, label: str) -> dict[str, Any]:
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"{label}: given both with and without dashes: {', '.join(twice)}")
     return config
+
+
+def _flat(tables: Mapping[str, object]) -> dict[str, Any]:
+    """The keys of a TOML file; those of its tables count as if they stood above them."""
+    flat: dict[str, Any] = {}
+    for name, value in tables.items():
+        flat |= value if isinstance(value, dict) else {name: value}
+    return flat
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -120,16 +171,33 @@ def _name(spelling: str) -> str:
     return spelling.lstrip("-")
 
 
-def import_config(config: Mapping[str, Any], label: str, flavours: Flavours) -> Imported:
-    """Our settings from a configuration.
+def import_config(
+    config: Mapping[str, Any],
+    label: str,
+    flavours: Flavours,
+    latent_frames: Callable[[Mapping[str, object]], int],
+) -> Imported:
+    """Our settings from a configuration, for the same run.
 
     Args:
         config: its options.
         label: of the configuration; the source of a setting reads "`label` (option)".
-        flavours: base models by family and flavour.
+        flavours: settings of `[model]` by family and flavour, or why a flavour is not trained here.
+        latent_frames: of the clips, from the settings of the model by "table.key".
+
+    Raises:
+        UserError: lists what has no counterpart here and would train another run.
     """
     options = {_name(spelling): value for spelling, value in config.items()}
-    found = list(_model(options, flavours))
+    findings = Findings()
+    _method(options, findings)
+    _model(options, flavours, findings)
+    model = {one.setting: one.value for one in findings.settings}
+    read = read_musubi if {"crepa", "crepa_args"} & options.keys() else read_alignment
+    alignment = read(options, lambda: latent_frames(model))
+    if refused := findings.refused + alignment.refused:
+        raise UserError("\n".join(f"{label}: {one}" for one in refused))
+    found = findings.settings + alignment.settings
     special = (_size, _ema, _validation, _trackers, _layersync)
     found += [one for take in special for one in take(options)]
     found += _counterparts(options, taken={one.setting for one in found})
@@ -137,20 +205,56 @@ def import_config(config: Mapping[str, Any], label: str, flavours: Flavours) -> 
     for option, setting, value in found:
         table, _, key = setting.partition(".")
         settings.append(Setting(table, key, _coerced(table, key, value), f"{label} ({option})"))
-    return Imported(settings, options)
+    lost = {name: value for name, value in options.items() if not _changes_nothing(name, value)}
+    return Imported(settings, lost, findings.notes + alignment.notes)
 
 
-def export_crepa(profile: Profile, config: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of `config` with the alignment settings of `profile`; other options and all spellings stay the same."""
-    values = {f"crepa_{key}": value for key, value in profile.model_dump()["crepa"].items()}
-    exported = dict(config)
-    present = set()
-    for spelling in config:
-        name = "crepa_encoder" if _name(spelling) in ENCODER_KEYS else _name(spelling)
-        if name in values:
-            exported[spelling] = values[name]
-            present.add(name)
-    return exported | {name: value for name, value in values.items() if name not in present and value is not None}
+def _changes_nothing(option: str, value: object) -> bool:
+    if unset(value) or option in NO_EFFECT or option.startswith(NO_EFFECT_PREFIXES):
+        return True
+    return option in NEUTRAL and str(value).lower() in NEUTRAL[option]
+
+
+def _method(options: Options, findings: Findings) -> None:
+    """Refuse other methods of training, and clipping that only looks like ours."""
+    for option, ours in ANOTHER_METHOD.items():
+        if word(options.get(option)) not in ours:
+            findings.refused.append(f"{option} = {shown(options[option])}: crepa does not train with this method")
+        options.pop(option, None)
+    by_value = "model_family" in options and word(options.get("grad_clip_method")) != "norm"
+    if by_value and not unset(options.get("max_grad_norm")):
+        bound = options.pop("max_grad_norm")
+        options.pop("grad_clip_method", None)
+        findings.notes.append(
+            f"max_grad_norm = {shown(bound)} bounds each value of a gradient there (grad_clip_method), and "
+            "train.max_grad_norm bounds its norm: it keeps its default"
+        )
+
+
+def export_crepa(profile: Profile, config: Mapping[str, Any], latent_frames: LatentFrames) -> Exported:
+    """A copy of `config` with the alignment settings of `profile`.
+
+    Other options and all spellings stay the same. Options that SimpleTuner refuses, which earlier versions of this
+    package wrote, are removed.
+
+    Args:
+        profile: the resolved settings.
+        config: the options of an existing configuration.
+        latent_frames: of the clips.
+    """
+    values, notes = written_alignment(profile, latent_frames)
+    source = "backbone" if profile.crepa.use_backbone_features else "encoder"
+    replaced = {"crepa_feature_source": source, "crepa_self_flow": False, "crepa_normalize_neighbour_sum": False}
+    refused = {"crepa_model", *(f"crepa_{key}" for key in known_keys()["crepa"])} - values.keys()
+    exported = {}
+    for spelling, value in config.items():
+        name = _name(spelling)
+        if name not in refused:
+            new = values[name] if values.get(name) is not None else replaced.get(name)
+            exported[spelling] = new if name in values or name in replaced else value
+    present = {_name(spelling) for spelling in exported}
+    added = {name: value for name, value in values.items() if name not in present and value is not None}
+    return Exported(exported | added, notes)
 
 
 def _counterparts(options: dict[str, Any], taken: set[str]) -> Iterator[Found]:
@@ -159,37 +263,49 @@ def _counterparts(options: dict[str, Any], taken: set[str]) -> Iterator[Found]:
             continue
         value = options[option]
         words = WORDS.get(option)
-        if words and not _unset(value) and _word(value) not in words:
+        if words and not unset(value) and word(value) not in words:
             continue
         if option == "max_train_steps" and value == 0:  # SimpleTuner then counts the length in epochs
             continue
         del options[option]
-        if not _unset(value):
+        if not unset(value):
             taken.add(setting)
-            yield Found(option, setting, words[_word(value)] if words else value)
+            yield Found(option, setting, words[word(value)] if words else value)
 
 
-def _model(options: dict[str, Any], flavours: Flavours) -> Iterator[Found]:
+def _model(options: Options, flavours: Flavours, findings: Findings) -> None:
     family = options.pop("model_family", None)
-    if not _unset(family):
-        family = family.replace("-", "_") if isinstance(family, str) else family
-        yield Found("model_family", "model.family", family)
-    flavour = _word(options.get("model_flavour"))
-    checkpoint = flavours.get(_word(family), {}).get(flavour)
-    if checkpoint is not None:
-        del options["model_flavour"]
-        if flavour.startswith("i2v"):
-            yield Found("model_flavour", "model.task", "i2v")
+    if not unset(family):
+        family = family.replace("-", "_").lower() if isinstance(family, str) else family
+        findings.settings.append(Found("model_family", "model.family", family))
     path = options.pop("pretrained_model_name_or_path", None)
-    if not _unset(path):
-        yield Found("pretrained_model_name_or_path", "model.checkpoint", path)
-    elif checkpoint is not None:
-        yield Found("model_flavour", "model.checkpoint", checkpoint)
+    known = flavours.get(word(family), {})
+    if known:
+        settings = _flavour(options, known, findings, needed=unset(path))
+        findings.settings += [Found("model_flavour", f"model.{key}", value) for key, value in settings.items()]
+    if not unset(path):
+        findings.settings.append(Found("pretrained_model_name_or_path", "model.checkpoint", path))
+
+
+def _flavour(
+    options: Options, known: Mapping[str, Mapping[str, str] | str], findings: Findings, *, needed: bool
+) -> Mapping[str, str]:
+    """The settings of `[model]` that the flavour stands for; the default one if it is needed and not given."""
+    given = options.pop("model_flavour", None)
+    if unset(given) and not needed:
+        return {}
+    name = next(iter(known)) if unset(given) else word(given)
+    flavour = known.get(name)
+    if isinstance(flavour, Mapping):
+        return flavour
+    reason = flavour or meant(name, [one for one, settings in known.items() if isinstance(settings, Mapping)])
+    findings.refused.append(f"model_flavour = {shown(given)}: {reason}")
+    return {}
 
 
 def _size(options: dict[str, Any]) -> Iterator[Found]:
     """Width and height for a resolution: of a square of that area, or of 16:9 if `pixel` gives the shorter side."""
-    resolution = _coerced_to(float, options.get("resolution"))
+    resolution = coerced(float, options.get("resolution"))
     kind = options.get("resolution_type") or "pixel_area"
     if not isinstance(resolution, float) or not 0 < resolution < 2**16 or kind not in ("pixel_area", "area", "pixel"):
         return
@@ -202,22 +318,22 @@ def _size(options: dict[str, Any]) -> Iterator[Found]:
 
 
 def _ema(options: dict[str, Any]) -> Iterator[Found]:
-    used = _taken_flag(options, "use_ema")
+    used = taken_flag(options, "use_ema")
     if used is not None:
         decay = options.pop("ema_decay", None)
         if used:
-            yield Found("ema_decay", "train.ema", DEFAULT_EMA_DECAY if _unset(decay) else decay)
+            yield Found("ema_decay", "train.ema", DEFAULT_EMA_DECAY if unset(decay) else decay)
 
 
 def _validation(options: dict[str, Any]) -> Iterator[Found]:
-    if _taken_flag(options, "validation_disable"):
+    if taken_flag(options, "validation_disable"):
         for option in ("validation_step_interval", "validation_steps"):
             options.pop(option, None)
         yield Found("validation_disable", "validation.every", 0)
 
 
 def _trackers(options: dict[str, Any]) -> Iterator[Found]:
-    names = [name.strip() for name in _word(options.get("report_to")).split(",")]
+    names = [name.strip() for name in word(options.get("report_to")).split(",")]
     if names == ["none"] or all(name in get_args(Tracker) for name in names):
         del options["report_to"]
         yield Found("report_to", "report.trackers", [name for name in names if name != "none"])
@@ -226,37 +342,13 @@ def _trackers(options: dict[str, Any]) -> Iterator[Found]:
 def _layersync(options: dict[str, Any]) -> Iterator[Found]:
     """Blocks of LayerSync, which SimpleTuner counts from 1."""
     for key in ("student_block", "teacher_block"):
-        block = _coerced_to(int, options.pop(f"layersync_{key}", None))
-        if not _unset(block):
+        block = coerced(int, options.pop(f"layersync_{key}", None))
+        if not unset(block):
             yield Found(f"layersync_{key}", f"layersync.{key}", max(block - 1, 0) if isinstance(block, int) else block)
-
-
-def _taken_flag(options: dict[str, Any], option: str) -> bool | None:
-    """Remove a boolean option from `options` and return it; None, without removing it, if it is not boolean."""
-    flag = _coerced_to(bool, options.get(option))
-    if not isinstance(flag, bool):
-        return None
-    del options[option]
-    return flag
-
-
-def _unset(value: object) -> bool:
-    return value is None or value == ""
-
-
-def _word(value: object) -> str:
-    return str(value).lower() if isinstance(value, (str, bool)) else ""
 
 
 def _coerced(table: str, key: str, value: object) -> object:
     """The value converted to the type of the setting if possible, such as "1e-4" to a number."""
     fields = TABLES[table].model_fields
     field = next(field for name, field in fields.items() if key in (field.alias, name))
-    return _coerced_to(field.annotation, value)
-
-
-def _coerced_to(type_: Any, value: object) -> Any:
-    try:
-        return TypeAdapter(type_).validate_python(value)
-    except ValidationError:
-        return value
+    return coerced(field.annotation, value)

@@ -30,6 +30,7 @@ from crepa_cli.report.state import RunState
 from crepa_cli.report.summary import Summary, steps_before
 
 HEIGHT = 24
+LOSSES = "losses: total = diffusion + lambda x alignment, which falls below 0"
 PROGRESS_HEIGHT = 5
 CHART_HEIGHT = 7
 
@@ -141,7 +142,7 @@ class Dashboard:
         layout = Layout()
         layout.split_column(
             Layout(titled("training", progress), size=PROGRESS_HEIGHT),
-            Layout(titled("losses", losses_lines(state, inner, rows)), size=losses),
+            Layout(titled(LOSSES, losses_lines(state, inner, rows)), size=losses),
             charts,
             Layout(messages),
         )

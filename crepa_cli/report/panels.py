@@ -72,14 +72,15 @@ def coefficient_lines(state: RunState, console: Console, width: int, height: int
 
 
 def similarity_lines(state: RunState, width: int, height: int) -> list[Text]:
-    """The similarity, its moving average, a gauge against the threshold, and its curve."""
-    average = None if state.latest is None else state.latest.crepa_similarity_ema
+    """The similarity, its average, that with the own frame alone, a gauge against the threshold, and its curve."""
+    latest = state.latest
+    average, own = (None, None) if latest is None else (latest.crepa_similarity_ema, latest.crepa_self_similarity)
     threshold = None if state.schedule is None else state.schedule.similarity_threshold
     gauge = draw_gauge(average or 0.0, threshold, width)
     style = "green" if threshold is None or (average or 0.0) < threshold else "yellow"
     curve = draw_curve(state.similarity.curve, width, max(1, height - 3))
     return [
-        Text.assemble((f"{number(state.similarity.now)}", "bold"), f"  average {number(average)}"),
+        Text.assemble((f"{number(state.similarity.now)}", "bold"), f"  average {number(average)}  own {number(own)}"),
         Text(gauge, style=style),
         Text(_distance(average, threshold), style="dim"),
         *(Text(row, style="cyan") for row in curve),

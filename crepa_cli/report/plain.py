@@ -83,7 +83,8 @@ def describe(event: Event) -> str:
             return (
                 f"step {event.step} loss={number(event.loss)} diffusion={number(event.diffusion_loss)} "
                 f"crepa={number(event.crepa_loss)} coefficient={event.crepa_coefficient:.4f} "
-                f"similarity={number(event.crepa_similarity)} average={number(event.crepa_similarity_ema)} "
+                f"similarity={number(event.crepa_similarity)} "
+                f"own={number(event.crepa_self_similarity)} average={number(event.crepa_similarity_ema)} "
                 f"lr={event.learning_rate:.2e} grad_norm={event.grad_norm:.3f} seconds={event.step_seconds:.3f}"
             )
         case StepSkipped(step, reason):

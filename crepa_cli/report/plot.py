@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 CHARTS = {
     "losses": {"loss": "total", "diffusion_loss": "diffusion", "crepa_loss": "alignment"},
     "lambda (coefficient)": {"crepa_coefficient": "lambda"},
-    "similarity": {"crepa_similarity": "similarity", "crepa_similarity_ema": "average"},
+    "similarity": {"crepa_similarity": "similarity", "crepa_similarity_ema": "average", "crepa_self_similarity": "own"},
 }
 
 
@@ -66,7 +66,7 @@ def draw_metrics(metrics: Sequence[dict[str, Any]], threshold: float | None) -> 
 
 def _draw_line(axes: Axes, metrics: Sequence[dict[str, Any]], key: str, label: str) -> None:
     """Draw the values that exist; long runs are averaged so that the file stays small."""
-    points = curve_points([(line["step"], line[key]) for line in metrics])
+    points = curve_points([(line["step"], line.get(key)) for line in metrics])
     if points:
         axes.plot(*zip(*points, strict=True), label=label, linewidth=1.2)
 

@@ -23,6 +23,7 @@ class Losses(NamedTuple):
     diffusion: Tensor
     crepa: Tensor | None = None
     similarity: Tensor | None = None
+    self_similarity: Tensor | None = None
     layersync: Tensor | None = None
 
 
@@ -62,8 +63,10 @@ def step_losses(
         total = total + teaching.coefficient * alignment.loss
     if output.layersync is not None:
         total = total + profile.layersync.lambda_ * output.layersync
-    crepa, similarity = (alignment.loss, alignment.similarity) if alignment else (None, None)
-    return Losses(total, diffusion, crepa, similarity, output.layersync)
+    if alignment is None:
+        return Losses(total, diffusion, layersync=output.layersync)
+    similarities = alignment.similarity, alignment.self_similarity
+    return Losses(total, diffusion, alignment.loss, *similarities, output.layersync)
 
 
 def not_finite(losses: Tensors) -> list[str]:
