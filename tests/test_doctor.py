@@ -189,7 +189,7 @@ def test_clips_that_are_enlarged_and_what_is_used_of_long_ones(doctor: Any) -> N
     assert enlarged.startswith("8 of 8 clips enlarged more than 1.5 times")
     assert enlarged.endswith("most of all clip-01.mp4: 144x144 to 320x320, 2.2 times")
     (used,) = [one for one in warnings if "longer" in one]
-    assert "longer than data.frames = 9: only the first 0.6 s of each are trained on" in used
+    assert "are longer than data.frames = 9: only the first 0.6 s of each are trained on" in used
     assert not [check for check in doctor(*DEMO, exit_code=0)["checks"] if "enlarged" in check["message"]]
 
 

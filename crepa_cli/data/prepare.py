@@ -176,7 +176,7 @@ def _unused(clips: Sequence[PreparedClip], form: ClipForm) -> Iterator[Notice]:
     if long:
         share = sum(clip.bucket.frames / clip.fps for clip in clips) / sum(clip.info.duration for clip in clips)
         yield Notice(
-            f"{len(long)} of {counted(len(clips), 'clip')} longer than data.frames = {form.frames}: only the first "
+            f"{len(long)} of {counted(len(clips), 'clip')} are longer than data.frames = {form.frames}: only the first "
             f"{form.frames / form.fps:.1f} s of each are trained on, {share:.0%} of all seconds; cut long clips into "
             "several to use the rest"
         )
