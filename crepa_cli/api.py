@@ -16,7 +16,6 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
@@ -26,16 +25,8 @@ from crepa_cli.data.cache import Cache, cache_folder
 from crepa_cli.data.clips import clips_folder
 from crepa_cli.data.dataset import ClipDataset
 from crepa_cli.data.online import OnlineTeacher
-from crepa_cli.data.prepare import (
-    ClipForm,
-    PreparedClip,
-    Prompt,
-    encode_prompts,
-    encoder_config,
-    prepare,
-    prompt_key,
-    require_prompts,
-)
+from crepa_cli.data.prepare import ClipForm, PreparedClip, encoder_config, prepare, prompt_key
+from crepa_cli.data.video import DECODING_VERSION
 from crepa_cli.errors import RunError, UserError, counted
 from crepa_cli.events import Event, Notice, Progress, RunOpened, TrainingEnded, TrainingStarted
 from crepa_cli.hub.download import download as download_needs
@@ -44,14 +35,16 @@ from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
 from crepa_cli.processes import PRECISION, from_all, from_main, start_processes
 from crepa_cli.profile import Profile
-from crepa_cli.report.card import loading_lines, write_model_card
+from crepa_cli.report.card import write_model_card
+from crepa_cli.report.loading import loading_lines
 from crepa_cli.report.metrics import MetricsFile
 from crepa_cli.report.plot import CurvesFile
 from crepa_cli.report.trackers import Trackers
 from crepa_cli.runs.capabilities import attention_mistakes, compile_mistakes, dtype_mistakes
 from crepa_cli.runs.checks import attempt, open_family, open_run
+from crepa_cli.runs.facts import write_facts
 from crepa_cli.runs.folder import RunFolder
-from crepa_cli.runs.prompts import negative_prompt, sampled_texts, with_prompts, with_prompts_of
+from crepa_cli.runs.prompts import Prompts, negative_prompt, read_prompts, sampled_texts, with_prompts, with_prompts_of
 from crepa_cli.runs.resume import resume_mistakes
 from crepa_cli.runs.sources import at_commits, commits, keep_commits, needs
 from crepa_cli.runs.warnings import neighbor_warnings, setting_warnings
@@ -62,9 +55,10 @@ from crepa_cli.training.build import coefficient_schedule
 from crepa_cli.training.checkpointer import Checkpointer
 from crepa_cli.training.checkpoints import newest_checkpoint, read_progress
 from crepa_cli.training.learner import build_learner
+from crepa_cli.training.peak import device_memory
 from crepa_cli.training.skipped import RUN, SkippedSteps
 from crepa_cli.training.trainer import Trainer
-from crepa_cli.training.validator import Prompts, Validator
+from crepa_cli.training.validator import Validator
 
 __all__ = ["check", "download", "fill_cache", "resolve", "train"]
 
@@ -161,7 +155,8 @@ def train(
         )
     accelerator.end_training()
     if state.is_main_process and isinstance(last, TrainingEnded) and last.weights is not None:
-        write_model_card(run, family, profile)
+        # The prompts may be captions, which the settings of the run hold alone.
+        write_model_card(run, family, with_prompts_of(resolve(str(run.profile)).profile, profile))
     return run
 
 
@@ -255,7 +250,7 @@ def _run(
     should_stop: StopRequest,
 ) -> Events:
     """Prepare, build the trainer, train."""
-    yield RunOpened(run.path, _device_memory(accelerator.device), loading_lines(family, profile, run.weights))
+    yield RunOpened(run.path, device_memory(accelerator.device), loading_lines(run, family, profile))
     for warning in setting_warnings(profile):
         yield Notice(warning)
     checkpoint = (yield from _newest_checkpoint(run, profile.train.steps)) if resume else None
@@ -263,9 +258,11 @@ def _run(
     for warning in neighbor_warnings(profile.crepa, family, (clip.bucket.frames for clip in prepared.clips)):
         yield Notice(warning)
     profile = from_main(lambda: with_prompts(profile, prepared.clips, run))
-    prompts = yield from _read_prompts(profile, family, prepared.cache, accelerator.device)
+    prompts = yield from read_prompts(profile, family, prepared.cache, accelerator.device)
     yield Progress("loading", 0, 1, "the transformer")
     trainer = _build_trainer(profile, family, run, accelerator, prepared, prompts, checkpoint)
+    if accelerator.is_main_process:
+        write_facts(run, family, [clip.clip.caption for clip in prepared.clips], _device_name(accelerator))
     yield from trainer.train(should_stop)
 
 
@@ -274,13 +271,16 @@ def _newest_checkpoint(run: RunFolder, steps: int) -> Generator[Event, None, Pat
     path, messages = from_main(lambda: newest_checkpoint(run.checkpoints))
     for message in messages:
         yield Notice(message)
+    progress = read_progress(path) if path else {}
     if path is None:
         yield Notice(f"{run.path} has no complete checkpoint: it starts from step 0")
-    elif (done := read_progress(path).get("step", 0)) >= steps:
+    elif (done := progress.get("step", 0)) >= steps:
         yield Notice(
             f"{run.path} is finished: it has trained {counted(done, 'step')}, and train.steps is {steps:,}. Its "
             f"weights are only written again; to train further, give --steps a number above {done:,}"
         )
+    elif progress.get("decoding", 1) != DECODING_VERSION:  # the first version wrote none
+        yield Notice(f"{run.path} goes on with clips that are read in another way: colors differ by 1 or 2 levels")
     return path
 
 
@@ -317,21 +317,6 @@ def _prepared(profile: Profile, family: Family, accelerator: Accelerator) -> Gen
     for message in damaged:
         yield Notice(message)
     return _Prepared(clips, cache, form)
-
-
-def _read_prompts(
-    profile: Profile, family: Family, cache: Cache, device: torch.device
-) -> Generator[Event, None, Prompts]:
-    """The encoded prompts of the validation; captions are encoded already, unless they ask for motion here."""
-    dtype = torch_dtype(profile.model.dtype)
-    prompts = [Prompt(text) for text in sampled_texts(profile.validation, family)]
-    require_prompts(prompts, (yield from encode_prompts(family, set(prompts), cache, device, dtype)))
-    negative = Prompt(negative_prompt(profile.validation, family), negative=True)
-    *sampled, unwanted = (
-        cache.read("prompts", prompt_key(family, one.text, dtype, negative=one.negative))
-        for one in [*prompts, negative]
-    )
-    return Prompts(sampled, unwanted)
 
 
 def _build_trainer(
@@ -381,11 +366,11 @@ def _accelerator(profile: Profile) -> Accelerator:
     )
 
 
-def _device_memory(device: torch.device) -> int:
-    """Bytes that a device has."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return int(psutil.virtual_memory().total)
+def _device_name(accelerator: Accelerator) -> str:
+    """The device and how many take part."""
+    device = accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    return f"{accelerator.num_processes} x {name}"
 
 
 @contextmanager

@@ -61,21 +61,55 @@ def whole_folder(path: Path, size: int) -> Iterator[Path]:
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
+    with _partial_folder(path, size) as partial:
+        yield partial
+        _finish(partial)
+        remove_folder(path)
+        _retry(lambda: partial.replace(path))
+        _sync(path.parent)
+
+
+@contextmanager
+def whole_files(folder: Path, size: int) -> Iterator[Path]:
+    """Like `whole_folder`, but what is filled takes its place file by file, and what else is in `folder` stays."""
+    with _partial_folder(folder, size) as partial:
+        yield partial
+        _finish(partial)
+        folder.mkdir(exist_ok=True)
+        for entry in list(partial.iterdir()):
+            remove_folder(folder / entry.name)
+            _retry(lambda source=entry: source.replace(folder / source.name))  # type: ignore[misc]
+        _sync(folder)
+
+
+@contextmanager
+def _partial_folder(path: Path, size: int) -> Iterator[Path]:
+    """An empty folder beside `path`, deleted in the end."""
     partial = path.with_name(f"{path.name}.{PARTIAL}")
     try:
         try:
             _delete(partial)
             partial.mkdir(parents=True)
             yield partial
-            for entry in (*partial.rglob("*"), partial):
-                _sync(entry)
-            remove_folder(path)
-            _retry(lambda: partial.replace(path))
-            _sync(path.parent)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         raise UserError(_write_failure(path, size, error)) from error
+
+
+def _finish(folder: Path) -> None:
+    """Give the files in a folder the mode of any new file, and wait until they are on the disk.
+
+    safetensors makes files that only their owner can read.
+    """
+    probe = folder / PARTIAL
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for entry in (*folder.rglob("*"), folder):
+        if entry.is_file():
+            entry.chmod(mode)
+        _sync(entry)
 
 
 def remove_folder(path: Path) -> None:

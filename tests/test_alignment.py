@@ -222,6 +222,20 @@ def test_a_missing_tensor_is_refused_by_name() -> None:
         layersync_loss(torch.randn(1, 2, 8), nothing)
 
 
+@pytest.mark.parametrize("wrong", [None, (2, 3, 4)])
+def test_what_is_no_grid_or_no_tensor_is_refused_by_name(wrong: Any) -> None:
+    crepa, grid = Crepa(8, 6), TokenGrid(2, 3, 4)
+    hidden, features = torch.randn(1, 2, 12, 8), torch.randn(1, 2, 12, 6)
+    with pytest.raises(TypeError, match=r"student_grid must be a TokenGrid, got (NoneType|tuple)"):
+        crepa(hidden, features, wrong, grid)
+    with pytest.raises(TypeError, match=r"teacher_grid must be a TokenGrid, got (NoneType|tuple)"):
+        crepa(hidden, features, grid, wrong)
+    with pytest.raises(TypeError, match=r"hidden must be a tensor, got (NoneType|tuple)"):
+        crepa(wrong, features, grid, grid)
+    with pytest.raises(TypeError, match="features must be a tensor, got ndarray"):
+        crepa(hidden, cast(Any, features.numpy()), grid, grid)
+
+
 def test_layersync_is_minus_the_mean_cosine_and_leaves_the_teacher_alone() -> None:
     torch.manual_seed(0)
     student, teacher = torch.randn(2, 2, 5000, 8, requires_grad=True)

@@ -17,8 +17,9 @@ from conftest import RunCrepa
 from safetensors.torch import load_file
 
 from crepa_cli import api
+from crepa_cli.data.video import DECODING_VERSION
 from crepa_cli.errors import UserError
-from crepa_cli.events import Event, RunOpened, StepDone, TrainingEnded, TrainingStarted, ValidationSampled
+from crepa_cli.events import Event, Notice, RunOpened, StepDone, TrainingEnded, TrainingStarted, ValidationSampled
 from crepa_cli.profile import Profile
 from crepa_cli.report.metrics import read_metrics
 from crepa_cli.runs.folder import RunFolder
@@ -61,7 +62,7 @@ def test_should_stop_ends_the_run_within_a_micro_batch_and_changes_nothing(tmp_p
     run = api.train(profile, output=tmp_path / "run", listeners=[events.append], should_stop=should_stop)
     assert [path.name for path in sorted(run.checkpoints.iterdir())] == ["step-000002"]
     assert events[-1] == TrainingEnded(2, None)
-    assert not run.weights.exists()
+    assert not list(run.weights.glob("*.safetensors"))
     whole = api.train(profile, output=tmp_path / "whole")
     resumed = api.train(profile, output=run.path, resume=True)
     _assert_same(resumed.weights / LORA, whole.weights / LORA)
@@ -105,6 +106,7 @@ def test_resumed_at_the_step_where_alignment_ends(tmp_path: Path) -> None:
     events: list[Event] = []
     resumed = api.train(profile, output=cut, resume=True, listeners=[events.append])
     assert next(event.step for event in events if isinstance(event, TrainingStarted)) == 2
+    assert not any("read in another way" in event.message for event in events if isinstance(event, Notice))
     _assert_same(resumed.weights / LORA, whole.weights / LORA)
     assert read_metrics(resumed.metrics)[2:] != []
     for name in ("model", "optimizer"):
@@ -112,14 +114,20 @@ def test_resumed_at_the_step_where_alignment_ends(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("in_demo", "fresh_accelerate")
-def test_a_resumed_run_takes_a_new_learning_rate_and_weight_decay(tmp_path: Path) -> None:
+def test_a_resumed_run_takes_a_new_learning_rate_and_weight_decay_and_names_another_decoding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sets = [*SETS, "train.lr_scheduler=cosine"]
     profile = api.resolve("t2v", {"model.family": "wan"}, sets, demo=True).profile
     run = api.train(profile, output=tmp_path / "run", should_stop=_after(tmp_path / "run/checkpoints/step-000002"))
     slower = api.resolve(
         "t2v", {"model.family": "wan"}, [*sets, "train.learning_rate=1e-3", "train.weight_decay=0.5"], demo=True
     ).profile
-    api.train(slower, output=run.path, resume=True)
+    events: list[Event] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(api, "DECODING_VERSION", DECODING_VERSION + 1)
+        api.train(slower, output=run.path, resume=True, listeners=[events.append])
+    assert any("read in another way" in event.message for event in events if isinstance(event, Notice))
     rates = [line["learning_rate"] for line in read_metrics(run.metrics)]
     fresh = api.train(slower, output=tmp_path / "fresh")
     assert rates[:2] == [2 * line["learning_rate"] for line in read_metrics(fresh.metrics)[:2]]

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crepa_cli.data.buckets import Bucket, Size, bucket_sizes, nearest_bucket, valid_frames
+from crepa_cli.data.buckets import Bucket, Size, bucket_sizes, fit, nearest_bucket, valid_frames
 
 LAWS = settings(max_examples=300, deadline=None, derandomize=True, database=None)
 
@@ -98,3 +98,10 @@ def test_buckets_are_ordered_and_hashable() -> None:
         Bucket(9, 96, 64),
         Bucket(17, 64, 96),
     ]
+
+
+def test_how_a_clip_fits_its_size() -> None:
+    assert fit(1664, 960, Size(832, 480)) == (0.5, 0)
+    assert fit(400, 480, Size(800, 480)) == (2, 0.5)
+    enlargement, cropped = fit(1920, 816, Size(832, 480))
+    assert (enlargement, cropped) == pytest.approx((480 / 816, 1 - 832 / 480 / (1920 / 816)))

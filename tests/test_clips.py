@@ -171,6 +171,17 @@ def test_hidden_files_and_folders_are_not_looked_at(tmp_path: Path) -> None:
     assert scan.skipped == []
 
 
+def test_files_of_other_kinds_are_named_and_captions_are_not(tmp_path: Path) -> None:
+    put(
+        tmp_path,
+        {"a.MTS": b"", "a.txt": "an ant", "b.txt": "no clip", ".c.mov": b"", "metadata.csv": "file_name,text\n"},
+    )
+    put(tmp_path, {"z.zip": b"", "sub/photo\n.HEIC": b"", "README": b"", "notes.md": b""})
+    scan = find_clips(tmp_path)
+    assert list(captions(scan, tmp_path)) == ["a.MTS"]
+    assert scan.left_out == ["README", "notes.md", "sub/photo\\n.HEIC", "z.zip"]
+
+
 def test_names_are_safe_to_print(tmp_path: Path) -> None:
     put(tmp_path, {"\x1b[2Jevil\n.mp4": b""})
     (tmp_path / "\udcff.mp4").write_bytes(b"")
@@ -181,7 +192,10 @@ def test_names_are_safe_to_print(tmp_path: Path) -> None:
 
 def test_a_folder_without_clips_is_a_mistake_that_says_what_was_looked_for(tmp_path: Path) -> None:
     put(tmp_path, {"a.txt": "x"})
-    with pytest.raises(UserError, match=r"mp4, mov, mkv, webm, avi, gif"):
+    with pytest.raises(UserError, match=r"no file that ends in mp4, .*, gif, webp\. Each clip"):
+        find_clips(tmp_path)
+    put(tmp_path, {"a.zip": "x", "sub/b.heic": "x"})
+    with pytest.raises(UserError, match=r"webp, but 2 other files: a\.zip, sub/b\.heic\. Each clip"):
         find_clips(tmp_path)
     with pytest.raises(UserError, match="is not a folder"):
         find_clips(tmp_path / "a.txt")

@@ -22,13 +22,16 @@ from crepa_cli.data.prepare import ClipForm, prepare
 from crepa_cli.demo.clips import write_demo_clips
 from crepa_cli.doctor import devices
 from crepa_cli.doctor.cache_size import cache_bytes
+from crepa_cli.doctor.clips import describe_buckets
 from crepa_cli.doctor.disk import check_folder
 from crepa_cli.doctor.environment import check_library, pinned_versions
+from crepa_cli.doctor.findings import BucketCount
 from crepa_cli.doctor.hub import check_need
 from crepa_cli.errors import UserError
 from crepa_cli.events import drained
 from crepa_cli.hub.download import Need
 from crepa_cli.profile import CrepaSettings
+from crepa_cli.settings import resolve
 
 DEMO = ["--profile", "t2v", "--model", "wan", "--demo"]
 
@@ -175,6 +178,31 @@ def test_unreadable_and_short_clips_are_named(doctor: Any) -> None:
     assert "no usable clip" in failures(too_long)["clips"]
 
 
+def test_clips_that_are_enlarged_and_what_is_used_of_long_ones(doctor: Any) -> None:
+    """The demo's clips have sides of 144 to 192 pixels, and 24 frames."""
+    size = ["--set", "data.width=384", "--set", "data.height=256"]
+    report = doctor(*DEMO, *size, "--set", "data.frames=9", exit_code=0)
+    warnings = [check["message"] for check in report["checks"] if check["status"] == "warning"]
+    (enlarged,) = [one for one in warnings if "enlarged" in one]
+    assert enlarged.startswith("8 of 8 clips enlarged more than 1.5 times")
+    assert enlarged.endswith("most of all clip-01.mp4: 144x144 to 320x320, 2.2 times")
+    (used,) = [one for one in warnings if "longer" in one]
+    assert "longer than data.frames = 9: only the first 0.6 s of each are trained on" in used
+    assert not [check for check in doctor(*DEMO, exit_code=0)["checks"] if "enlarged" in check["message"]]
+
+
+def test_a_size_with_more_pixels_is_explained(open_tiny: OpenTiny) -> None:
+    data = resolve(None, {"model.family": "wan"}, ["data.width=832", "data.height=480"]).profile.data
+    buckets = [BucketCount(81, 480, 832, 3), BucketCount(81, 640, 640, 1), BucketCount(81, 784, 512, 1)]
+    assert describe_buckets(buckets, data, open_tiny("wan", "t2v")).splitlines() == [
+        "5 usable clips, by size:",
+        "832x480, 81 frames: 3",
+        "640x640, 81 frames: 1 (+2.6%)",
+        "512x784, 81 frames: 1 (+0.5%)",
+        "+: more pixels than 832x480, because the sides of other aspect ratios are rounded to multiples of 16",
+    ]
+
+
 def local_flags() -> list[str]:
     """Settings that name the demo's files without `--demo`, which would create the clips again."""
     settings = {"crepa.encoder": "crepa-demo/dinov2", "crepa.encoder_image_size": 56, "data.width": 96}
@@ -193,7 +221,7 @@ def test_no_features_where_no_encoder_teaches(doctor: Any) -> None:
 def test_an_optimizer_that_is_not_installed(doctor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("crepa_cli.runs.checks.find_spec", lambda _: None)
     report = doctor(*DEMO, "--set", "train.optimizer=adamw8bit", exit_code=2)
-    assert failures(report) == {"optimizer": "adamw8bit needs bitsandbytes"}
+    assert failures(report) == {"optimizer": "train.optimizer: adamw8bit needs bitsandbytes"}
 
 
 def test_a_machine_that_cannot_encode_video(doctor: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ from crepa_cli.profile.simpletuner import COUNTERPARTS, export_crepa, import_con
 
 DEFAULTS: dict[str, dict[str, object]] = {
     "model": {"checkpoint": "org/wan"},
-    "adapter": {"rank": 32, "target_modules": ["to_q"]},
+    "adapter": {"rank": 32, "target_modules": ["to_q"], "export": ["diffusers"]},
     "data": {"width": 832, "height": 480, "frames": 81, "fps": 16.0},
     "train": {"learning_rate": 1e-4},
     "validation": {"guidance_scale": 5.0},

@@ -63,7 +63,7 @@ def settings(family: Family, **tables: dict[str, object]) -> Profile:
     """A LoRA on two clips at once in float32, except for the settings in `tables`."""
     base: dict[str, dict[str, object]] = {
         "model": {"family": family.name, "checkpoint": family.base.name, "dtype": "float32"},
-        "adapter": {"rank": 8, "alpha": 8.0, "target_modules": family.settings["adapter"]["target_modules"]},
+        "adapter": {**family.settings["adapter"], "rank": 8, "alpha": 8.0},
         "data": {"width": 96, "height": 96, "frames": 33, "fps": 16.0},
         "train": {"batch_size": 2, "learning_rate": 1e-4},
         "crepa": {"block_index": 1},
@@ -87,7 +87,7 @@ def measured_step(family: Family, profile: Profile, clips: Clips) -> int:
     model = build_model(profile, family, family.empty_transformer(frozen_dtype(profile)), clips.feature_size)
     assert model.crepa is not None
     groups = [trainable(model.transformer), trainable(model.crepa)]
-    optimizer = make_optimizer("adamw", groups, 1e-4, 0.01)
+    optimizer = make_optimizer(profile.train, groups)
     batch = {name: torch.stack([filled(tensor)] * 2) for name, tensor in clips.tensors.items()}
     features = torch.ones(2, TEACHER.frames, TEACHER.tokens, clips.feature_size, dtype=torch.float16)
 
@@ -102,7 +102,8 @@ def measured_step(family: Family, profile: Profile, clips: Clips) -> int:
 
     step()
     before = [*model.parameters(), *model.buffers(), *batch.values(), features]
-    before += [value for state in optimizer.state.values() for value in state.values()]
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    before += [value for value in states if isinstance(value, Tensor)]
     with profiler(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         step()
     return sum(tensor.nbytes for tensor in before) + highest_level(profiled)
@@ -129,6 +130,7 @@ def highest_level(profiled: Any) -> int:
         *((name, {"adapter": {"kind": "full"}, "train": {"activation_checkpointing": False}}) for name in FAMILIES),
         ("ltxvideo", {"train": {"activation_checkpointing": False}}),
         ("ltxvideo", {"adapter": {"kind": "full"}}),
+        ("ltxvideo", {"adapter": {"kind": "full"}, "train": {"optimizer": "adafactor"}}),
         ("wan", {"model": {"dtype": "bfloat16"}}),
         ("sanavideo", {"model": {"dtype": "bfloat16"}}),
     ],
@@ -250,9 +252,10 @@ def test_the_largest_clips_that_fit(open_tiny: OpenTiny, tiny_dinov2: Path) -> N
     saved = [one.saved for one in plan.memory.savings]
     assert saved == sorted(saved, reverse=True)
 
-    fine = Plan(buckets=plan.buckets)
+    fine = Plan(buckets=[BucketCount(17, 96, 96, clips=2)])
     check_memory(fine, family, profile, Target(GPU, peaks[33]), lines.append)
     assert fine.checks[0].status == "fine"
+    assert "clips of up to 33 frames fit" in fine.checks[0].message
     shared = Plan(buckets=plan.buckets)
     check_memory(shared, family, with_setting(profile, "train", "sharding", True), Target(GPU, peaks[17]), lines.append)
     assert shared.checks[0].status == "fine", "nothing is known of several processes"

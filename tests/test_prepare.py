@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import av
 import pytest
 import torch
 from conftest import OpenTiny
@@ -14,7 +15,7 @@ from conftest import OpenTiny
 from crepa_cli.data.cache import Cache
 from crepa_cli.data.online import OnlineTeacher
 from crepa_cli.data.prepare import ClipForm, PreparedClip, clip_pixels, prepare, scan
-from crepa_cli.data.video import write_video
+from crepa_cli.data.video import DECODING_VERSION, write_video
 from crepa_cli.demo.clips import write_demo_clips
 from crepa_cli.errors import UserError
 from crepa_cli.events import ClipSkipped, Event, Notice, drained
@@ -158,7 +159,7 @@ def test_a_clip_that_is_too_slow_is_named_or_trained_at_its_own_rate(
         shades = pixels.float().mean((1, 2, 3))
         if repeated := int((shades.diff().abs() < 2).sum()):
             repeats[clip.clip.path.name] = repeated
-    notices = [event.message for event in events if isinstance(event, Notice)]
+    notices = [event.message for event in events if isinstance(event, Notice) and "slower" in event.message]
     if own:
         assert rates == pytest.approx({"6.5": 6.5, "10": 10, "15.84": 15.84, "16": 16, "24": 16})
         assert not repeats
@@ -181,6 +182,39 @@ def test_the_rate_that_a_clip_is_trained_at_is_stored_with_it(open_tiny: OpenTin
     (clip,) = drained(work, lambda _: None)
     assert cache.read("latents", clip.latents_key)["fps"] == pytest.approx(10)
     assert len(cache.read("prompts", clip.prompt_key)["prompt_embeds"]) == 256
+
+
+def test_what_changes_in_clips_and_what_is_left_out_is_named_once(family: Family, tmp_path: Path) -> None:
+    for name, width, transfer in (("wide.mp4", 256, 1), ("fits.mp4", 96, 1), ("phone.mp4", 96, 18)):
+        with av.open(str(tmp_path / name), "w") as container:
+            stream = container.add_stream("libx264", rate=16)
+            assert isinstance(stream, av.VideoStream)
+            stream.width, stream.height, stream.color_trc = width, 64, transfer
+            for _ in range(5):
+                container.mux(stream.encode(av.VideoFrame(width, 64, "yuv420p")))
+            container.mux(stream.encode())
+        tmp_path.joinpath(name).with_suffix(".txt").write_text("a clip")
+    tmp_path.joinpath("photo.heic").touch()
+    events: list[Event] = []
+    clips = drained(scan(family, tmp_path, ClipForm(96, 64, 5, 16)), events.append)
+    wide = next(clip for clip in clips if clip.clip.path.name == "wide.mp4")
+    across, down = wide.bucket.width / 256, wide.bucket.height / 64
+    assert wide.fit == pytest.approx((down, 1 - across / down))
+    assert [event.message for event in events if isinstance(event, Notice)] == [
+        "1 file left out, of no kind of video: photo.heic",
+        "1 clip in HDR, tone-mapped to BT.709: phone.mp4 (HLG)",
+        f"1 clip cropped by more than a tenth: wide.mp4 loses {wide.fit.cropped:.0%} (256x64 scaled by {down:.2f} for "
+        f"{wide.bucket.width}x{wide.bucket.height})",
+    ]
+
+
+def test_pixels_of_another_decoding_have_other_entries(prepared: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, _ = prepared()
+    monkeypatch.setattr("crepa_cli.data.prepare.DECODING_VERSION", DECODING_VERSION + 1)
+    after, _ = prepared()
+    for one, other in zip(before, after, strict=True):
+        assert one.prompt_key == other.prompt_key
+        assert not {one.latents_key, one.features_key} & {other.latents_key, other.features_key}
 
 
 def test_the_middle_frame_of_a_latent_can_teach_it(

@@ -65,11 +65,11 @@ CREPA_DEFAULTS = {
 }
 KEYS = {
     "model": "family task checkpoint revision variant dtype vae_dtype vae_tiling",
-    "adapter": "kind rank alpha dropout target_modules export",
+    "adapter": "kind rank alpha dropout target_modules init_from export export_dtype",
     "data": "path width height frames fps repeats caption_dropout cache",
-    "train": "steps batch_size gradient_accumulation learning_rate optimizer weight_decay lr_scheduler "
-    "lr_warmup_steps max_grad_norm max_skipped_steps sharding activation_checkpointing compile ema timestep_sampling "
-    "timestep_shift loss_weighting seed output",
+    "train": "steps batch_size gradient_accumulation learning_rate optimizer beta1 beta2 eps weight_decay "
+    "lr_scheduler lr_warmup_steps lr_floor max_grad_norm max_skipped_steps sharding activation_checkpointing compile "
+    "ema timestep_sampling timestep_shift loss_weighting seed output",
     "validation": "every prompts negative_prompt images motion_score steps guidance_scale frames",
     "checkpoints": "every keep",
     "report": "every trackers",
@@ -98,6 +98,10 @@ OUT_OF_RANGE = [
     "train.learning_rate=0",
     "train.learning_rate=nan",
     "train.optimizer=sgd",
+    "train.beta1=1.0",
+    "train.beta2=-0.1",
+    "train.eps=0",
+    "train.lr_floor=1.1",
     "train.compile=1",
     "train.ema=1",
     "train.seed=-1",
@@ -138,7 +142,7 @@ def family_defaults(family: str, task: str, _kind: str, _checkpoint: str | None)
         raise UserError("the families with CREPA support are wan and ltxvideo")
     defaults = {
         "model": {"checkpoint": "org/wan"},
-        "adapter": {"rank": 32, "target_modules": ["to_q"]},
+        "adapter": {"rank": 32, "target_modules": ["to_q"], "export": ["diffusers"]},
         "data": {"width": 832, "height": 480, "frames": 81 if task == "t2v" else 49, "fps": 16.0},
         "train": {"learning_rate": 1e-4, "timestep_shift": 3.0},
         "validation": {"guidance_scale": 5.0},
@@ -248,6 +252,7 @@ def test_later_layers_win_and_every_value_knows_its_source(folder: Path):
         ("adapter", "rank"): ("32", "family wan"),
         ("adapter", "alpha"): ("32.0", "family wan"),
         ("adapter", "target_modules"): ('["to_q"]', "family wan"),
+        ("adapter", "export"): ('["diffusers"]', "family wan"),
         ("train", "learning_rate"): ("0.0001", "family wan"),
         ("train", "timestep_shift"): ("3.0", "family wan"),
         ("validation", "guidance_scale"): ("5.0", "family wan"),

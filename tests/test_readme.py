@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from crepa_cli.alignment import Crepa, TokenGrid
+
+NETWORK = 'snapshot_download("facebook/dinov2-base")'
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
@@ -43,3 +47,16 @@ def test_the_training_loop_of_fifteen_lines_aligns_a_block() -> None:
     watched = code.rstrip() + "\n    similarities.append(alignment.similarity.item())\n"
     exec(compile(watched, "README.md", "exec"), names)
     assert similarities[-1] - similarities[0] > 0.2
+
+
+def test_the_features_of_the_readme_have_the_shape_that_its_training_loop_takes(tiny_dinov2: Path) -> None:
+    """A tiny encoder on the CPU stands in for the published one."""
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if NETWORK in block]
+    code = code.replace(NETWORK, repr(str(tiny_dinov2))).replace('"cuda"', '"cpu"')
+    video = torch.randint(0, 256, (9, 3, 28, 42), dtype=torch.uint8)
+    names: dict[str, Any] = {"video": video, "frames": 3, "batch": {}}
+    exec(compile(code, "README.md", "exec"), names)
+    features = names["batch"]["features"]
+    hidden = torch.randn(1, 3, 24, 16)
+    grids = TokenGrid(3, 4, 6), TokenGrid(3, 37, 37)
+    assert Crepa(16, features.shape[-1])(hidden, features, *grids).loss.isfinite()

@@ -129,3 +129,9 @@ def test_a_similarity_that_is_not_finite_is_refused_and_changes_nothing(value: f
 def test_settings_out_of_range_are_refused_by_name(wrong: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         CoefficientSchedule(**{"peak": 0.5, "total_steps": 10, **wrong})
+
+
+@pytest.mark.parametrize("wrong", [{"peak": None}, {"total_steps": "9"}, {"warmup_steps": 1.5}, {"power": [1]}])
+def test_settings_that_are_no_numbers_are_refused_by_name(wrong: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=f"{next(iter(wrong))} must be a"):
+        CoefficientSchedule(**{"peak": 0.5, "total_steps": 10, **wrong})

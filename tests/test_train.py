@@ -41,7 +41,7 @@ def test_the_demo_leaves_the_files_of_a_run(demo_run: Path) -> None:
         video = probe(demo_run / "samples" / f"step-{step:06d}" / "00.mp4")
         assert (video.frames, video.width, video.height) == (17, 96, 64)
     card = (demo_run / "README.md").read_text()
-    assert 'pipeline.load_lora_weights("weights"' in card
+    assert 'pipeline.load_lora_weights(".", weight_name="weights/pytorch_lora_weights.safetensors")' in card
     assert len(load_file(demo_run / WEIGHTS)) > 0
     assert len(read_metrics(demo_run / "metrics.jsonl")) == 60
 
@@ -149,6 +149,10 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(
     assert_same_tensors(killed / WEIGHTS, whole / WEIGHTS)
     for name in ("model", "optimizer", "average"):
         assert_same_tensors(*(run / "checkpoints/step-000016" / f"{name}.safetensors" for run in (killed, whole)))
+    # The checkpoint and the run export the same average of the weights.
+    written = (whole / WEIGHTS).read_bytes()
+    assert run_crepa("export", whole) == 0
+    assert (whole / WEIGHTS).read_bytes() == written
     kept = ("step", "loss", "crepa_similarity_ema", "crepa_coefficient", "crepa_cutoff", "learning_rate")
     lines, expected = (
         [[line[key] for key in kept] for line in read_metrics(run / "metrics.jsonl")] for run in (killed, whole)
@@ -202,6 +206,11 @@ def test_full_tuning_writes_a_transformer(demo: Path, run_crepa: RunCrepa, monke
     base = diffusers.WanTransformer3DModel.from_pretrained(demo / "crepa-demo/wan-t2v/transformer")
     assert not any("crepa" in name or "projector" in name for name, _ in transformer.named_parameters())
     assert any(not torch.equal(a, b) for a, b in zip(transformer.parameters(), base.parameters(), strict=True))
+    file = demo / "runs/full/weights/full_comfyui.safetensors"
+    written = file.read_bytes()
+    file.unlink()
+    assert run_crepa("export", "runs/full", "--format", "comfyui") == 0
+    assert file.read_bytes() == written
 
 
 def test_trackers_get_the_metrics(demo: Path, run_crepa: RunCrepa, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from crepa_cli.data.buckets import Bucket
 from crepa_cli.data.clips import find_clips
 from crepa_cli.data.images import first_frame
 from crepa_cli.data.prepare import PreparedClip
-from crepa_cli.data.video import decode, write_video
+from crepa_cli.data.video import decode, probe, write_video
 from crepa_cli.demo.clips import FPS, write_demo_clips
 from crepa_cli.errors import UserError
 from crepa_cli.events import Event, ValidationSampled
@@ -68,7 +68,8 @@ def _clips(tmp_path: Path) -> list[PreparedClip]:
     """Four clips, the first two of which have the same caption."""
     write_demo_clips(tmp_path / "clips", count=4)
     (tmp_path / "clips/clip-01.txt").write_text((tmp_path / "clips/clip-00.txt").read_text())
-    return [PreparedClip(clip, Bucket(9, 96, 96), "", FPS) for clip in find_clips(tmp_path / "clips").clips]
+    found = find_clips(tmp_path / "clips").clips
+    return [PreparedClip(clip, probe(clip.path), Bucket(9, 96, 96), "", FPS) for clip in found]
 
 
 def test_without_prompts_two_captions_are_taken(clips: list[PreparedClip], open_tiny: OpenTiny, tmp_path: Path) -> None:

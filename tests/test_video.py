@@ -227,6 +227,9 @@ def test_a_clip_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+NO_VIDEO = "not a video that can be read here"
+
+
 def huge_gif() -> bytes:
     return (
         b"GIF89a"
@@ -241,11 +244,14 @@ def huge_gif() -> bytes:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "cannot be read as a video"),
-        (b"not a video", "cannot be read as a video"),
-        (b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nreal.mp4\n#EXT-X-ENDLIST\n", "cannot be read as a video"),
-        (b"ffconcat version 1.0\nfile real.mp4\n", "cannot be read as a video"),
-        (huge_gif(), "cannot be read as a video"),
+        (b"", NO_VIDEO),
+        (b"not a video", NO_VIDEO),
+        (b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nreal.mp4\n#EXT-X-ENDLIST\n", NO_VIDEO),
+        (b"ffconcat version 1.0\nfile real.mp4\n", NO_VIDEO),
+        (huge_gif(), "pictures of more than 67,108,864 pixels"),
+        (b"\0\0\0\x10ftypisom\0\0\0\0\0\0\0\x30mdat" + bytes(20), r"incomplete: its index \(moov\) is missing"),
+        (b"\0\0\0\x10ftypisom\0\0\0\0\0\0\0\x01mdat" + bytes(20), r"incomplete: its index \(moov\) is missing"),
+        (b"\0\0\0\x10ftypisom\0\0\0\0\0\0\0\x10moov\0\0\0\0trak", "is damaged|no video stream"),
     ],
 )
 def test_what_is_no_video_is_refused(tmp_path: Path, content: bytes, reason: str) -> None:
@@ -276,7 +282,7 @@ def test_files_without_usable_pictures_are_refused(tmp_path: Path) -> None:
         ("foreign.mp4", "no video stream that can be decoded"),
         ("strip.mkv", "sides of 320 and 16 pixels"),
         ("gone.mp4", "No such file"),
-        (".", "cannot be read as a video"),
+        (".", "cannot be read: Is a directory"),
     ]:
         with pytest.raises(ClipError, match=reason):
             probe(tmp_path / name)

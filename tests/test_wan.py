@@ -17,7 +17,7 @@ from test_families import encoded_clip, overfitted, sampled_similarity
 from crepa_cli.demo.tiny import normalize_latents, smooth_video, write_once
 from crepa_cli.demo.wan import tiny_transformer
 from crepa_cli.errors import UserError
-from crepa_cli.models.family import check_embedding
+from crepa_cli.models.base import check_embedding
 from crepa_cli.models.wan import Wan
 from crepa_cli.training.flow import sample_sigmas
 

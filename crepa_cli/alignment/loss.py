@@ -99,10 +99,12 @@ class Crepa(nn.Module):
             teacher_grid: grid of the features, T' frames of N' tokens.
 
         Raises:
-            TypeError: if `hidden` or `features` is not a tensor.
+            TypeError: if `hidden` or `features` is not a tensor, or a grid is not a TokenGrid.
             ValueError: if a tensor's shape does not match its grid or the widths of the projector, or if the two have
                 different numbers of clips.
         """
+        _check_grid("student_grid", student_grid)
+        _check_grid("teacher_grid", teacher_grid)
         norm, linear = cast(tuple[nn.LayerNorm, nn.Linear], tuple(self.projector))
         _check_shape("hidden", hidden, student_grid, norm.normalized_shape[0])
         _check_shape("features", features, teacher_grid, linear.out_features)
@@ -155,6 +157,11 @@ def check_tensor(name: str, value: object) -> None:
     """Raise a TypeError if an argument is not a tensor, such as features that were never computed."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
+def _check_grid(name: str, grid: object) -> None:
+    if not isinstance(grid, TokenGrid):
+        raise TypeError(f"{name} must be a TokenGrid, got {type(grid).__name__}")
 
 
 def _check_shape(name: str, tensor: Tensor, grid: TokenGrid, width: int) -> None:

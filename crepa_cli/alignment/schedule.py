@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral, Real
 from typing import Literal, TypedDict, get_args
 
 Scheduler = Literal["constant", "linear", "cosine", "polynomial"]
@@ -28,6 +29,7 @@ class CoefficientSchedule:
     average falls below the threshold if it is `recoverable`.
 
     Raises:
+        TypeError: for a setting that is no number.
         ValueError: for a setting outside its range.
     """
 
@@ -46,6 +48,23 @@ class CoefficientSchedule:
         similarity_ema_decay: float = 0.99,
         threshold_mode: ThresholdMode = "permanent",
     ) -> None:
+        _check_numbers(
+            Integral,
+            "a whole number",
+            total_steps=total_steps,
+            warmup_steps=warmup_steps,
+            decay_steps=decay_steps,
+            cutoff_step=cutoff_step,
+        )
+        _check_numbers(
+            Real,
+            "a number",
+            peak=peak,
+            end=end,
+            power=power,
+            similarity_threshold=0 if similarity_threshold is None else similarity_threshold,
+            similarity_ema_decay=similarity_ema_decay,
+        )
         _check_choice("scheduler", scheduler, get_args(Scheduler))
         _check_choice("threshold_mode", threshold_mode, get_args(ThresholdMode))
         if not (0 <= peak < math.inf and 0 <= end < math.inf):
@@ -129,6 +148,12 @@ class CoefficientSchedule:
         """Restore a saved state."""
         self.similarity_ema = state["similarity_ema"]
         self.cut_off = state["cut_off"]
+
+
+def _check_numbers(kind: type, expected: str, **values: object) -> None:
+    for name, value in values.items():
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} must be {expected}, got {value!r}")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from crepa_cli.cli.flags import CheckpointFlag, DataFlag, ModelFlag, ProfileFlag, SetFlag, TaskFlag, one_folder
+from crepa_cli.cli.terminal import interactive
 
 if TYPE_CHECKING:
-    from rich.status import Status
-
     from crepa_cli.doctor.findings import Report
     from crepa_cli.doctor.fit import Target
     from crepa_cli.events import Event
     from crepa_cli.profile import Profile, ResolvedProfile
 
 Flag = typer.Option
+Listener = Callable[["Event"], None]
 
 
 def doctor(
@@ -49,8 +50,8 @@ def doctor(
     flags = {"model.family": model, "model.checkpoint": checkpoint, "model.task": task, "data.path": one_folder(data)}
     given = any([profile, *flags.values(), demo, sets]) or find_project_file(Path()) is not None
     settings = (lambda: resolve(profile, flags, sets or [], demo=demo)) if given else None
-    with Console(stderr=True).status("checking this machine") as status:
-        report = _examine(settings, demo, vram, status)
+    with _progress() as listener:
+        report = _examine(settings, demo, vram, listener)
     if as_json:
         typer.echo(json.dumps(report.to_json(), indent=2))
     else:
@@ -58,7 +59,26 @@ def doctor(
     raise typer.Exit(report.exit_code)
 
 
-def _examine(resolve: Callable[[], ResolvedProfile] | None, demo: bool, vram: float | None, status: Status) -> Report:
+@contextmanager
+def _progress() -> Iterator[Listener]:
+    """A listener that says on stderr what is worked on: on one line in a terminal, at least every 10 s elsewhere."""
+    from rich.console import Console
+
+    from crepa_cli.events import Progress
+    from crepa_cli.report.plain import PlainLines, describe
+
+    console = Console(stderr=True)
+    if not interactive(console):
+        with PlainLines(console, every=1) as lines:
+            yield lambda event: lines(event) if isinstance(event, Progress) else None
+        return
+    with console.status("checking this machine") as status:
+        yield lambda event: status.update(describe(event)) if isinstance(event, Progress) else None
+
+
+def _examine(
+    resolve: Callable[[], ResolvedProfile] | None, demo: bool, vram: float | None, listener: Listener
+) -> Report:
     """Check the machine, and the plan if there are settings and the libraries can be imported."""
     from crepa_cli.cli.view import silence_libraries
     from crepa_cli.doctor.environment import check_environment
@@ -70,17 +90,18 @@ def _examine(resolve: Callable[[], ResolvedProfile] | None, demo: bool, vram: fl
     silence_libraries()
     from crepa_cli.doctor.fit import training_target
     from crepa_cli.doctor.plan import check_plan
+    from crepa_cli.events import Progress
+
+    def report(work: str) -> None:
+        listener(Progress("checking", 0, 1, work))
 
     target = training_target(None if vram is None else round(vram * 10**9))
     if resolve is None:
-        return _overview(machine, target, status)
-    plan = check_plan(
-        resolve, demo=demo, target=target, listener=lambda event: _show_progress(status, event), report=status.update
-    )
-    return Report(machine.environment, plan)
+        return _overview(machine, target, report)
+    return Report(machine.environment, check_plan(resolve, demo=demo, target=target, listener=listener, report=report))
 
 
-def _overview(machine: Report, target: Target, status: Status) -> Report:
+def _overview(machine: Report, target: Target, report: Callable[[str], None]) -> Report:
     """The machine, and the memory that each family would need on it, or on a GPU if it has none."""
     from crepa_cli.doctor.disk import check_folder
     from crepa_cli.doctor.findings import Check, Report
@@ -90,14 +111,7 @@ def _overview(machine: Report, target: Target, status: Status) -> Report:
     def preset(family: str, task: str) -> Profile:
         return resolve(task, {"model.family": family}).profile
 
-    found = list(family_memories(preset, target, status.update))
+    found = list(family_memories(preset, target, report))
     checks = [one for one in found if isinstance(one, Check)]
     environment = [*machine.environment, check_folder("runs folder", Path("runs")), *checks]
     return Report(environment, None, [one for one in found if not isinstance(one, Check)])
-
-
-def _show_progress(status: Status, event: Event) -> None:
-    from crepa_cli.events import Progress
-
-    if isinstance(event, Progress):
-        status.update(f"checking clips: {event.done} of {event.total}")

@@ -25,6 +25,18 @@ class Bucket:
     width: int
 
 
+class Fit(NamedTuple):
+    """What becomes of a picture that is resized until it just covers a size, and cropped to it.
+
+    Attributes:
+        enlargement: factor by which its sides grow; below 1 they shrink.
+        cropped: share of the picture that the crop takes, from 0 to 1.
+    """
+
+    enlargement: float
+    cropped: float
+
+
 def bucket_sizes(width: int, height: int, size_multiple: int) -> list[Size]:
     """The picture sizes into which clips are sorted: `width` x `height` first, then others of about the same area.
 
@@ -46,6 +58,12 @@ def bucket_sizes(width: int, height: int, size_multiple: int) -> list[Size]:
 def nearest_bucket(width: int, height: int, sizes: Sequence[Size]) -> Size:
     """The size in `sizes` whose aspect ratio is closest to that of a clip of `width` x `height`."""
     return min(sizes, key=lambda size: _aspect_distance(size, Size(width, height)))
+
+
+def fit(width: int, height: int, size: Size) -> Fit:
+    """How a clip of `width` x `height` is fitted to `size`."""
+    across, down = size.width / width, size.height / height
+    return Fit(max(across, down), 1 - min(across, down) / max(across, down))
 
 
 def valid_frames(available: int, wanted: int, multiple: int) -> int | None:

@@ -12,10 +12,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from crepa_cli.errors import UserError
+from crepa_cli.errors import UserError, counted, listed
 from crepa_cli.profile import DataSettings
 
-VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
+VIDEO_SUFFIXES = (
+    *(".mp4", ".m4v", ".mov", ".3gp", ".3g2", ".mkv", ".webm", ".avi", ".wmv", ".asf", ".flv"),
+    *(".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".gif", ".webp"),
+)
+CAPTION_SUFFIX = ".txt"
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 MAX_CAPTION_BYTES = 1_000_000
 MAX_METADATA_BYTES = 200_000_000
@@ -46,10 +50,11 @@ class SkippedClip:
 
 @dataclass(frozen=True)
 class ClipScan:
-    """The contents of a folder: usable clips and skipped ones, each sorted."""
+    """The contents of a folder: usable clips, skipped ones, and the names of files of other kinds, each sorted."""
 
     clips: list[Clip]
     skipped: list[SkippedClip]
+    left_out: list[str]
 
 
 def clips_folder(data: DataSettings) -> Path:
@@ -68,15 +73,16 @@ def find_clips(folder: Path) -> ClipScan:
 
     The caption of `clip.mp4` is the text of `clip.txt` next to it, or else the `text` that a `metadata.jsonl` or
     `metadata.csv` gives for its `file_name`, relative to that metadata file. Hidden files and folders are ignored.
-    Clips and metadata lines that cannot be used are listed in the result's `skipped`.
+    Clips and metadata lines that cannot be used are listed in the result's `skipped`, files that are neither videos nor
+    captions in `left_out`.
 
     Raises:
         UserError: if the folder does not exist or contains no video file.
     """
     root = _existing(folder)
-    videos, metadata, skipped = _walk(root)
+    videos, metadata, left_out, skipped = _walk(root)
     if not videos:
-        raise _no_clips(folder)
+        raise _no_clips(folder, _names(left_out, root))
     captions = _metadata_captions(root, metadata, videos, skipped)
     clips = []
     for video in videos:
@@ -84,7 +90,7 @@ def find_clips(folder: Path) -> ClipScan:
             clips.append(Clip(video, _caption(video, captions)))
         except (ClipError, OSError) as error:
             skipped.append(SkippedClip(_name(video, root), str(error)))
-    return ClipScan(sorted(clips), sorted(skipped))
+    return ClipScan(sorted(clips), sorted(skipped), _names(left_out, root))
 
 
 def check_clips(folder: Path) -> None:
@@ -93,8 +99,10 @@ def check_clips(folder: Path) -> None:
     Raises:
         UserError: if the folder does not exist or contains no video file.
     """
-    if not _walk(_existing(folder))[0]:
-        raise _no_clips(folder)
+    root = _existing(folder)
+    videos, _, left_out, _ = _walk(root)
+    if not videos:
+        raise _no_clips(folder, _names(left_out, root))
 
 
 def file_digest(path: Path) -> str:
@@ -110,10 +118,11 @@ def file_digest(path: Path) -> str:
         raise ClipError(f"cannot be read: {error.strerror}") from error
 
 
-def _no_clips(folder: Path) -> UserError:
+def _no_clips(folder: Path, left_out: list[str]) -> UserError:
     suffixes = ", ".join(suffix[1:] for suffix in VIDEO_SUFFIXES)
+    others = f", but {counted(len(left_out), 'other file')}: {listed(left_out)}" if left_out else ""
     return UserError(
-        f"No clips in {_printable(str(folder))}: it and its subfolders contain no file that ends in {suffixes}. "
+        f"No clips in {_printable(str(folder))}: it and its subfolders hold no file that ends in {suffixes}{others}. "
         "Each clip needs a caption: clip.txt next to clip.mp4, or metadata.jsonl with file_name and text."
     )
 
@@ -129,10 +138,14 @@ def _existing(folder: Path) -> Path:
     return root
 
 
-def _walk(root: Path) -> tuple[list[Path], list[Path], list[SkippedClip]]:
-    """Video files, metadata files, and folders that cannot be listed; symlinks to folders are not followed."""
+def _walk(root: Path) -> tuple[list[Path], list[Path], list[Path], list[SkippedClip]]:
+    """Videos, metadata, files that are neither nor captions, and folders that cannot be listed.
+
+    Symlinks to folders are not followed.
+    """
     videos: list[Path] = []
     metadata: list[Path] = []
+    left_out: list[Path] = []
     skipped: list[SkippedClip] = []
 
     def unlisted(error: OSError) -> None:
@@ -148,13 +161,15 @@ def _walk(root: Path) -> tuple[list[Path], list[Path], list[SkippedClip]]:
                 metadata.append(path)
             elif path.suffix.lower() in VIDEO_SUFFIXES:
                 videos.append(path)
-    return sorted(videos), sorted(metadata), skipped
+            elif path.suffix.lower() != CAPTION_SUFFIX:
+                left_out.append(path)
+    return sorted(videos), sorted(metadata), sorted(left_out), skipped
 
 
 def _caption(video: Path, captions: dict[Path, str]) -> str:
     if not video.is_file():
         raise ClipError("is not a regular file, or is a broken symlink")
-    beside = video.with_suffix(".txt")
+    beside = video.with_suffix(CAPTION_SUFFIX)
     if beside.is_file():
         caption = _read_text(beside, MAX_CAPTION_BYTES).strip()
     elif video in captions:
@@ -253,6 +268,10 @@ def _read_text(path: Path, limit: int) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ClipError(f"{_printable(path.name)} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
+
+
+def _names(paths: list[Path], root: Path) -> list[str]:
+    return [_name(path, root) for path in paths]
 
 
 def _name(path: Path, root: Path) -> str:

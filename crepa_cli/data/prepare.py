@@ -7,35 +7,33 @@ in memory together. A stage whose entries are all cached loads no model. The pro
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
 from crepa_cli.alignment.grid import teaching_frames
-from crepa_cli.data.buckets import Bucket, bucket_sizes, nearest_bucket, valid_frames
-from crepa_cli.data.cache import Cache, cache_key, check_writable, not_finite
+from crepa_cli.data.buckets import Bucket, Fit, Size, bucket_sizes, fit, nearest_bucket, valid_frames
+from crepa_cli.data.cache import Cache, cache_key, check_writable
 from crepa_cli.data.clips import Clip, ClipError, file_digest, find_clips
-from crepa_cli.data.video import VideoInfo, decode, frames_available, probe
-from crepa_cli.errors import UserError, counted
+from crepa_cli.data.stages import each, share, store
+from crepa_cli.data.video import DECODING_VERSION, VideoInfo, decode, frames_available, probe
+from crepa_cli.errors import UserError, counted, listed
 from crepa_cli.events import ClipSkipped, Event, Notice, Progress
 from crepa_cli.heap import release_memory
 from crepa_cli.hub.download import Need, fetch
 from crepa_cli.hub.read import fingerprint, read_config
-from crepa_cli.models.family import Family, Tensors
-from crepa_cli.processes import from_all, from_main
+from crepa_cli.models.family import Family
+from crepa_cli.processes import from_main
 from crepa_cli.profile import CrepaSettings, DataSettings
 from crepa_cli.teachers.dinov2 import ENCODERS, Dinov2Teacher, input_size
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 SAME_RATE = 0.99
 """Clips that have this share of a frame rate or more are trained frame by frame, as if they had it: 29.97 is 30."""
+LARGE_CROP = 0.1
 
 
 class Prompt(NamedTuple):
@@ -67,6 +65,7 @@ class PreparedClip:
     """
 
     clip: Clip
+    info: VideoInfo
     bucket: Bucket
     digest: str
     fps: float
@@ -74,6 +73,11 @@ class PreparedClip:
     prompt_key: str = ""
     latents_key: str = ""
     features_key: str | None = None
+
+    @property
+    def fit(self) -> Fit:
+        """How much the clip is enlarged and cropped for its bucket."""
+        return fit(self.info.width, self.info.height, Size(self.bucket.width, self.bucket.height))
 
 
 def prepare(
@@ -107,9 +111,8 @@ def prepare(
     cache.remove_leftovers()
     clips = yield from scan(family, folder, form)
     texts = {Prompt(text) for text in prompts} | ({Prompt(negative_prompt, True)} if negative_prompt else set())
-    reasons = yield from encode_prompts(
-        family, texts | {Prompt(clip.clip.caption) for clip in clips}, cache, device, dtype
-    )
+    captions = {Prompt(clip.clip.caption) for clip in clips}
+    reasons = yield from encode_prompts(family, texts | captions, cache, device, dtype)
     require_prompts(texts, reasons)
     clips = yield from _with_captions(family, clips, reasons, dtype)
     clips = yield from _prepare_latents(family, clips, cache, device)
@@ -137,7 +140,7 @@ def prompt_key(family: Family, caption: str, dtype: torch.dtype, *, negative: bo
 
 
 def scan(family: Family, folder: Path, form: ClipForm) -> Generator[Event, None, list[PreparedClip]]:
-    """Find the clips of a folder and the bucket of each; yields progress and skipped clips.
+    """Find the clips of a folder and the bucket of each; yields progress, skipped clips, and what changes in clips.
 
     Raises:
         UserError: if the folder does not exist or has no usable clips.
@@ -145,8 +148,9 @@ def scan(family: Family, folder: Path, form: ClipForm) -> Generator[Event, None,
     found = find_clips(folder)
     for skipped in found.skipped:
         yield ClipSkipped(skipped.name, skipped.reason)
-
-    clips = yield from _each(
+    if found.left_out:
+        yield Notice(f"{counted(len(found.left_out), 'file')} left out, of no kind of video: {listed(found.left_out)}")
+    clips = yield from each(
         "scanning", found.clips, lambda clip: _placed(clip, family, form), name=lambda clip: clip.path.name
     )
     if not clips:
@@ -160,7 +164,41 @@ def scan(family: Family, folder: Path, form: ClipForm) -> Generator[Event, None,
                 f"{_clip_name(clip)} is slower than data.fps = {form.fps:g}: {clip.repeated} of its "
                 f"{clip.bucket.frames} frames repeat the one before"
             )
+    yield from _unused(clips, form)
+    yield from _changes(clips)
     return clips
+
+
+def _unused(clips: Sequence[PreparedClip], form: ClipForm) -> Iterator[Notice]:
+    """Say what part of long clips is trained on."""
+    long = [clip for clip in clips if frames_available(clip.info, clip.fps) > form.frames]
+    if long:
+        share = sum(clip.bucket.frames / clip.fps for clip in clips) / sum(clip.info.duration for clip in clips)
+        yield Notice(
+            f"{len(long)} of {counted(len(clips), 'clip')} longer than data.frames = {form.frames}: only the first "
+            f"{form.frames / form.fps:.1f} s of each are trained on, {share:.0%} of all seconds; cut long clips into "
+            "several to use the rest"
+        )
+
+
+def _changes(clips: Sequence[PreparedClip]) -> Iterator[Notice]:
+    """Name the clips that are trained on in another look than their own."""
+    changed = {
+        "in HDR, tone-mapped to BT.709": [f"{_clip_name(clip)} ({clip.info.hdr})" for clip in clips if clip.info.hdr],
+        "interlaced, deinterlaced": [_clip_name(clip) for clip in clips if clip.info.interlaced],
+        "cropped by more than a tenth": [_crop(clip) for clip in clips if clip.fit.cropped > LARGE_CROP],
+    }
+    for how, names in changed.items():
+        if names:
+            yield Notice(f"{counted(len(names), 'clip')} {how}: {listed(names)}")
+
+
+def _crop(clip: PreparedClip) -> str:
+    info, bucket = clip.info, clip.bucket
+    return (
+        f"{_clip_name(clip)} loses {clip.fit.cropped:.0%} ({info.width}x{info.height} scaled "
+        f"by {clip.fit.enlargement:.2f} for {bucket.width}x{bucket.height})"
+    )
 
 
 def _placed(clip: Clip, family: Family, form: ClipForm) -> PreparedClip:
@@ -181,7 +219,8 @@ def _placed(clip: Clip, family: Family, form: ClipForm) -> PreparedClip:
             f"needs at least {min(form.frames, family.frame_multiple + 1)}"
         )
     size = nearest_bucket(info.width, info.height, bucket_sizes(form.width, form.height, family.size_multiple))
-    return PreparedClip(clip, Bucket(frames, size.height, size.width), file_digest(clip.path), fps, repeated)
+    bucket = Bucket(frames, size.height, size.width)
+    return PreparedClip(clip, info, bucket, file_digest(clip.path), fps, repeated)
 
 
 def _repeated(info: VideoInfo, frames: int, fps: float) -> int:
@@ -233,18 +272,18 @@ def encode_prompts(
 def _encode_missing(
     family: Family, keys: dict[Prompt, str], cache: Cache, device: torch.device, dtype: torch.dtype
 ) -> Generator[Event, None, dict[Prompt, str]]:
-    yield Progress("prompts", 0, len(_share(keys)), "loading the text encoder")
+    yield Progress("prompts", 0, len(share(keys)), "loading the text encoder")
     pipeline = family.load_text_pipeline(dtype).to(device)
 
     def encode(prompt: Prompt) -> tuple[Prompt, str] | None:
         encode_text = family.encode_negative_prompt if prompt.negative else family.encode_prompt
         try:
-            _store(cache, "prompts", keys[prompt], encode_text(pipeline, prompt.text))
+            store(cache, "prompts", keys[prompt], encode_text(pipeline, prompt.text))
         except ClipError as error:
             return prompt, str(error)
         return None
 
-    failed = yield from _each("prompts", list(keys), encode, name=lambda prompt: repr(prompt.text))
+    failed = yield from each("prompts", list(keys), encode, name=lambda prompt: repr(prompt.text))
     return dict(one for one in failed if one is not None)
 
 
@@ -276,9 +315,8 @@ def _prepare_latents(
     vae = _digests(family.vae_components, family)
 
     def key(clip: PreparedClip) -> str:
-        return cache_key(
-            kind="latents", family=family.name, task=family.task, vae=vae, **family.encoding, **_content(clip)
-        )
+        content = family.encoding | _content(clip)
+        return cache_key(kind="latents", family=family.name, task=family.task, vae=vae, **content)
 
     clips = [replace(clip, latents_key=key(clip)) for clip in clips]
     missing = from_main(lambda: [clip for clip in clips if not cache.has("latents", clip.latents_key)])
@@ -292,7 +330,7 @@ def _prepare_latents(
 def _encode_latents(
     family: Family, clips: list[PreparedClip], cache: Cache, device: torch.device
 ) -> Generator[Event, None, list[PreparedClip]]:
-    yield Progress("latents", 0, len(_share(clips)), "loading the VAE")
+    yield Progress("latents", 0, len(share(clips)), "loading the VAE")
     pipeline = family.load_vae_pipeline().to(device)
 
     def encode(clip: PreparedClip) -> PreparedClip:
@@ -300,10 +338,10 @@ def _encode_latents(
         # The same noise whenever this entry is computed, and another for every clip.
         generator = torch.Generator().manual_seed(int(clip.latents_key[:15], 16)) if family.samples_posterior else None
         tensors = family.encode_clip(pipeline, video, generator) | {"fps": torch.tensor(clip.fps)}
-        _store(cache, "latents", clip.latents_key, tensors)
+        store(cache, "latents", clip.latents_key, tensors)
         return clip
 
-    return (yield from _each("latents", clips, encode, name=_clip_name))
+    return (yield from each("latents", clips, encode, name=_clip_name))
 
 
 def _prepare_features(
@@ -336,54 +374,16 @@ def _encode_features(
     cache: Cache,
     device: torch.device,
 ) -> Generator[Event, None, list[PreparedClip]]:
-    yield Progress("features", 0, len(_share(clips)), "loading the teacher")
+    yield Progress("features", 0, len(share(clips)), "loading the teacher")
     teacher = load_teacher(crepa, device)
 
     def encode(clip: PreparedClip) -> PreparedClip:
         frames, size = inputs[str(clip.features_key)]
         features = teacher.features(clip_pixels(clip)[frames], size)
-        _store(cache, "features", str(clip.features_key), {"features": features})
+        store(cache, "features", str(clip.features_key), {"features": features})
         return clip
 
-    return (yield from _each("features", clips, encode, name=_clip_name))
-
-
-def _each(
-    stage: str, items: Sequence[Item], work: Callable[[Item], Result], *, name: Callable[[Item], str]
-) -> Generator[Event, None, list[Result]]:
-    """Process each item, yield progress and return the results; items with unreadable clips are skipped.
-
-    The processes of a run split the items, and each process returns all results. A UserError in one is raised in all.
-    """
-    mine = _share(items)
-    outcomes: list[tuple[int, Result | ClipError | UserError]] = []
-    for done, index in enumerate(mine):
-        yield Progress(stage, done, len(mine), name(items[index]))
-        try:
-            with torch.no_grad():
-                outcomes.append((index, work(items[index])))
-        except ClipError as error:
-            outcomes.append((index, error))
-        except UserError as error:
-            outcomes.append((index, error))
-            break
-    else:
-        yield Progress(stage, len(mine), len(mine))
-    results = []
-    for index, outcome in sorted(from_all(outcomes), key=itemgetter(0)):
-        if isinstance(outcome, UserError):
-            raise outcome
-        if isinstance(outcome, ClipError):
-            yield ClipSkipped(name(items[index]), str(outcome))
-        else:
-            results.append(outcome)
-    return results
-
-
-def _share(items: Collection[object]) -> range:
-    """The indices of the items that this process works on."""
-    state = PartialState()
-    return range(len(items))[state.process_index :: state.num_processes]
+    return (yield from each("features", clips, encode, name=_clip_name))
 
 
 def _clip_name(clip: PreparedClip) -> str:
@@ -401,6 +401,7 @@ def _content(clip: PreparedClip) -> dict[str, object]:
     """The part of a cache key that determines a clip's pixels."""
     bucket = clip.bucket
     return {
+        "decoding": DECODING_VERSION,
         "digest": clip.digest,
         "fps": clip.fps,
         "frames": bucket.frames,
@@ -413,14 +414,3 @@ def _digests(components: Iterable[str], family: Family) -> list[str]:
     components = list(components)
     folder = family.base.fetch(*components)
     return [fingerprint(folder / name) for name in components]
-
-
-def _store(cache: Cache, kind: str, key: str, tensors: Tensors) -> None:
-    """Cache tensors that can be trained on.
-
-    Raises:
-        ClipError: if they are not finite; every step with them would be skipped.
-    """
-    if names := not_finite(tensors):
-        raise ClipError(f"{', '.join(names)}: computed, and not finite (NaN or infinity)")
-    cache.write(kind, key, tensors)

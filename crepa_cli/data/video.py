@@ -1,17 +1,19 @@
 """Reads video files as tensors and writes them, with PyAV."""
 
+import errno
 import io
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
 import torch
 from av.container import InputContainer
+from av.filter import Graph
 from av.packet import Packet
 from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
@@ -19,21 +21,24 @@ from av.video.reformatter import Colorspace
 from av.video.stream import VideoStream
 from packaging.version import Version
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from crepa_cli.data.clips import ClipError
+from crepa_cli.data.picture import Orientation, PictureReader, hdr_kind
 from crepa_cli.files import write_whole
 
+# Part of the cache key: a change of the pixels that `decode` returns needs another number.
+DECODING_VERSION = 2
 MAX_PIXELS = 8192 * 8192
 MAX_ASPECT = 10
 # A file's content, not its name, selects its reader, and a playlist would open other files and addresses.
 OPEN_OPTIONS = {
-    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif",
+    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,mpeg,asf,flv,webp_anim",
     "protocol_whitelist": "file",
     "max_pixels": str(MAX_PIXELS),
 }
 # Titles that are not UTF-8 are common in old files. PyAV 19 reads them by itself; earlier ones raise by default.
 METADATA_OPTIONS: dict[str, Any] = {"metadata_errors": "surrogateescape"} if Version(av.__version__).major < 19 else {}
+CHECKED_SIZE = 32
 BT709 = 1
 LIMITED_RANGE = 1
 
@@ -43,12 +48,14 @@ class VideoInfo:
     """Size, length and frame rate of a clip, as a player shows it.
 
     Attributes:
-        frames: number of stored frames, at least 1.
-        width: width in square pixels, after rotation.
-        height: height in square pixels, after rotation.
+        frames: number of stored frames that can be shown, at least 1.
+        width: width in square pixels, upright.
+        height: height in square pixels, upright.
         fps: average number of stored frames per second.
         duration: seconds from the start of the first frame to the end of the last.
         rounding: seconds by which the file's timestamps may be off.
+        hdr: "HLG" or "PQ" if the clip is in high dynamic range, "" if not.
+        interlaced: whether the first frame is interlaced.
     """
 
     frames: int
@@ -57,29 +64,45 @@ class VideoInfo:
     fps: float
     duration: float
     rounding: float
+    hdr: str
+    interlaced: bool
 
 
 def probe(path: Path) -> VideoInfo:
     """Measure a clip by reading all packets and decoding one picture. The header is not trusted.
 
+    Frames that no player shows are not counted: those before the first key frame, and those that a file which was cut
+    off holds in part.
+
     Raises:
         ClipError: if the file is unreadable or has no video stream or no frames.
     """
     picture: VideoFrame | None = None
-    count = 0
-    first, last = math.inf, (-math.inf, 0.0)
+    spans: list[Span] = []
+    whole_until = math.inf
     with _opened(path) as video:
         for packet in video.container.demux(video.stream):
             if picture is None:
                 picture = next(iter(packet.decode()), None)
             if packet.size and not packet.is_discard:
-                span = video.span(count, packet)
-                first, last, count = min(first, span[0]), max(last, span), count + 1
-        if picture is None or not count:
+                span = video.packet_span(packet)
+                spans.append(span)
+                if packet.is_corrupt:
+                    whole_until = min(whole_until, span.start)
+        if picture is None:
             raise ClipError("has no frames")
+        # Frames before the first one that the decoder returns need others which the file does not have.
+        first = video.frame_span(0, picture).start
+        shown = [span for span in spans if first <= span.start < whole_until]
+        if not shown:
+            raise ClipError("is damaged at its first frame")
         width, height = video.shown_size(picture)
-        duration = last[1] - first
-        return VideoInfo(count, width, height, count / duration if duration else 0.0, duration, video.rounding)
+        PictureReader(CHECKED_SIZE, CHECKED_SIZE).read(picture, (width, height))
+        duration = max(shown).end - first
+        fps = len(shown) / duration if duration else 0.0
+        return VideoInfo(
+            len(shown), width, height, fps, duration, video.rounding, hdr_kind(picture), picture.interlaced_frame
+        )
 
 
 def frames_available(info: VideoInfo, fps: float) -> int:
@@ -90,9 +113,10 @@ def frames_available(info: VideoInfo, fps: float) -> int:
 def decode(path: Path, *, frames: int, fps: float, width: int, height: int) -> Tensor:
     """The first `frames` frames of a clip at `fps` frames per second, fitted to `width` x `height` pixels.
 
-    Frame j is the one that a player shows j / fps seconds after the clip's first frame. Pictures are resized with
-    antialiasing until they just cover the target size, then center-cropped. Decoding stops after the last frame needed,
-    and only the frames needed are held in memory.
+    Frame j is the one that a player shows j / fps seconds after the clip's first frame. Interlaced frames are
+    deinterlaced and HDR is tone-mapped to BT.709. Pictures are resized with antialiasing until they just cover the
+    target size, then center-cropped. Decoding stops after the last frame needed, and only the frames needed are held in
+    memory.
 
     Returns:
         uint8 [F, 3, height, width], RGB from 0 to 255.
@@ -101,12 +125,13 @@ def decode(path: Path, *, frames: int, fps: float, width: int, height: int) -> T
         ClipError: if the file is unreadable, damaged or too short.
     """
     clip = torch.empty((frames, 3, height, width), dtype=torch.uint8)
+    pictures = PictureReader(width, height)
     filled = 0
     with _opened(path) as video:
         for frame, until in video.shown_frames():
             reached = min(frames, _frames_before(until, fps, video.rounding))
             if reached > filled:
-                clip[filled:reached] = _fit(frame, video.shown_size(frame), width, height)
+                clip[filled:reached] = pictures.read(frame, video.shown_size(frame))
                 filled = reached
             if filled == frames:
                 return clip
@@ -142,12 +167,21 @@ def write_video(path: Path, frames: Tensor, fps: float) -> None:
     write_whole(path, content.getvalue())
 
 
+class Span(NamedTuple):
+    """The seconds from which and until which a frame is shown."""
+
+    start: float
+    end: float
+
+
 @dataclass(frozen=True)
 class _Video:
     """An open video stream, with its timestamps converted to seconds."""
 
     container: InputContainer
     stream: VideoStream
+    # AVI has no times of showing, but every chunk has its moment of decoding: in this order the frames are shown.
+    moments: list[Span] = field(default_factory=list)
 
     @property
     def tick(self) -> float:
@@ -167,38 +201,72 @@ class _Video:
         # 23.976 for 24000/1001. AVI's ticks are whole frames: nothing is rounded there.
         return max(self.tick, 0.001) if self.tick <= 0.01 else 0.001
 
-    def span(self, index: int, item: "Packet[VideoStream] | VideoFrame") -> tuple[float, float]:
-        """Start and end, in seconds, of the frame number `index`, given as a packet or a picture."""
-        # AVI has no timestamps, only an order of decoding that is not the order of showing.
-        if item.pts is None or self.container.format.name == "avi":
-            return index * self.interval, (index + 1) * self.interval
-        start = item.pts * self.tick
-        return start, start + (item.duration * self.tick if item.duration else self.interval)
+    def packet_span(self, packet: "Packet[VideoStream]") -> Span:
+        """When the frame in a packet is shown; each packet is to be given once, in the file's order."""
+        span = self._span(packet.dts if self._is_avi else packet.pts, packet.duration, len(self.moments))
+        self.moments.append(span)
+        return span
+
+    def frame_span(self, index: int, frame: VideoFrame) -> Span:
+        """When a decoded frame, the `index`-th in the order of showing, is shown."""
+        if self._is_avi and index < len(self.moments):
+            return self.moments[index]
+        return self._span(frame.pts, frame.duration, index)
+
+    def _span(self, time: int | None, duration: int | None, index: int) -> Span:
+        if time is None:
+            return Span(index * self.interval, (index + 1) * self.interval)
+        start = time * self.tick
+        return Span(start, start + (duration * self.tick if duration else self.interval))
+
+    @property
+    def _is_avi(self) -> bool:
+        return self.container.format.name == "avi"
 
     def shown_size(self, frame: VideoFrame) -> tuple[int, int]:
-        """Width and height in square pixels, after rotation."""
+        """Width and height in square pixels, upright."""
         width, height = max(1, round(frame.width * (self.stream.sample_aspect_ratio or 1))), frame.height
         if max(width, height) > MAX_ASPECT * min(width, height):
             raise ClipError(f"has sides of {width} and {height} pixels, more than {MAX_ASPECT} to 1")
-        return (height, width) if _quarter_turns(frame) % 2 else (width, height)
+        return (height, width) if Orientation.of(frame).swapped else (width, height)
 
     def shown_frames(self) -> Iterator[tuple[VideoFrame, float]]:
         """Each frame in display order, with the seconds from the first frame's start until the frame is replaced."""
         self.stream.thread_type = "AUTO"
         first = 0.0
         shown: VideoFrame | None = None
-        end = 0.0
-        for index, frame in enumerate(self.container.decode(self.stream)):
-            if frame.is_corrupt:
-                raise ClipError(f"is damaged at frame {index}")
-            start, end = self.span(index, frame)
+        spans: list[Span] = []
+        faults: list[ClipError] = []
+        for index, frame in enumerate(_deinterlaced(self._decoded(spans, faults))):
             if shown is None:
-                first = start
+                first = spans[0].start
             else:
-                yield shown, start - first
+                yield shown, spans[index].start - first
             shown = frame
         if shown is not None:
-            yield shown, end - first
+            yield shown, spans[-1].end - first
+        if faults:
+            raise faults[0]
+
+    def _decoded(self, spans: list[Span], faults: list[ClipError]) -> Iterator[VideoFrame]:
+        """Each frame in display order as it is stored, up to the first fault; spans and faults go to the lists."""
+        for frame in self._decoder_output(faults):
+            if frame.is_corrupt:
+                faults.append(ClipError(f"is damaged at frame {len(spans)}"))
+                return
+            spans.append(self.frame_span(len(spans), frame))
+            yield frame
+
+    def _decoder_output(self, faults: list[ClipError]) -> Iterator[VideoFrame]:
+        try:
+            for packet in self.container.demux(self.stream):
+                if packet.size:
+                    self.packet_span(packet)
+                yield from packet.decode()
+        except av.FFmpegError as error:
+            faults.append(ClipError(_damage(error)))
+            # The decoder still holds frames that precede the damage.
+            yield from self.stream.codec_context.decode(None)
 
 
 @contextmanager
@@ -206,7 +274,11 @@ def _opened(path: Path) -> Iterator[_Video]:
     """The best video stream of a file; FFmpeg's errors inside the block become ClipErrors."""
     try:
         # With a scheme in front, no part of a file name can be mistaken for one.
-        with av.open(f"file:{path}", options=OPEN_OPTIONS, **METADATA_OPTIONS) as container:
+        container = av.open(f"file:{path}", options=OPEN_OPTIONS, **METADATA_OPTIONS)
+    except av.FFmpegError as error:
+        raise ClipError(_reason(path, error)) from error
+    try:
+        with container:
             stream = container.streams.best("video")
             # PyAV leaves the codec context out if FFmpeg has no decoder.
             if not isinstance(stream, VideoStream) or not isinstance(stream.codec_context, VideoCodecContext):
@@ -214,7 +286,41 @@ def _opened(path: Path) -> Iterator[_Video]:
             stream.codec_context.options = {"max_pixels": OPEN_OPTIONS["max_pixels"]}
             yield _Video(container, stream)
     except av.FFmpegError as error:
-        raise ClipError(f"cannot be read as a video: {error.strerror}") from error
+        raise ClipError(_damage(error)) from error
+
+
+def _damage(error: av.FFmpegError) -> str:
+    """Why FFmpeg cannot read or decode an open file."""
+    # FFmpeg calls it an invalid argument if a picture is above its limit.
+    if error.errno == errno.EINVAL:
+        return f"is damaged, or has pictures of more than {MAX_PIXELS:,} pixels"
+    return f"is damaged or cut off: {error.strerror}"
+
+
+def _reason(path: Path, error: av.FFmpegError) -> str:
+    """Why FFmpeg cannot open a file."""
+    try:
+        boxes = _boxes(path)
+    except OSError as failure:
+        return f"cannot be read: {failure.strerror}"
+    if b"ftyp" not in boxes[:1]:
+        return "is not a video that can be read here, or is damaged at its beginning"
+    if b"moov" not in boxes:
+        return "is incomplete: its index (moov) is missing, as if a recording or a copy was cut off"
+    return f"is damaged: {error.strerror}"
+
+
+def _boxes(path: Path) -> list[bytes]:
+    """The kinds of a file's boxes, as those of mp4 and mov are stored one after another."""
+    boxes = []
+    with path.open("rb") as file:
+        while len(head := file.read(16)) >= 8:
+            boxes.append(head[4:8])
+            size = int.from_bytes(head[:4]) if head[:4] != b"\0\0\0\1" else int.from_bytes(head[8:])
+            if size < len(head):
+                break
+            file.seek(size - len(head), 1)
+    return boxes
 
 
 def _frames_before(seconds: float, fps: float, rounding: float) -> int:
@@ -222,18 +328,54 @@ def _frames_before(seconds: float, fps: float, rounding: float) -> int:
     return max(1, math.ceil((seconds - rounding) * fps))
 
 
-def _quarter_turns(frame: VideoFrame) -> int:
-    """The number of counter-clockwise quarter turns that bring a stored picture upright."""
-    return round(frame.rotation / 90) % 4
+def _deinterlaced(frames: Iterable[VideoFrame]) -> Iterator[VideoFrame]:
+    """As many frames as given, in their order; those marked as interlaced become whole pictures."""
+    graph: Graph | None = None
+    form: tuple[int, int, str] | None = None
+    for frame in frames:
+        # A graph takes frames of one form.
+        if graph and form != _form(frame):
+            yield from _finished(graph)
+            graph = None
+        if graph is None and frame.interlaced_frame:
+            graph, form = _deinterlacer(frame), _form(frame)
+        if graph is None:
+            yield frame
+        else:
+            graph.vpush(frame)
+            yield from _ready(graph)
+    if graph:
+        yield from _finished(graph)
 
 
-def _fit(frame: VideoFrame, shown_size: tuple[int, int], width: int, height: int) -> Tensor:
-    """The picture upright, resized to cover `width` x `height` and cropped to it: uint8 [3, height, width]."""
-    stored = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
-    upright = torch.rot90(stored, _quarter_turns(frame), dims=(1, 2))
-    shown_width, shown_height = shown_size
-    scale = max(width / shown_width, height / shown_height)
-    covering = (max(height, round(shown_height * scale)), max(width, round(shown_width * scale)))
-    resized = interpolate(upright[None], size=covering, mode="bicubic", antialias=True)[0]
-    top, left = (covering[0] - height) // 2, (covering[1] - width) // 2
-    return resized[:, top : top + height, left : left + width]
+def _form(frame: VideoFrame) -> tuple[int, int, str]:
+    return frame.width, frame.height, frame.format.name
+
+
+def _deinterlacer(frame: VideoFrame) -> Graph:
+    """A graph with the filter bwdif, which returns a frame for every frame of the form of `frame`."""
+    graph = Graph()
+    source = graph.add(
+        "buffer",
+        video_size=f"{frame.width}x{frame.height}",
+        pix_fmt=frame.format.name,
+        time_base=str(frame.time_base or Fraction(1)),
+        colorspace=str(frame.colorspace),
+        range=str(frame.color_range),
+    )
+    graph.link_nodes(source, graph.add("bwdif", mode="send_frame", deint="interlaced"), graph.add("buffersink"))
+    graph.configure()
+    return graph
+
+
+def _ready(graph: Graph) -> Iterator[VideoFrame]:
+    """The frames that a graph has finished."""
+    with suppress(av.BlockingIOError, av.EOFError):
+        while True:
+            yield graph.vpull()
+
+
+def _finished(graph: Graph) -> Iterator[VideoFrame]:
+    """The frames that a graph still holds."""
+    graph.vpush(None)
+    yield from _ready(graph)

@@ -12,7 +12,7 @@ from rich.filesize import decimal
 from crepa_cli.data.buckets import Bucket
 from crepa_cli.doctor.findings import BucketCount, Memory, Plan
 from crepa_cli.memory.prediction import Prediction, predict
-from crepa_cli.memory.savings import Fitting, Saving, largest_that_fits, savings
+from crepa_cli.memory.savings import Fitting, Saving, largest_that_fits, last_that_holds, savings
 from crepa_cli.memory.shapes import form_bucket
 from crepa_cli.models.family import Family
 from crepa_cli.profile import Profile
@@ -58,7 +58,33 @@ def check_memory(plan: Plan, family: Family, profile: Profile, target: Target, r
     message = _message(prediction, bucket, limit)
     if profile.train.sharding:
         message += " in a single process; train.sharding lowers it by an amount that is not predicted"
+    elif limit is not None and fits and (frames := longest_that_fits(profile, family, bucket, target, report)):
+        message += f"; clips of up to {frames} frames fit at this size"
     plan.add("memory", "fine" if fits else "failure", message, _advice(saved, fitting))
+
+
+def longest_that_fits(
+    profile: Profile, family: Family, bucket: Bucket, target: Target, report: Callable[[str], None]
+) -> int | None:
+    """The most frames beyond those of a bucket that fits, up to four times as many; None if no more fit.
+
+    Args:
+        profile: the resolved settings.
+        family: of the checkpoint.
+        bucket: a shape that fits.
+        target: the device that trains, with known memory.
+        report: receives a line of text on what is being predicted.
+    """
+
+    def fits(frames: int) -> bool:
+        report(f"searching for the longest clips that fit: {frames} frames")
+        longer = Bucket(frames, bucket.height, bucket.width)
+        return target.free is None or predict(profile, family, longer, target.device).peak <= target.free
+
+    step = family.frame_multiple
+    lengths = range(bucket.frames + step, 4 * bucket.frames, step)
+    # A few lengths are enough for advice, and each takes seconds.
+    return last_that_holds(lengths[:: max(1, len(lengths) // 7)], fits)
 
 
 def largest_bucket(buckets: Sequence[BucketCount]) -> Bucket | None:

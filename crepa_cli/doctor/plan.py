@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from rich.filesize import decimal
 
@@ -12,6 +12,7 @@ from crepa_cli.data.clips import clips_folder, find_clips
 from crepa_cli.data.prepare import ClipForm, PreparedClip, encoder_config, encoder_need, scan
 from crepa_cli.demo import write_demo
 from crepa_cli.doctor.cache_size import cache_bytes
+from crepa_cli.doctor.clips import describe_buckets, enlarged
 from crepa_cli.doctor.disk import check_folder
 from crepa_cli.doctor.findings import BucketCount, Plan
 from crepa_cli.doctor.fit import Target, check_memory
@@ -144,21 +145,19 @@ def _check_clips(plan: Plan, family: Family | None, profile: Profile, listener: 
             plan.skipped[event.name] = event.reason
             plan.add("clip", "warning", f"skipped {event.name}: {event.reason}")
         elif isinstance(event, Notice):
-            plan.add("clip", "warning", event.message)
+            plan.add("clips", "warning", event.message)
 
     clips = plan.attempt("clips", lambda: drained(scan(family, folder, ClipForm.of(profile.data)), listen))
     if clips:
         counts = Counter(clip.bucket for clip in clips)
         plan.buckets = [BucketCount(key.frames, key.height, key.width, counts[key]) for key in sorted(counts)]
-        plan.add("clips", "fine", _summary(len(clips), plan.buckets))
+        plan.add("clips", "fine", describe_buckets(plan.buckets, profile.data, family))
+        if message := enlarged(clips):
+            advice = "use larger clips, or lower data.width and data.height"
+            plan.add("clips", "warning", message, advice)
         for warning in neighbor_warnings(profile.crepa, family, (clip.bucket.frames for clip in clips)):
             plan.add("clips", "warning", warning)
     return clips
-
-
-def _summary(clips: int, buckets: Sequence[BucketCount]) -> str:
-    lines = [f"{one.width}x{one.height}, {one.frames} frames: {one.clips}" for one in buckets]
-    return "\n".join([f"{counted(clips, 'usable clip')}, by size:", *lines])
 
 
 def _check_cache(plan: Plan, family: Family, profile: Profile, clips: list[PreparedClip]) -> None:

@@ -40,18 +40,27 @@ def read_config(checkpoint: str, filename: str, revision: str | None = None) -> 
 
 def _config_from_hub(repository: str, filename: str, revision: str | None) -> Path:
     try:
-        commit = resolve(repository, revision)
-        path = layout.snapshot(repository, commit) / filename
-        if not path.is_file():
-            listing = list_files(repository, commit)
-            if filename not in listing.files:
-                raise missing_file(repository, filename, listing.files)
-            bring(repository, commit, listing.files[filename], threading.Event())
+        return fetch_file(repository, filename, revision)
     except HubUnreachableError:
         published = PUBLISHED / repository / filename
         if published.is_file():
             return published
         raise
+
+
+def fetch_file(repository: str, filename: str, revision: str | None = None) -> Path:
+    """The local path of one file of a repository on the Hub, which is downloaded if need be.
+
+    Raises:
+        UserError: if the repository or the file does not exist or cannot be fetched.
+    """
+    commit = resolve(repository, revision)
+    path = layout.snapshot(repository, commit) / filename
+    if not path.is_file():
+        listing = list_files(repository, commit)
+        if filename not in listing.files:
+            raise missing_file(repository, filename, listing.files)
+        bring(repository, commit, listing.files[filename], threading.Event())
     return path
 
 

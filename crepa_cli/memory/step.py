@@ -66,15 +66,20 @@ def predict_training(profile: Profile, family: Family, clips: Clips, device: tor
 def _optimizer_with_state(profile: Profile, model: AlignedTransformer, device: torch.device) -> torch.optim.Optimizer:
     """The optimizer as it is after its first step."""
     train = profile.train
-    # bitsandbytes does not run on fake tensors; it takes less than AdamW.
+    # bitsandbytes, which takes less than AdamW, and Prodigy, which takes twice as much, do not run on fake tensors.
+    runs = train.optimizer in ("adamw", "adafactor")
     groups = [trainable(model.transformer), trainable(model.crepa) if model.crepa else []]
-    optimizer = make_optimizer("adamw", groups, train.learning_rate, train.weight_decay)
+    optimizer = make_optimizer(train if runs else train.model_copy(update={"optimizer": "adamw"}), groups)
     for group in optimizer.param_groups:
-        group["foreach"] = device.type == "cuda"
+        if "foreach" in group:
+            group["foreach"] = device.type == "cuda"
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad()
+    if train.optimizer == "prodigy":
+        for parameter, state in optimizer.state.items():
+            state |= {"s": torch.zeros_like(parameter), "p0": torch.zeros_like(parameter)}
     return optimizer
 
 

@@ -20,6 +20,8 @@ FAMILIES = {
     "kandinsky5_video": "Kandinsky5Video",
 }
 """Name of each family, which is also its module here, and the class in it."""
+FINAL_LORA = "pytorch_lora_weights.safetensors"
+"""The end of the name by which diffusers' `load_lora_weights` finds a LoRA among the files of a repository."""
 
 
 def load_family(name: str) -> type[Family]:

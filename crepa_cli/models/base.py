@@ -9,10 +9,13 @@ import diffusers
 import torch
 import transformers
 from diffusers import DiffusionPipeline, ModelMixin
+from huggingface_hub import ModelCard
+from torch import nn
 from transformers import AutoConfig
 
+from crepa_cli.errors import UserError
 from crepa_cli.hub.download import Need, fetch
-from crepa_cli.hub.read import read_config
+from crepa_cli.hub.read import fetch_file, read_config
 
 
 class BaseCheckpoint:
@@ -39,6 +42,25 @@ class BaseCheckpoint:
         if filename not in self._configs:
             self._configs[filename] = read_config(self.name, filename, self.revision)
         return self._configs[filename]
+
+    @property
+    def shown_name(self) -> str:
+        """The Hub id, or the name of the local folder without the path to it."""
+        return Path(self.name).name if Path(self.name).exists() else self.name
+
+    @property
+    def license(self) -> str | None:
+        """The license in the model card, if there is one."""
+        name = "README.md"
+        try:
+            card = Path(self.name, name) if Path(self.name).is_dir() else fetch_file(self.name, name, self.revision)
+        except UserError:
+            return None
+        if not card.is_file():
+            return None
+        data = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
+        license_ = data.get("license_name") or data.get("license")
+        return None if license_ is None else str(license_)
 
     @property
     def components(self) -> list[str]:
@@ -89,3 +111,20 @@ class BaseCheckpoint:
         pipeline = pipeline_class.from_pretrained(folder, dtype=dtype, use_safetensors=True, **given)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
+
+
+def check_embedding(text_encoder: nn.Module) -> None:
+    """Check that a T5 encoder reads the embedding of its checkpoint, which may hold it as `shared` alone.
+
+    Raises:
+        UserError: if the embedding is another one, or empty: every caption would become the same noise.
+    """
+    shared = getattr(text_encoder, "shared", None)
+    used = getattr(getattr(text_encoder, "encoder", None), "embed_tokens", None)
+    if shared is None or used is None:
+        return
+    if used.weight.data_ptr() != shared.weight.data_ptr() or not used.weight.any():
+        raise UserError(
+            f"the text encoder {type(text_encoder).__name__} was loaded without its embedding, as transformers 5.0 to "
+            "5.2 do: pip install 'transformers>=5.3', and delete the folder prompts of the cache"
+        )

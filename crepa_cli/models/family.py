@@ -8,6 +8,7 @@ builds the transformer's inputs and target, and locates its tokens. All are trai
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from copy import copy
@@ -23,14 +24,12 @@ from torch import Tensor, nn
 
 from crepa_cli.alignment import TokenGrid
 from crepa_cli.errors import UserError
-from crepa_cli.models.base import BaseCheckpoint
+from crepa_cli.models.base import BaseCheckpoint, check_embedding
 from crepa_cli.models.precision import compute_in_own_dtype, in_loaded_dtypes, keep_float32
 
 Tensors = dict[str, Tensor]
 Tables = Mapping[str, Mapping[str, object]]
 """Settings by table and key, as they stand in a profile."""
-COMFYUI_FILE = "comfyui_lora.safetensors"
-"""A LoRA by the module names of the original checkpoint, in a run's weights."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +86,8 @@ class Family(ABC):
     """How a prompt asks for an amount of motion, if the model knows one: a format with one number."""
     comfyui_names: ClassVar[Mapping[str, str] | None] = None
     """Patterns in module names and their replacements in the original names; None if ComfyUI does not run it."""
+    comfyui_prefix: ClassVar[str] = "diffusion_model."
+    """Before the names of a LoRA for ComfyUI; one that diffusers reads too."""
 
     def __init__(self, checkpoint: str, task: str, revision: str | None = None, variant: str | None = None) -> None:
         if task not in self.pipelines:
@@ -104,7 +105,7 @@ class Family(ABC):
 
     @classmethod
     def published_like(cls, base: BaseCheckpoint, task: str) -> str | None:  # noqa: ARG003
-        """The published checkpoint of which another one is a fine-tune, by its configuration; None if any may be.
+        """The published checkpoint whose defaults fit an unpublished one, by its configuration; None for the family's.
 
         Raises:
             UserError: if the configuration cannot be read.
@@ -117,6 +118,31 @@ class Family(ABC):
     def experts(self) -> Mapping[str, str]:
         """Component of each expert, by its name in `model.variant`; the first is the default, and most have none."""
         return {}
+
+    @property
+    def expert(self) -> str | None:
+        """The name of the expert that is trained; None if the checkpoint has one transformer."""
+        return next((name for name, component in self.experts.items() if component == self.component), None)
+
+    @property
+    def architecture(self) -> str:
+        """The kind of model in the header of exported files, by the name that other trainers give it."""
+        return self.name
+
+    @property
+    def comfyui_header(self) -> Mapping[str, str]:
+        """What ComfyUI reads from the header of a file with all weights."""
+        return {}
+
+    def original_name(self, name: str) -> str:
+        """The name that a module or parameter of the transformer has in the original checkpoint, which ComfyUI uses."""
+        assert self.comfyui_names is not None, "open_family has checked it"
+        module, dot, last = name.rpartition(".")
+        if last not in ("weight", "bias"):
+            module, dot, last = name, "", ""
+        for pattern, replacement in self.comfyui_names.items():
+            module = re.sub(pattern, replacement, module)
+        return f"{module}{dot}{last}"
 
     @property
     def sigma_range(self) -> tuple[float, float]:
@@ -381,23 +407,6 @@ class Family(ABC):
     def form_arguments(self, *, width: int, height: int, frames: int, fps: float) -> dict[str, Any]:  # noqa: ARG002
         """The arguments of the pipeline's call for the size, length and frame rate of the video."""
         return {"width": width, "height": height, "num_frames": frames}
-
-
-def check_embedding(text_encoder: nn.Module) -> None:
-    """Check that a T5 encoder reads the embedding of its checkpoint, which may hold it as `shared` alone.
-
-    Raises:
-        UserError: if the embedding is another one, or empty: every caption would become the same noise.
-    """
-    shared = getattr(text_encoder, "shared", None)
-    used = getattr(getattr(text_encoder, "encoder", None), "embed_tokens", None)
-    if shared is None or used is None:
-        return
-    if used.weight.data_ptr() != shared.weight.data_ptr() or not used.weight.any():
-        raise UserError(
-            f"the text encoder {type(text_encoder).__name__} was loaded without its embedding, as transformers 5.0 to "
-            "5.2 do: pip install 'transformers>=5.3', and delete the folder prompts of the cache"
-        )
 
 
 def add_noise(latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:

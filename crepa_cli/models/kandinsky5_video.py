@@ -103,6 +103,8 @@ class Kandinsky5Video(Family):
         "deformed, walking backwards"
     )
     comfyui_names = {}
+    comfyui_prefix = "transformer."
+    architecture = "Kandinsky-5"
     settings = {
         "crepa": {"block_index": 8},
         "adapter": {
@@ -116,6 +118,7 @@ class Kandinsky5Video(Family):
                 "feed_forward.in_layer",
                 "feed_forward.out_layer",
             ],
+            "export": ["diffusers", "comfyui"],
         },
         # The README and configs/ of kandinskylab/kandinsky-5.
         "data": {"width": 768, "height": 512, "frames": 121, "fps": 24.0},

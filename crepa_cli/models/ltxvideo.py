@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -37,13 +39,22 @@ class LtxVideo(Family):
     checkpoints = dict.fromkeys(pipelines, "Lightricks/LTX-Video-0.9.5")
     samples_posterior = True
     negative_prompt = "worst quality, inconsistent motion, blurry, jittery, distorted"
-    comfyui_names = {r"^proj_in$": "patchify_proj", r"^time_embed\b": "adaln_single"}
+    comfyui_names = {
+        r"^proj_in$": "patchify_proj",
+        r"^time_embed\b": "adaln_single",
+        r"\bnorm_([qk])$": r"\1_norm",
+    }
+    architecture = "ltx-video"
     # Of its authors' code (pipeline_ltx_video.py); the pipelines of diffusers cut at 128 up to version 0.9.1.
     caption_tokens = 256
     takes_frame_rate = True
     settings = {
         "crepa": {"block_index": 8},
-        "adapter": {"rank": 32, "target_modules": ["to_q", "to_k", "to_v", "to_out.0"]},
+        "adapter": {
+            "rank": 32,
+            "target_modules": ["to_q", "to_k", "to_v", "to_out.0"],
+            "export": ["diffusers", "comfyui"],
+        },
         # The size of the model card, and the frame rate of the authors' inference.py.
         "data": {"width": 768, "height": 512, "frames": 121, "fps": 30.0},
         # LTX-Video-Trainer: configs/ltxv_2b_lora.yaml and ltxv_13b_lora_template.yaml. The noise is that of LTX-2's.
@@ -73,6 +84,13 @@ class LtxVideo(Family):
     def pipeline_class(self) -> str:
         """One pipeline for both tasks from version 0.9.5 on."""
         return "LTXConditionPipeline" if self._causal_positions else super().pipeline_class
+
+    @property
+    def comfyui_header(self) -> Mapping[str, str]:
+        """Positions of the first frame from version 0.9.5 on, which no tensor tells."""
+        if not self._causal_positions:
+            return {}
+        return {"config": json.dumps({"transformer": {"causal_temporal_positioning": True}})}
 
     def timestep_shift(self, latents: Tensor) -> float:
         """Grows with the number of latents, as the pipeline's does, whatever the scheduler of later versions says."""

@@ -65,6 +65,7 @@ class SanaVideo(Family):
     name = "sanavideo"
     transformer_class = "SanaVideoTransformer3DModel"
     blocks_attribute = "transformer_blocks"
+    architecture = "sana-video"
     pipelines = {"t2v": "SanaVideoPipeline", "i2v": "SanaImageToVideoPipeline"}
     checkpoints = dict.fromkeys(pipelines, "Efficient-Large-Model/SANA-Video_2B_480p_diffusers")
     negative_prompt = (
@@ -75,7 +76,7 @@ class SanaVideo(Family):
     motion_suffix = " motion score: {}."
     settings = {
         "crepa": {"block_index": 10},
-        "adapter": {"rank": 32, "target_modules": ["to_q", "to_k", "to_v", "to_out.0"]},
+        "adapter": {"rank": 32, "target_modules": ["to_q", "to_k", "to_v", "to_out.0"], "export": ["diffusers"]},
         "data": {"width": 832, "height": 480, "frames": 81, "fps": 16.0},
         # Its authors train with a smaller shift than they sample with.
         "train": {"learning_rate": 1e-4, "timestep_shift": 3.0},

@@ -50,6 +50,7 @@ class Wan(Family):
                 "ffn.net.0.proj",
                 "ffn.net.2",
             ],
+            "export": ["diffusers", "comfyui"],
         },
         # Wan-Video/Wan2.1 and Wan2.2: wan/configs.
         "data": {"width": 832, "height": 480, "frames": 81, "fps": 16.0},
@@ -86,13 +87,20 @@ class Wan(Family):
         r"\bto_([qkv])$": r"\1",
         r"\bto_out\.0$": "o",
         r"\badd_([kv])_proj$": r"\1_img",
+        r"\bnorm_added_k$": "norm_k_img",
         r"\bffn\.net\.0\.proj$": "ffn.0",
         r"\bffn\.net\.2$": "ffn.2",
         r"^condition_embedder\.time_proj$": "time_projection.1",
         r"^condition_embedder\.(time|text)_embedder\.linear_1$": r"\1_embedding.0",
         r"^condition_embedder\.(time|text)_embedder\.linear_2$": r"\1_embedding.2",
+        r"^condition_embedder\.image_embedder\.norm1$": "img_emb.proj.0",
         r"^condition_embedder\.image_embedder\.ff\.net\.0\.proj$": "img_emb.proj.1",
         r"^condition_embedder\.image_embedder\.ff\.net\.2$": "img_emb.proj.3",
+        r"^condition_embedder\.image_embedder\.norm2$": "img_emb.proj.4",
+        r"^condition_embedder\.image_embedder\.pos_embed$": "img_emb.emb_pos",
+        r"^(blocks\.\d+)\.norm2$": r"\1.norm3",
+        r"^(blocks\.\d+)\.scale_shift_table$": r"\1.modulation",
+        r"^scale_shift_table$": "head.modulation",
         r"^proj_out$": "head.head",
     }
 
@@ -103,7 +111,10 @@ class Wan(Family):
             self.image_components = ("image_encoder", "image_processor")
         takes_image = self.config["in_channels"] != (self.config.get("out_channels") or self.config["in_channels"])
         if not self.per_token_timesteps and takes_image != (task == "i2v"):
-            raise UserError(f"{checkpoint} generates from {'an image' if takes_image else 'text alone'}, not {task!r}")
+            raise UserError(
+                f"{checkpoint} generates from {'an image' if takes_image else 'text alone'}, not {task!r}; "
+                f"--checkpoint {self.checkpoints[task]} does, and so does leaving --checkpoint out"
+            )
 
     @classmethod
     def published_like(cls, base: BaseCheckpoint, task: str) -> str | None:
@@ -123,6 +134,11 @@ class Wan(Family):
     def experts(self) -> Mapping[str, str]:
         """`high` denoises above the boundary in `model_index.json` and `low` below, in Wan 2.2 A14B."""
         return {} if self._boundary is None else {"high": "transformer", "low": "transformer_2"}
+
+    @property
+    def architecture(self) -> str:
+        """musubi-tuner's name, and the version."""
+        return "wan2.2" if self.experts or self.per_token_timesteps else "wan2.1"
 
     @property
     def _boundary(self) -> float | None:

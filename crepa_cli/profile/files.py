@@ -21,7 +21,7 @@ PROJECT_FILE = "crepa.toml"
 PRESET = "preset"
 """Key of a TOML file, above its tables, that names the preset below its settings."""
 PATHS = {("data", "path"), ("data", "cache"), ("train", "output"), ("validation", "images")}
-PATHS_OR_NAMES = {("model", "checkpoint"), ("crepa", "encoder")}
+PATHS_OR_NAMES = {("model", "checkpoint"), ("adapter", "init_from"), ("crepa", "encoder")}
 CONTROL = re.compile(r"[\x00-\x1f]")
 BACKSLASHES = (
     'in double quotes a backslash starts an escape: write the path with slashes ("D:/clips") or in single quotes '

@@ -87,8 +87,19 @@ class AdapterSettings(Table):
         description="Layers that get an adapter, by name or by the end of the name.",
         min_length=1,
     )
-    export: Annotated[tuple[Export, ...], LISTED, Field(strict=False)] = Field(
-        default=("diffusers",), min_length=1, description="File formats to export the trained adapter to."
+    init_from: Text | None = Field(
+        default=None,
+        description="LoRA to start from, of the same rank: a file, a folder, a Hub id, or owner/repository/file, for "
+        "diffusers or ComfyUI. none: a new one, without effect.",
+    )
+    export: Annotated[tuple[Export, ...], LISTED, Field(strict=False)] = resolved_later(
+        FAMILY_DEFAULT,
+        example=("diffusers", "comfyui"),
+        description="Programs to export the trained weights for, each with its own names of layers.",
+        min_length=1,
+    )
+    export_dtype: Literal["bfloat16", "float32"] = Field(
+        default="bfloat16", description="Data type of the exported weights. float32 takes twice the space."
     )
 
 
@@ -149,15 +160,30 @@ class TrainSettings(Table):
         description="Peak learning rate.",
         gt=0,
     )
-    optimizer: Literal["adamw", "adamw8bit"] = Field(
-        default="adamw", description="adamw8bit saves memory by storing its state in 8 bits; it needs the extra 'bnb'."
+    optimizer: Literal["adamw", "adamw8bit", "adafactor", "prodigy"] = Field(
+        default="adamw",
+        description="adamw8bit stores its state in 8 bits (it needs bitsandbytes), adafactor stores next to none, and "
+        "prodigy finds the learning rate (it needs prodigyopt, and learning_rate = 1).",
     )
+    beta1: float = Field(
+        default=0.9, ge=0, lt=1, description="Decay of the optimizer's average of the gradient; adafactor has none."
+    )
+    beta2: float = Field(
+        default=0.999, ge=0, lt=1, description="Decay of its average of the squared gradient; adafactor has its own."
+    )
+    eps: float = Field(default=1e-8, gt=0, description="Added to the optimizer's denominator; adafactor has its own.")
     weight_decay: float = Field(default=0.01, ge=0, description="Decoupled weight decay of the optimizer.")
     lr_scheduler: Literal[
         "constant", "linear", "cosine", "polynomial", "constant_with_warmup", "cosine_with_restarts"
     ] = Field(default="constant", description="Learning rate schedule, by its name in diffusers.")
     lr_warmup_steps: int = Field(
         default=0, ge=0, description="Optimizer steps over which the learning rate rises from 0; 'constant' ignores it."
+    )
+    lr_floor: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Share of the learning rate at which its schedule ends, such as 0.1, in place of 0.",
     )
     max_grad_norm: float = Field(
         default=1.0, ge=0, description="Maximum gradient norm for clipping; 0 turns clipping off."

@@ -2,74 +2,130 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import statistics
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from crepa_cli.errors import counted
-from crepa_cli.models.family import COMFYUI_FILE, Family
+from crepa_cli.models.family import Family
 from crepa_cli.profile import Profile, dump_toml
+from crepa_cli.report.loading import DIFFUSERS, generating_code, loading_code, place_in_comfyui
 from crepa_cli.report.metrics import read_metrics
+from crepa_cli.runs.facts import read_facts
 from crepa_cli.runs.folder import RunFolder
+
+HUB_LICENSES = {"apache-2.0", "mit", "openrail", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0"}
 
 
 def write_model_card(run: RunFolder, family: Family, profile: Profile) -> None:
-    """Write `README.md` in a run's folder: base model, how to load the weights, results and settings."""
-    data = ModelCardData(
-        base_model=family.base.name if not Path(family.base.name).exists() else None,
-        library_name="diffusers",
-        pipeline_tag="image-to-video" if family.task == "i2v" else "text-to-video",
-        tags=["crepa", "video", "lora" if profile.adapter.kind == "lora" else "full-fine-tune"],
-    )
+    """Write `README.md` in a run's folder: base model, samples, how to load the weights, results, clips, settings.
+
+    It names no folder of this machine.
+    """
+    facts = read_facts(run)
+    base = f"{family.base.shown_name}{f' ({family.expert} noise expert)' if family.expert else ''}"
     parts = [
-        f"---\n{data.to_yaml()}\n---",
-        f"# {run.path.name}",
-        f"`{family.base.name}` ({family.name}, {family.task}), fine-tuned for {counted(profile.train.steps, 'step')} "
+        f"---\n{_metadata(run, family, profile, facts).to_yaml()}\n---",
+        f"# {run.name}",
+        f"`{base}` ({family.name}, {family.task}), fine-tuned for {counted(profile.train.steps, 'step')} "
         "with Cross-frame Representation Alignment ([CREPA](https://arxiv.org/abs/2506.09229)).",
-        f"## Use\n\n{_usage(family, profile)}",
+        _samples(run, profile),
+        f"## Use\n\n{_usage(run, family, profile, facts)}",
         _results(run),
-        f"## Settings\n\n```toml\n{dump_toml(profile).strip()}\n```",
+        _clips_and_machine(run, profile, facts),
+        f"## Settings\n\n```toml\n{dump_toml(without_folders(profile)).strip()}\n```",
     ]
     ModelCard("\n\n".join(part for part in parts if part) + "\n").save(run.card)
 
 
-def loading_lines(family: Family, profile: Profile, weights: Path) -> str:
-    """Instructions to load a run's weights from the current folder, as text for a terminal."""
-    if _loads_in_diffusers(profile):
-        return loading_code(family, profile, weights.as_posix())
-    return f"ComfyUI: {weights / COMFYUI_FILE}"
-
-
-def _loads_in_diffusers(profile: Profile) -> bool:
-    return "diffusers" in profile.adapter.export or profile.adapter.kind == "full"
-
-
-def _usage(family: Family, profile: Profile) -> str:
-    lines = []
-    if _loads_in_diffusers(profile):
-        lines.append(f"```python\n{loading_code(family, profile)}\n```")
-    if "comfyui" in profile.adapter.export:
-        lines.append(f"In ComfyUI: `weights/{COMFYUI_FILE}`.")
-    return "\n\n".join(lines)
-
-
-def loading_code(family: Family, profile: Profile, weights: str = "weights") -> str:
-    """The diffusers code that loads a run's weights, by default from inside its folder."""
-    pipeline, checkpoint = family.pipeline_class, Path(family.base.name).as_posix()
-    head = "import torch\n" + f"from diffusers import {pipeline}"
-    if profile.adapter.kind == "full":
-        return (
-            f"{head}, {family.transformer_class}\n\n"
-            f'transformer = {family.transformer_class}.from_pretrained("{weights}/transformer", dtype=torch.bfloat16)\n'
-            f'pipeline = {pipeline}.from_pretrained(\n    "{checkpoint}", {family.component}=transformer, '
-            "dtype=torch.bfloat16\n)"
-        )
-    arguments = "".join(f", {name}={value}" for name, value in family.lora_loading_arguments.items())
-    return (
-        f"{head}\n\n"
-        f'pipeline = {pipeline}.from_pretrained("{checkpoint}", dtype=torch.bfloat16)\n'
-        f'pipeline.load_lora_weights("{weights}", weight_name="pytorch_lora_weights.safetensors"{arguments})'
+def _metadata(run: RunFolder, family: Family, profile: Profile, facts: Mapping[str, Any]) -> ModelCardData:
+    is_lora = profile.adapter.kind == "lora"
+    kinds = ["lora", "template:diffusion-lora"] if is_lora else ["full-fine-tune"]
+    published = not Path(family.base.name).exists()
+    samples = zip(profile.validation.prompts, _last_samples(run), strict=False)
+    return ModelCardData(
+        base_model=family.base.name if published else None,
+        base_model_relation=("adapter" if is_lora else "finetune") if published else None,
+        license=_hub_license(facts.get("license")),
+        license_name=facts.get("license") if _hub_license(facts.get("license")) == "other" else None,
+        library_name="diffusers",
+        pipeline_tag="image-to-video" if family.task == "i2v" else "text-to-video",
+        tags=["crepa", "diffusers", "diffusers-training", "video", *kinds],
+        instance_prompt=facts.get("trigger_phrase"),
+        widget=[{"text": text, "output": {"url": path.as_posix()}} for text, path in samples] or None,
     )
+
+
+def _hub_license(name: str | None) -> str | None:
+    """The identifier of a license on the Hub, which has a list of them; "other" for those that are not on it."""
+    return name if name is None or name in HUB_LICENSES else "other"
+
+
+def _last_samples(run: RunFolder) -> list[Path]:
+    """The videos of the last validation, by prompt, relative to the run's folder."""
+    folders = sorted(path.parent for path in run.path.glob("samples/step-*/*.mp4"))
+    return [path.relative_to(run.path) for path in sorted(folders[-1].glob("*.mp4"))] if folders else []
+
+
+def _samples(run: RunFolder, profile: Profile) -> str:
+    samples = list(zip(profile.validation.prompts, _last_samples(run), strict=False))
+    if not samples:
+        return ""
+    sheet = samples[0][1].parent / "sheet.png"
+    picture = f"![frames of the samples]({sheet.as_posix()})\n\n" if (run.path / sheet).exists() else ""
+    return f"## Samples\n\n{picture}" + "\n".join(f"- [{text}]({path.as_posix()})" for text, path in samples)
+
+
+def _clips_and_machine(run: RunFolder, profile: Profile, facts: Mapping[str, Any]) -> str:
+    if not facts:
+        return ""
+    data, clips = profile.data, counted(facts["clips"], "clip")
+    lines = [
+        f"- {clips}, about {data.width}x{data.height}, {data.frames} frames at {data.fps:g} fps",
+        f"- trained on {facts['device']}, in {profile.model.dtype}",
+    ]
+    if metrics := [line for line in read_metrics(run.metrics) if not line.get("skipped")]:
+        seconds = statistics.median(line["step_seconds"] for line in metrics)
+        peak = max(line["peak_memory_bytes"] or 0 for line in metrics) / 2**30
+        lines.append(f"- {seconds:.3g} seconds per step" + (f", {peak:.1f} GiB of memory" if peak else ""))
+    return "## Clips and machine\n\n" + "\n".join(lines)
+
+
+def without_folders(profile: Profile) -> Profile:
+    """The settings with the last part alone of every absolute path, as a card is published."""
+    tables = {
+        table: {key: _name_alone(value) for key, value in keys.items()}
+        for table, keys in profile.model_dump(by_alias=True).items()
+    }
+    return Profile.model_validate(tables)
+
+
+def _name_alone(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(_name_alone(one) for one in value)
+    if not isinstance(value, str):
+        return value
+    paths = [kind(value) for kind in (PurePosixPath, PureWindowsPath)]
+    return next((path.name for path in paths if path.is_absolute()), value)
+
+
+def _usage(run: RunFolder, family: Family, profile: Profile, facts: Mapping[str, Any]) -> str:
+    exports = run.exports(family.expert)
+    parts = []
+    if trigger := facts.get("trigger_phrase"):
+        parts.append(f"Every caption begins with `{trigger}`: begin the prompt with it too.")
+    if "diffusers" in profile.adapter.export:
+        code = loading_code(family, profile, family.base.shown_name, exports, ".")
+        parts.append(
+            f"With diffusers {DIFFUSERS} or later, from inside this folder; on the Hub, its id stands in place of `.`:"
+            f"\n\n```python\n{code}\n\n{generating_code(family, profile)}\n```"
+        )
+    if "comfyui" in profile.adapter.export:
+        parts.append(f"{place_in_comfyui(profile)}: `weights/{exports.comfyui}`.")
+    return "\n\n".join(parts)
 
 
 def _results(run: RunFolder) -> str:

@@ -16,7 +16,8 @@ from crepa_cli.errors import UserError
 from crepa_cli.models import FAMILIES, load_family
 from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
-from crepa_cli.profile import AdapterSettings, DataSettings, Profile, ValidationSettings
+from crepa_cli.models.lora import fetch_lora, lora_rank
+from crepa_cli.profile import AdapterSettings, DataSettings, Profile, TrainSettings, ValidationSettings
 
 Result = TypeVar("Result")
 
@@ -81,11 +82,17 @@ def require_packages(profile: Profile) -> None:
         raise UserError("\n".join(mistakes))
 
 
+OPTIMIZER_PACKAGES = {"adamw8bit": "bitsandbytes", "prodigy": "prodigyopt"}
+"""The package of each optimizer that is not a dependency."""
+
+
 def missing_optimizer(profile: Profile) -> dict[str, str]:
     """The mistake in the settings, with the command that installs the optimizer; empty if it is installed."""
-    if profile.train.optimizer != "adamw8bit" or find_spec("bitsandbytes") is not None:
+    name = profile.train.optimizer
+    package = OPTIMIZER_PACKAGES.get(name)
+    if package is None or find_spec(package) is not None:
         return {}
-    return {"train.optimizer: adamw8bit needs bitsandbytes": "pip install bitsandbytes"}
+    return {f"train.optimizer: {name} needs {package}": f"pip install {package}"}
 
 
 def missing_trackers(profile: Profile) -> dict[str, str]:
@@ -103,7 +110,8 @@ def open_family(profile: Profile, *, resumes: bool = False) -> Family:
 
     Args:
         profile: the resolved settings.
-        resumes: whether they resume a run, of which some were started when any number of frames was accepted.
+        resumes: whether they resume a run, of which some were started when any number of frames was accepted, and
+            which reads no `adapter.init_from`.
 
     Raises:
         UserError: lists all mistakes: family, checkpoint, task, block indices, sizes, images, export layouts.
@@ -136,7 +144,9 @@ def family_mistakes(family: Family, profile: Profile, *, resumes: bool = False) 
         *([] if resumes else _length_mistakes(family, profile)),
         *image_mistakes(profile.validation, profile.model.task),
         *_sampling_mistakes(family, profile.validation),
+        *_sharding_mistakes(profile.train),
         *export_mistakes(family, profile.adapter),
+        *([] if resumes else warm_start_mistakes(profile.adapter)),
     ]
 
 
@@ -181,6 +191,12 @@ def _length_mistakes(family: Family, profile: Profile) -> list[str]:
     ]
 
 
+def _sharding_mistakes(train: TrainSettings) -> list[str]:
+    if not train.sharding or train.optimizer.startswith("adamw"):
+        return []
+    return [f"train.optimizer = {train.optimizer!r}: it needs whole weights, and train.sharding splits them; use adamw"]
+
+
 def image_mistakes(validation: ValidationSettings, task: str) -> list[str]:
     """Mistakes in the images that validation videos start from."""
     if task == "t2v":
@@ -213,12 +229,25 @@ def _unreadable(path: str) -> list[str]:
 
 
 def export_mistakes(family: Family, adapter: AdapterSettings) -> list[str]:
-    """Layouts of the settings that the adapter cannot be exported in."""
-    if "comfyui" not in adapter.export:
-        return []
-    if adapter.kind == "full":
-        return ["adapter.export: comfyui is a layout for LoRA, and adapter.kind is full; leave comfyui out"]
-    if family.comfyui_names is None:
+    """Programs in the settings that do not run the family."""
+    if "comfyui" in adapter.export and family.comfyui_names is None:
         known = [name for name in FAMILIES if load_family(name).comfyui_names is not None]
         return [f"adapter.export: ComfyUI does not run {family.name}; comfyui is for {', '.join(known)}"]
+    return []
+
+
+def warm_start_mistakes(adapter: AdapterSettings) -> list[str]:
+    """Whether training cannot start from the LoRA of the settings."""
+    if adapter.init_from is None:
+        return []
+    if adapter.kind == "full":
+        return [
+            "adapter.init_from: a LoRA cannot start a full fine-tune: merge it with crepa export, and name the result"
+        ]
+    try:
+        rank = lora_rank(fetch_lora(adapter.init_from))
+    except UserError as error:
+        return [str(error)]
+    if rank != adapter.rank:
+        return [f"adapter.init_from = {adapter.init_from!r}: its rank is {rank}; set adapter.rank = {rank}"]
     return []

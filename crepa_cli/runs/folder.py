@@ -5,15 +5,60 @@ from __future__ import annotations
 import re
 import shutil
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from crepa_cli.errors import UserError
 from crepa_cli.files import write_whole
+from crepa_cli.models import FINAL_LORA
 from crepa_cli.profile import Profile, dump_toml
 
 RUNS = Path("runs")
 """Parent of the folders of runs whose output is not named."""
+
+
+@dataclass(frozen=True)
+class Exports:
+    """A folder of exported weights and the names in it.
+
+    Attributes:
+        folder: its path.
+        run: name of the run.
+        expert: the one that was trained, of a model with several.
+        step: after how many steps the weights were saved; None for those of the whole run.
+    """
+
+    folder: Path
+    run: str
+    expert: str | None = None
+    step: int | None = None
+
+    @property
+    def title(self) -> str:
+        """A name that no other weights have, as ComfyUI keeps those of many runs in one folder."""
+        step = None if self.step is None else f"step-{self.step:06d}"
+        return "_".join(part for part in (self.run, self.expert, step) if part)
+
+    @property
+    def diffusers(self) -> str:
+        """The LoRA's file for diffusers; only that of the whole run has the name that diffusers looks for."""
+        if self.step is not None:
+            return f"{self.title}_diffusers.safetensors"
+        return f"{self.expert}_{FINAL_LORA}" if self.expert else FINAL_LORA
+
+    @property
+    def comfyui(self) -> str:
+        """The file for ComfyUI."""
+        return f"{self.title}_comfyui.safetensors"
+
+    @property
+    def transformer(self) -> str:
+        """The folder of a full fine-tune for diffusers."""
+        return "transformer"
+
+    def merged(self) -> Exports:
+        """The folder for the base with the LoRA merged into it."""
+        return replace(self, folder=self.folder / "merged", run=f"{self.run}_merged")
 
 
 @dataclass(frozen=True)
@@ -48,9 +93,24 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def name(self) -> str:
+        """The name of the folder."""
+        return self.path.resolve().name
+
+    @property
     def weights(self) -> Path:
         """The exported weights."""
         return self.path / "weights"
+
+    def exports(self, expert: str | None, step: int | None = None) -> Exports:
+        """The exported weights of the run's last step, or of an earlier one; see `Exports`."""
+        folder = self.weights if step is None else self.weights / f"step-{step:06d}"
+        return Exports(folder, self.name, expert, step)
+
+    @property
+    def facts(self) -> Path:
+        """What the model card and the headers of exported files say of clips and machine, as JSON."""
+        return self.path / "facts.json"
 
     @property
     def trackers(self) -> Path:

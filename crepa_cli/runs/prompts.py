@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from itertools import islice
+from typing import NamedTuple
 
+import torch
+
+from crepa_cli.data.cache import Cache
 from crepa_cli.data.images import write_frame
-from crepa_cli.data.prepare import ClipForm, PreparedClip
+from crepa_cli.data.prepare import ClipForm, PreparedClip, Prompt, encode_prompts, prompt_key, require_prompts
 from crepa_cli.data.video import decode
-from crepa_cli.models.family import Family
+from crepa_cli.events import Event
+from crepa_cli.models.dtypes import torch_dtype
+from crepa_cli.models.family import Family, Tensors
 from crepa_cli.profile import Profile, ValidationSettings
 from crepa_cli.runs.folder import RunFolder
 
 CAPTIONS = 2
 """Captions that are taken if the settings give no prompts."""
+
+
+class Prompts(NamedTuple):
+    """Encoded prompts, from the cache: one for each video, and the negative one."""
+
+    validation: Sequence[Tensors]
+    negative: Tensors
 
 
 def with_prompts(profile: Profile, clips: Sequence[PreparedClip], run: RunFolder) -> Profile:
@@ -69,3 +82,22 @@ def negative_prompt(validation: ValidationSettings, family: Family) -> str:
     if not validation.every:
         return ""
     return family.negative_prompt if validation.negative_prompt is None else validation.negative_prompt
+
+
+def read_prompts(
+    profile: Profile, family: Family, cache: Cache, device: torch.device
+) -> Generator[Event, None, Prompts]:
+    """The encoded prompts of the validation; captions are encoded already, unless they ask for motion here.
+
+    Raises:
+        UserError: if one cannot be encoded.
+    """
+    dtype = torch_dtype(profile.model.dtype)
+    prompts = [Prompt(text) for text in sampled_texts(profile.validation, family)]
+    require_prompts(prompts, (yield from encode_prompts(family, set(prompts), cache, device, dtype)))
+    negative = Prompt(negative_prompt(profile.validation, family), negative=True)
+    *sampled, unwanted = (
+        cache.read("prompts", prompt_key(family, one.text, dtype, negative=one.negative))
+        for one in [*prompts, negative]
+    )
+    return Prompts(sampled, unwanted)

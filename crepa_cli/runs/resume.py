@@ -7,7 +7,7 @@ from crepa_cli.profile import Profile
 FIXED = {
     "model": ("family", "task", "variant"),
     "adapter": ("kind", "rank", "target_modules"),
-    "train": ("optimizer",),
+    "train": ("optimizer", "beta1", "beta2", "eps"),
     "crepa": ("enabled", "use_backbone_features"),
 }
 """Settings that shape the weights and the optimizer's state of a checkpoint."""

@@ -9,12 +9,22 @@ from crepa_cli.errors import counted
 from crepa_cli.models.family import Family
 from crepa_cli.profile import CrepaSettings, Profile, TrainSettings, step_count
 
+LEAST_OF_PRODIGY = 0.1
+
 
 def setting_warnings(profile: Profile) -> list[str]:
     """One sentence for each such setting that can be told without the clips."""
     crepa, train = profile.crepa, profile.train
     aligned = [*_alignment_steps(crepa, train.steps), *_teacher(crepa)] if crepa.enabled else []
-    return [*aligned, *_learning_rate_steps(train)]
+    return [*aligned, *_learning_rate_steps(train), *_prodigy(train)]
+
+
+def _prodigy(train: TrainSettings) -> Iterator[str]:
+    if train.optimizer == "prodigy" and train.learning_rate < LEAST_OF_PRODIGY:
+        yield (
+            f"train.learning_rate = {train.learning_rate:g}: Prodigy finds the rate and multiplies it by this one; "
+            "set it to 1"
+        )
 
 
 def neighbor_warnings(crepa: CrepaSettings, family: Family, frames: Iterable[int]) -> list[str]:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from importlib import import_module
+from typing import Any
+
 import torch
 from diffusers import ModelMixin
 from torch import nn
+from transformers.optimization import Adafactor
 
 from crepa_cli.alignment import CoefficientSchedule, Crepa
-from crepa_cli.errors import RunError
 from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
-from crepa_cli.profile import LayerSyncSettings, Profile, step_count
+from crepa_cli.profile import LayerSyncSettings, Profile, TrainSettings, step_count
 from crepa_cli.training.adapter import make_trainable
 from crepa_cli.training.aligned import AlignedTransformer, BlockPair
+
+PRODIGY = {"use_bias_correction": True, "safeguard_warmup": True}
+"""What its authors recommend for diffusion models."""
 
 
 def frozen_dtype(profile: Profile) -> torch.dtype:
@@ -93,20 +101,34 @@ def coefficient_schedule(profile: Profile) -> CoefficientSchedule:
     )
 
 
-def make_optimizer(
-    name: str, groups: list[list[nn.Parameter]], learning_rate: float, weight_decay: float
-) -> torch.optim.Optimizer:
-    """The optimizer over groups of parameters, of which some may be empty.
-
-    Raises:
-        RunError: if its package is not installed.
-    """
+def make_optimizer(train: TrainSettings, groups: list[list[nn.Parameter]]) -> torch.optim.Optimizer:
+    """The optimizer of the settings over groups of parameters, of which some may be empty."""
     parameters = [{"params": group} for group in groups]
-    if name == "adamw":
-        return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError as error:
-        raise RunError("optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes") from error
-    optimizer: torch.optim.Optimizer = AdamW8bit(parameters, lr=learning_rate, weight_decay=weight_decay)
+    common: dict[str, Any] = {"lr": train.learning_rate, "weight_decay": train.weight_decay}
+    if train.optimizer == "adafactor":
+        # By itself it would choose the learning rate, and scale it by the size of the weights: 0 for a new LoRA.
+        adafactor: torch.optim.Optimizer = Adafactor(parameters, scale_parameter=False, relative_step=False, **common)
+        return adafactor
+    common |= {"betas": (train.beta1, train.beta2), "eps": train.eps}
+    if train.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, **common)
+    # runs.checks has made sure that its package is installed.
+    if train.optimizer == "prodigy":
+        with redirect_stdout(None):  # it prints a line
+            prodigy: torch.optim.Optimizer = import_module("prodigyopt").Prodigy(parameters, **PRODIGY, **common)
+        for group in prodigy.param_groups:  # its first step adds these, and a checkpoint is loaded before that
+            group |= {"d_denom": 0.0, "d_hat": group["d0"]}
+        return prodigy
+    optimizer: torch.optim.Optimizer = import_module("bitsandbytes.optim").AdamW8bit(parameters, **common)
     return optimizer
+
+
+def with_floor(multiplier: Callable[[int], float], floor: float, warmup: int) -> Callable[[int], float]:
+    """A schedule of the learning rate that ends at `floor` in place of 0; its warmup stays as it is.
+
+    Args:
+        multiplier: of the learning rate, at most 1, by step.
+        floor: share of the learning rate.
+        warmup: steps before the schedule decays.
+    """
+    return lambda step: multiplier(step) if step < warmup else floor + (1 - floor) * multiplier(step)

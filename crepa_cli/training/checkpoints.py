@@ -117,7 +117,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest undamaged checkpoint, and messages about newer ones, which are set aside under another name."""
     messages: list[str] = []
     for path in reversed(checkpoints_in(folder)):
-        damage = _damage(path)
+        damage = damage_of(path)
         if damage is None:
             return path, messages
         aside = _free_name(path.with_name(f"{path.name}.damaged"))
@@ -243,7 +243,7 @@ def _manifest(folder: Path) -> dict[str, dict[str, int]]:
     return {path.name: {"bytes": path.stat().st_size, "crc32": _checksum(path)} for path in files}
 
 
-def _damage(path: Path) -> str | None:
+def damage_of(path: Path) -> str | None:
     """The damage of a checkpoint, in words; None for a whole one."""
     try:
         expected = json.loads((path / MANIFEST).read_text(encoding="utf-8"))

@@ -20,8 +20,16 @@ from crepa_cli.alignment import CoefficientSchedule
 from crepa_cli.heap import release_memory
 from crepa_cli.models.family import Family
 from crepa_cli.profile import Profile
+from crepa_cli.training.adapter import start_from
 from crepa_cli.training.aligned import AlignedTransformer
-from crepa_cli.training.build import build_model, coefficient_schedule, frozen_dtype, make_optimizer, trainable
+from crepa_cli.training.build import (
+    build_model,
+    coefficient_schedule,
+    frozen_dtype,
+    make_optimizer,
+    trainable,
+    with_floor,
+)
 from crepa_cli.training.checkpoints import Snapshot, holds_projector, load_checkpoint, take_snapshot
 from crepa_cli.training.parallel import replicated, shard
 
@@ -185,14 +193,19 @@ def build_learner(
     torch.manual_seed(train.seed)
     transformer = family.load_transformer(frozen_dtype(profile))
     aligned = build_model(profile, family, transformer, teacher_size if aligns else None)
+    if checkpoint is None and profile.adapter.init_from:
+        start_from(transformer, family, profile.adapter)
     if train.sharding:
         shard(aligned, family.blocks(transformer), accelerator)
     model = replicated(aligned, accelerator)
     groups = [trainable(module) if module else [] for module in (transformer, aligned.crepa)]
-    optimizer = make_optimizer(train.optimizer, groups, train.learning_rate, train.weight_decay)
+    optimizer = make_optimizer(train, groups)
     lr_scheduler = get_scheduler(
         train.lr_scheduler, optimizer, num_warmup_steps=train.lr_warmup_steps, num_training_steps=train.steps
     )
+    lr_scheduler.lr_lambdas = [
+        with_floor(multiplier, train.lr_floor, train.lr_warmup_steps) for multiplier in lr_scheduler.lr_lambdas
+    ]
     average = EMAModel(groups[0], decay=train.ema) if train.ema else None
     learner = Learner(aligned, model, optimizer, lr_scheduler, schedule, average, accelerator, train.max_grad_norm)
     if checkpoint is not None:

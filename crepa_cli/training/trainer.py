@@ -14,6 +14,7 @@ from torch import Tensor
 
 from crepa_cli.data.dataset import Batch
 from crepa_cli.data.online import OnlineTeacher
+from crepa_cli.data.video import DECODING_VERSION
 from crepa_cli.errors import RunError
 from crepa_cli.events import (
     AlignmentDropped,
@@ -30,11 +31,12 @@ from crepa_cli.models.family import Family, Tensors
 from crepa_cli.processes import from_all
 from crepa_cli.profile import Profile
 from crepa_cli.runs.folder import RunFolder
-from crepa_cli.training.adapter import export_weights
+from crepa_cli.runs.header import file_header
 from crepa_cli.training.batches import Batches
 from crepa_cli.training.build import trainable
 from crepa_cli.training.checkpointer import Checkpointer
 from crepa_cli.training.checkpoints import trained_weights
+from crepa_cli.training.export import export_weights
 from crepa_cli.training.flow import sample_sigmas, seeded_generator
 from crepa_cli.training.learner import Learner
 from crepa_cli.training.parallel import describe_share
@@ -128,6 +130,8 @@ class Trainer:
                 raise RunError(_too_many_skipped(event, excess))
             if self.done == last or _due(self.done, profile.checkpoints.every):
                 yield self._save()
+                if self.done < last and profile.adapter.kind == "lora":
+                    self._export(self.done)
             if self._stopping(should_stop):
                 break
             yield from self._validate(should_stop)
@@ -259,18 +263,25 @@ class Trainer:
         return bool(self.accelerator.reduce(asked, "sum").item())
 
     def _save(self) -> CheckpointSaved:
-        revisions = {"model": self.profile.model.revision, "encoder": self.profile.crepa.encoder_revision}
-        progress = {"step": self.done, "skipped": self.skipped.state_dict(), "revisions": revisions}
+        progress = {
+            "step": self.done,
+            "skipped": self.skipped.state_dict(),
+            "revisions": {"model": self.profile.model.revision, "encoder": self.profile.crepa.encoder_revision},
+            "decoding": DECODING_VERSION,
+        }
         event = self.checkpointer.save(self.learner, progress)
         self.saved = self.done
         return event
 
-    def _export(self) -> None:
+    def _export(self, step: int | None = None) -> None:
+        """Write the weights of the whole run, or those after `step` steps."""
         transformer = self.learner.aligned.transformer
         with self.learner.averaged_weights():
             weights = trained_weights(transformer)
             if self.accelerator.is_main_process:
-                export_weights(self.family, transformer, weights, self.profile.adapter, self.run.weights)
+                exports = self.run.exports(self.family.expert, step)
+                header = file_header(self.run, self.family, self.profile, exports)
+                export_weights(self.family, transformer, weights, self.profile.adapter, exports, header)
 
 
 def _due(step: int, every: int) -> bool:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -22,14 +22,8 @@ from crepa_cli.models.family import Family, Tensors
 from crepa_cli.processes import from_all
 from crepa_cli.profile import Profile
 from crepa_cli.runs.folder import RunFolder
+from crepa_cli.runs.prompts import Prompts
 from crepa_cli.training.learner import Learner
-
-
-class Prompts(NamedTuple):
-    """Encoded prompts, from the cache: one for each video, and the negative one."""
-
-    validation: Sequence[Tensors]
-    negative: Tensors
 
 
 class Validator:

@@ -1,0 +1,49 @@
+"""`crepa export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+Program = Literal["diffusers", "comfyui"]
+Dtype = Literal["bf16", "bfloat16", "fp32", "float32"]
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of the run, such as runs/wan-t2v-1.", show_default=False)],
+    step: Annotated[int | None, typer.Option(help="Step of the checkpoint; the newest by default.")] = None,
+    program: Annotated[
+        Program | None, typer.Option("--format", help="Program to export for; by default those of the run.")
+    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Data type of the weights; by default that of the run.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Add the LoRA to the weights of the base model.")] = False,
+) -> None:
+    """Export the weights of a run from one of its checkpoints."""
+    from crepa_cli.cli.view import silence_libraries
+    from crepa_cli.errors import UserError
+    from crepa_cli.models import load_family
+    from crepa_cli.runs.checks import export_mistakes
+    from crepa_cli.runs.folder import RunFolder
+    from crepa_cli.settings import resolve
+    from crepa_cli.training.export_run import export_run
+
+    silence_libraries()
+    folder = RunFolder(run)
+    if not folder.profile.is_file():
+        raise UserError(f"{run} holds no run: it has no {folder.profile.name}")
+    profile = resolve(str(folder.profile), {}).profile
+    changes = {"export": (program,) if program else None, "export_dtype": DTYPES.get(dtype or "", dtype)}
+    adapter = profile.adapter.model_copy(update={key: value for key, value in changes.items() if value is not None})
+    profile = profile.model_copy(update={"adapter": adapter})
+    model = profile.model
+    family = load_family(model.family)(model.checkpoint, model.task, model.revision, model.variant)
+    if mistakes := export_mistakes(family, adapter):
+        raise UserError("\n".join(mistakes))
+    exports = export_run(folder, family, profile, step=step, merge=merge)
+    names = {"diffusers": exports.transformer if merge or adapter.kind == "full" else exports.diffusers}
+    names["comfyui"] = exports.comfyui
+    for name in adapter.export:
+        typer.echo(f"{name}: {exports.folder / names[name]}")

@@ -1,0 +1,48 @@
+"""The sizes that clips are trained at, and those that are enlarged to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from crepa_cli.data.prepare import PreparedClip
+from crepa_cli.doctor.findings import BucketCount
+from crepa_cli.errors import counted
+from crepa_cli.models.family import Family
+from crepa_cli.profile import DataSettings
+
+MUCH = 1.5
+"""Enlarged by more than this factor, a clip is visibly soft."""
+
+
+def describe_buckets(buckets: Sequence[BucketCount], data: DataSettings, family: Family) -> str:
+    """The number of clips, by size, with the reason of sizes that have more pixels than the settings ask for."""
+    asked = data.width * data.height
+    lines = [f"{counted(sum(one.clips for one in buckets), 'usable clip')}, by size:"]
+    for one in buckets:
+        more = one.width * one.height / asked - 1
+        line = f"{one.width}x{one.height}, {one.frames} frames: {one.clips}"
+        lines.append(f"{line} ({more:+.1%})" if more > 0 else line)
+    if any(one.width * one.height > asked for one in buckets):
+        lines.append(
+            f"+: more pixels than {data.width}x{data.height}, because the sides of other aspect ratios are rounded to "
+            f"multiples of {family.size_multiple}"
+        )
+    return "\n".join(lines)
+
+
+def enlarged(clips: Sequence[PreparedClip]) -> str | None:
+    """The clips that are enlarged a lot, the most enlarged one by name; None without any."""
+    much = [clip for clip in clips if _enlargement(clip) > MUCH]
+    if not much:
+        return None
+    worst = max(much, key=_enlargement)
+    return (
+        f"{len(much)} of {counted(len(clips), 'clip')} enlarged more than {MUCH:g} times, which trains blur; most of "
+        f"all {worst.clip.path.name}: {worst.info.width}x{worst.info.height} to "
+        f"{worst.bucket.width}x{worst.bucket.height}, {_enlargement(worst):.1f} times"
+    )
+
+
+def _enlargement(clip: PreparedClip) -> float:
+    """The factor by which a clip is resized to cover its bucket."""
+    return max(clip.bucket.width / clip.info.width, clip.bucket.height / clip.info.height)

@@ -1,0 +1,73 @@
+"""How to load a run's weights: code for diffusers, a folder for ComfyUI."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from crepa_cli.models.family import Family
+from crepa_cli.profile import Profile
+from crepa_cli.runs.folder import Exports, RunFolder
+
+DIFFUSERS = "0.42"
+"""The oldest version of diffusers that crepa runs with, and so the code here."""
+
+
+def loading_lines(run: RunFolder, family: Family, profile: Profile) -> str:
+    """Instructions to load a run's weights from the current folder, as text for a terminal."""
+    exports = run.exports(family.expert)
+    lines = []
+    if "diffusers" in profile.adapter.export:
+        checkpoint = Path(family.base.name).as_posix()
+        lines.append(loading_code(family, profile, checkpoint, exports, run.path.as_posix()))
+    if "comfyui" in profile.adapter.export:
+        lines.append(f"{place_in_comfyui(profile)}: {exports.folder / exports.comfyui}")
+    return "\n\n".join(lines)
+
+
+def place_in_comfyui(profile: Profile) -> str:
+    """ComfyUI and its folder for the exported file."""
+    return f"ComfyUI, in models/{'loras' if profile.adapter.kind == 'lora' else 'diffusion_models'}"
+
+
+def loading_code(family: Family, profile: Profile, checkpoint: str, exports: Exports, run: str) -> str:
+    """The diffusers code that loads a run's weights.
+
+    Args:
+        family: of the base model.
+        profile: the settings of the run.
+        checkpoint: Hub id or folder of the base model.
+        exports: the run's weights.
+        run: folder or Hub id of the run.
+    """
+    pipeline = family.pipeline_class
+    head = "import torch\n" + f"from diffusers import {pipeline}"
+    if profile.adapter.kind == "full":
+        return (
+            f"{head}, {family.transformer_class}\n\n"
+            f"transformer = {family.transformer_class}.from_pretrained(\n"
+            f'    "{run}", subfolder="weights/{exports.transformer}", dtype=torch.bfloat16\n)\n'
+            f'pipeline = {pipeline}.from_pretrained(\n    "{checkpoint}", {family.component}=transformer, '
+            "dtype=torch.bfloat16\n)"
+        )
+    arguments = "".join(f", {name}={value}" for name, value in family.lora_loading_arguments.items())
+    return (
+        f"{head}\n\n"
+        f'pipeline = {pipeline}.from_pretrained("{checkpoint}", dtype=torch.bfloat16)\n'
+        f'pipeline.load_lora_weights("{run}", weight_name="weights/{exports.diffusers}"{arguments})'
+    )
+
+
+def generating_code(family: Family, profile: Profile) -> str:
+    """The call that generates a video in the form of the clips."""
+    data, validation = profile.data, profile.validation
+    form = family.form_arguments(width=data.width, height=data.height, frames=data.frames, fps=data.fps)
+    prompt = validation.prompts[0] if validation.prompts else "..."
+    image = 'image=load_image("first-frame.png"), ' if family.task == "i2v" else ""
+    arguments = ", ".join(f"{name}={value!r}" for name, value in form.items())
+    return (
+        f"from diffusers.utils import export_to_video{', load_image' if image else ''}\n\n"
+        f'pipeline.to("cuda")\n'
+        f"video = pipeline(\n    {image}prompt={prompt!r}, {arguments},\n"
+        f"    num_inference_steps={validation.steps}, guidance_scale={validation.guidance_scale:g},\n).frames[0]\n"
+        f'export_to_video(video, "video.mp4", fps={data.fps:g})'
+    )
