@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -249,6 +248,7 @@ def test_entries_that_vanish_during_a_run_cost_no_step(
 
 def test_a_full_disk_leaves_the_checkpoints_before_it(demo: Path, stopped_run: Path) -> None:
     """A file size limit simulates a full disk; only the optimizer's state exceeds it, not the weights."""
+    resource = pytest.importorskip("resource")
     limit = (stopped_run / "checkpoints/step-000040/model.safetensors").stat().st_size + 1000
 
     def limited() -> None:

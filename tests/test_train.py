@@ -139,7 +139,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(
     while len(read_metrics(killed / "metrics.jsonl")) < 8:
         assert process.poll() is None
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     assert [path.name for path in (killed / "checkpoints").iterdir()] == ["step-000005"]
 
