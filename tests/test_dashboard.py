@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 import logging
 import math
 import os
@@ -37,7 +38,8 @@ from crepa_cli.events import (
 )
 from crepa_cli.report.curves import BUCKETS, Curve, draw_bars, draw_gauge
 from crepa_cli.report.dashboard import Dashboard
-from crepa_cli.report.metrics import MetricsFile
+from crepa_cli.report.metrics import MetricsFile, read_metrics
+from crepa_cli.report.plot import draw_metrics
 from crepa_cli.report.records import prints_as_notices, records_as_notices
 from crepa_cli.report.state import phase
 
@@ -199,6 +201,21 @@ def test_a_run_that_goes_on_shows_its_earlier_steps(tmp_path: Path) -> None:
     assert dashboard.state.losses["total"].curve.steps == 1900
     assert phase(dashboard.state) == "cut off at step 1,774: similarity average 0.850 >= 0.85"
     assert dashboard.summary.lines()[1].startswith("Highest similarity: 0.87")
+
+
+def test_a_run_of_an_older_version_shows_its_earlier_steps(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    metrics = MetricsFile(path)
+    for event in recorded_events(schedule("constant"), 5):
+        if isinstance(event, StepDone):
+            metrics(event)
+    newer = {"crepa_weighted_loss", "crepa_self_similarity"}
+    older = [{key: value for key, value in line.items() if key not in newer} for line in read_metrics(path)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in older))
+    dashboard = Dashboard(Console(), schedule("constant"))
+    dashboard(TrainingStarted(tmp_path, 5, 5000, 399, 150, 1))
+    assert dashboard.state.losses["total"].curve.steps == 5
+    assert b"<svg" in draw_metrics(older, None)
 
 
 def test_a_curve_is_bounded_and_keeps_the_means() -> None:
