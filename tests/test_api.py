@@ -25,7 +25,7 @@ from crepa_cli.report.metrics import read_metrics
 from crepa_cli.runs.folder import RunFolder
 
 LORA = "pytorch_lora_weights.safetensors"
-SETS = ["validation.every=0", "checkpoints.every=2", "train.gradient_accumulation=3", "train.steps=4"]
+SETS = ["validation.every=0", "checkpoints.every=2", "train.batch_size=1", "train.steps=4"]
 
 
 @pytest.fixture(name="in_demo")
@@ -50,7 +50,8 @@ def test_a_training_in_ten_lines(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("in_demo", "fresh_accelerate")
 def test_should_stop_ends_the_run_within_a_micro_batch_and_changes_nothing(tmp_path: Path) -> None:
     """The second question of the third step comes after its first micro-batch: the step is left out whole."""
-    profile = api.resolve("t2v", {"model.family": "wan"}, SETS, demo=True).profile
+    sets = [*SETS, "train.gradient_accumulation=2"]
+    profile = api.resolve("t2v", {"model.family": "wan"}, sets, demo=True).profile
     events: list[Event] = []
     asked_in_third_step: list[bool] = []
 
@@ -87,7 +88,8 @@ def test_an_error_of_a_listener_names_the_checkpoint_that_was_saved_first(tmp_pa
 def test_a_variable_of_accelerate_does_not_divide_the_gradients(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    profile = api.resolve("t2v", {"model.family": "wan"}, [*SETS, "train.steps=1"], demo=True).profile
+    sets = [*SETS, "train.steps=1", "train.gradient_accumulation=3"]
+    profile = api.resolve("t2v", {"model.family": "wan"}, sets, demo=True).profile
     expected = read_metrics(api.train(profile, output=tmp_path / "plain").metrics)
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     found = read_metrics(api.train(profile, output=tmp_path / "with").metrics)
@@ -219,7 +221,7 @@ def test_a_lambda_that_stays_0_costs_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("in_demo", "fresh_accelerate")
 def test_a_validation_is_stopped_within_one_step_of_its_sampler(tmp_path: Path) -> None:
-    sets = [*SETS, "validation.every=1", "validation.steps=20"]
+    sets = [*SETS, "train.gradient_accumulation=2", "validation.every=1", "validation.steps=20"]
     profile = api.resolve("t2v", {"model.family": "wan"}, sets, demo=True).profile
     events: list[Event] = []
     asked: list[bool] = []
