@@ -55,7 +55,7 @@ def test_tasks_are_completed(command: str) -> None:
 
 
 def test_settings_and_their_values_are_completed() -> None:
-    assert completed("bash", "crepa train --set crepa.enc") == ["crepa.encoder=", "crepa.encoder_image_size="]
+    assert completed("bash", "crepa train --set crepa.encoder_i") == ["crepa.encoder_image_size="]
     assert settings("crepa.scheduler=c") == ["crepa.scheduler=constant", "crepa.scheduler=cosine"]
     assert settings("crepa.enabled=") == ["crepa.enabled=true", "crepa.enabled=false"]
     assert settings("crepa.lambda=") == settings("crepa.nothing=") == []

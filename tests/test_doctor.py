@@ -85,6 +85,7 @@ def stored_bytes(cache: Path, part: str) -> int:
     return total
 
 
+@pytest.mark.slow
 def test_the_demo_would_train_and_its_cache_has_the_predicted_size(folder: Path) -> None:
     crepa = [sys.executable, "-m", "crepa_cli"]
     # Nothing but a smaller batch is left to try, each of which takes seconds.

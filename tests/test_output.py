@@ -40,7 +40,7 @@ def test_the_check_of_a_cache_that_can_be_written_leaves_nothing(tmp_path: Path)
 
 
 @needs_proc
-@pytest.mark.parametrize("command", [["train", "--plain"], ["doctor"]])
+@pytest.mark.parametrize("command", [["train", "--plain"], pytest.param(["doctor"], marks=pytest.mark.slow)])
 def test_commands_refuse_before_they_scan(
     command: list[str],
     demo: Path,

@@ -312,7 +312,7 @@ def test_one_clip_cannot_hold_out_another(
     run_crepa: RunCrepa, probe: Callable[..., Any], measured: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_demo_clips(Path("one"), count=1)
-    arguments = [*measured, "--data", "one"]
+    arguments = [*measured[:3], "--data", "one", *measured[5:]]
     answer = probe(*arguments)
     assert answer["measurement"]["constant_cosine"] is None
     assert answer["measurement"]["blocks"][0]["projector_cosine"] is None

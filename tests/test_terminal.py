@@ -112,4 +112,4 @@ def test_no_color_is_honored(demo: Path) -> None:
     assert terminal.wait() == 0
     codes = {code for style in re.findall(r"\x1b\[([0-9;]*)m", terminal.written) for code in style.split(";")}
     assert not {code for code in codes if code[:1] in {"3", "4", "9"} and code not in {"3", "4", "9"}}
-    assert 'pipeline.load_lora_weights("runs/colorless/weights"' in terminal.written
+    assert 'pipeline.load_lora_weights("runs/colorless", weight_name="weights/' in terminal.written

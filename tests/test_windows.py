@@ -46,6 +46,7 @@ def test_wan_trains_and_resumes(tmp_path: Path) -> None:
     train_and_resume(tmp_path, "wan")
 
 
+@pytest.mark.slow
 def test_doctor_says_that_training_would_start(demo: Path) -> None:
     """With the lightest settings: each that could be lighter is one more step to predict."""
     light = ["model.dtype=bfloat16", "adapter.rank=4", "train.batch_size=1", "crepa.spatial_align=false"]
