@@ -115,6 +115,9 @@ def test_a_first_start_takes_what_is_needed_and_later_ones_nothing(
     first = published.repositories[WAN].head
     published.repositories[WAN].commits.append(published.repositories[WAN].commits[0] | {"new.txt": b"new"})
     assert revisions(tmp_path / "runs/wan-t2v-1") == (first, published.repositories[TEACHER].head)
+    card = (tmp_path / "runs/wan-t2v-1/README.md").read_text()
+    assert f"at commit `{first}`" in card
+    assert "license: apache-2.0" in card
     published.requests.clear()
     assert start(run_crepa, "--resume", "--steps", 2, "--output", "runs/wan-t2v-1") == 0
     assert published.requests == []

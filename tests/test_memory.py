@@ -159,8 +159,9 @@ def test_what_needs_no_formula_is_exact(open_tiny: OpenTiny) -> None:
     assert predict_training(off, family, clips_of(off, family, Bucket(17, 64, 64)), GPU)["alignment"] == 0
 
 
-def test_image_to_video_is_predicted_with_its_first_frame(open_tiny: OpenTiny) -> None:
-    family = shallow(open_tiny("wan", "i2v"))
+@pytest.mark.parametrize("name", FAMILIES)
+def test_image_to_video_is_predicted_with_its_first_frame(name: str, open_tiny: OpenTiny) -> None:
+    family = shallow(open_tiny(name, "i2v"))
     profile = settings(family, model={"task": "i2v"})
     clips = small_clips(family, profile)
     clips = replace(clips, tensors=clips.tensors | encoded_clip(family, Bucket(17, 96, 96)))

@@ -15,7 +15,7 @@ from crepa_cli.errors import UserError
 from crepa_cli.hub.layout import is_commit, known_commit, remember_commit
 from crepa_cli.hub.messages import HubError, HubUnreachableError, explain
 
-TIMEOUTS = (4.0, 8.0)
+TIMEOUTS = (3.0, 6.0)
 """Seconds to wait for the Hub's first answer, and for its second if nothing is on this machine."""
 SHA256_DIGITS = 64
 SILENCE_SECONDS = 60.0

@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from crepa_cli.errors import counted
+from crepa_cli.hub.layout import is_commit
 from crepa_cli.models.family import Family
 from crepa_cli.profile import Profile, dump_toml
 from crepa_cli.report.loading import DIFFUSERS, generating_code, loading_code, place_in_comfyui
@@ -30,8 +31,8 @@ def write_model_card(run: RunFolder, family: Family, profile: Profile) -> None:
     parts = [
         f"---\n{_metadata(run, family, profile, facts).to_yaml()}\n---",
         f"# {run.name}",
-        f"`{base}` ({family.name}, {family.task}), fine-tuned for {counted(profile.train.steps, 'step')} "
-        "with Cross-frame Representation Alignment ([CREPA](https://arxiv.org/abs/2506.09229)).",
+        f"`{base}` ({family.name}, {family.task}{_commit(family)}), fine-tuned for "
+        f"{counted(profile.train.steps, 'step')} with Cross-frame Representation Alignment ([CREPA](https://arxiv.org/abs/2506.09229)).",
         _samples(run, profile),
         f"## Use\n\n{_usage(run, family, profile, facts)}",
         _results(run),
@@ -39,6 +40,11 @@ def write_model_card(run: RunFolder, family: Family, profile: Profile) -> None:
         f"## Settings\n\n```toml\n{dump_toml(without_folders(profile)).strip()}\n```",
     ]
     ModelCard("\n\n".join(part for part in parts if part) + "\n").save(run.card)
+
+
+def _commit(family: Family) -> str:
+    revision = family.base.revision
+    return f", at commit `{revision}`" if is_commit(revision) else ""
 
 
 def _metadata(run: RunFolder, family: Family, profile: Profile, facts: Mapping[str, Any]) -> ModelCardData:
