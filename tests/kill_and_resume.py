@@ -34,7 +34,7 @@ SETTINGS = [
     *("--profile", "t2v", "--model", "wan", "--demo", "--steps", "12"),
     *("--set", "checkpoints.every=2", "--set", "validation.every=6", "--set", "validation.steps=2"),
     *("--set", "train.ema=0.9", "--set", "adapter.dropout=0.1"),
-    *("--set", "crepa.similarity_threshold=0.12", "--set", "crepa.similarity_ema_decay=0.9"),
+    *("--set", "crepa.similarity_threshold=0.08", "--set", "crepa.similarity_ema_decay=0.9"),
 ]
 EXACT = ("step", "loss", "crepa_similarity_ema", "crepa_coefficient", "crepa_cutoff", "learning_rate", "grad_norm")
 STATES = ("model", "optimizer", "average")
@@ -137,6 +137,8 @@ def kill_and_resume(count: int, seed: int, settings: list[str], kill_at: str | N
         for number in range(MOST_SESSIONS):
             after = randomness.uniform(0.1, longest) if killed < count and not kill_at else None
             ended, output = session(settings, after, kill_at if number == 0 else None)
+            if ended and kill_at and number == 0:
+                raise SystemExit(f"the run never printed {kill_at!r}:\n{output}")
             if ended:
                 break
             killed += 1
