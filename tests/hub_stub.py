@@ -49,12 +49,13 @@ class StubRepository:
 
 @dataclass
 class Request:
-    """A request that arrived, when, and the bytes of files that were sent for it."""
+    """A request that arrived, when, when it was last sent anything, and the bytes of files that were sent for it."""
 
     method: str
     path: str
     authorized: bool
     at: float
+    sent_at: float = 0.0
     first: int = 0
     sent: int = 0
 
@@ -208,6 +209,7 @@ class _Answer:
                 self.handler.wfile.write(piece)
                 if is_file:
                     self.request.sent += len(piece)
+                    self.request.sent_at = time.monotonic()
                     if self._dropped():
                         return
                 if self.stub.bytes_per_second and is_file:

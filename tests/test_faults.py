@@ -317,7 +317,7 @@ KILLS = {
         *("--count", "1", "--at", "alignment turned off"),
         *("--set", "checkpoints.every=1", "--set", "checkpoints.keep=1"),
     ],
-    "with 8-bit AdamW": ["--count", "2", "--set", "train.optimizer=adamw8bit", "--set", "adapter.rank=128"],
+    "with 8-bit AdamW": ["--count", "1", "--set", "train.optimizer=adamw8bit", "--set", "adapter.rank=128"],
 }
 
 

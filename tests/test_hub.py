@@ -373,10 +373,12 @@ def test_a_signal_ends_a_download_in_a_moment(published: HubStub, tmp_path: Path
     process.send_signal(number)
     output, _ = process.communicate()
     assert process.returncode == 128 + number, output
-    assert time.monotonic() - before < 2
+    # Python itself takes a second to end after torch was imported, and longer on a busy machine.
+    assert max(request.sent_at for request in published.requests) - before < 2
+    assert time.monotonic() - before < 10
     sent = published.sent
     published.bytes_per_second = None
-    process = command(published, tmp_path)
+    process = command(published, tmp_path, "--download-only")
     output, _ = process.communicate()
     assert process.returncode == 0, output
     total = sum(len(data) for repository in published.repositories.values() for data in repository.commits[0].values())
@@ -387,7 +389,7 @@ def test_a_signal_ends_a_download_in_a_moment(published: HubStub, tmp_path: Path
 
 @pytest.mark.slow
 def test_a_slow_download_is_seen_in_plain_lines(published: HubStub, tmp_path: Path) -> None:
-    published.bytes_per_second = 60_000
+    published.bytes_per_second = 100_000
     process = command(published, tmp_path, "--download-only")
     assert process.stdout is not None
     times = [(time.monotonic(), line) for line in process.stdout if line.startswith("downloading:")]

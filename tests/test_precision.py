@@ -77,7 +77,7 @@ def test_compiled_and_recomputed_blocks_keep_their_precision_with_a_lora(name: s
     (gradient,) = torch.autograd.grad(expected.square().sum(), noisy)
 
     transformer = family.load_transformer(torch.bfloat16)
-    settings = {"rank": 4, "alpha": 4.0, "target_modules": family.settings["adapter"]["target_modules"]}
+    settings = {**family.settings["adapter"], "rank": 4, "alpha": 4.0, "export": ["diffusers"]}
     make_trainable(transformer, AdapterSettings.model_validate(settings))
     transformer.train().enable_gradient_checkpointing()
     for block in family.blocks(transformer)[:2]:

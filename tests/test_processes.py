@@ -81,6 +81,7 @@ def test_two_processes_learn_what_one_does_and_go_on_after_the_cutoff(
 def test_sharded_processes_save_what_one_process_does(demo: Path, tmp_path: Path) -> None:
     """With accumulation; a single process also resumes from their checkpoint, with the same result."""
     settings = ["adapter.kind=full", "train.learning_rate=1e-3", "checkpoints.every=2", "train.ema=0.9"]
+    settings += ["adapter.export_dtype=float32"]
     sets = [word for setting in settings for word in ("--set", setting)]
     one, two = tmp_path / "one", tmp_path / "two"
     crepa(demo, *DEMO, "--steps", "4", *sets, "--set", "train.gradient_accumulation=4", "--output", one)
