@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import re
 import secrets
@@ -78,7 +79,7 @@ def whole_files(folder: Path, size: int) -> Iterator[Path]:
         folder.mkdir(exist_ok=True)
         for entry in list(partial.iterdir()):
             remove_folder(folder / entry.name)
-            _retry(lambda source=entry: source.replace(folder / source.name))  # type: ignore[misc]
+            _retry(functools.partial(entry.replace, folder / entry.name))
         _sync(folder)
 
 

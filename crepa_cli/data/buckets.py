@@ -26,7 +26,7 @@ class Bucket:
 
 
 class Fit(NamedTuple):
-    """What becomes of a picture that is resized until it just covers a size, and cropped to it.
+    """The change of a picture that is resized until it just covers a size, and cropped to it.
 
     Attributes:
         enlargement: factor by which its sides grow; below 1 they shrink.

@@ -27,7 +27,7 @@ def changed_looks(clips: Sequence[tuple[str, VideoInfo, Bucket]]) -> Iterator[No
 
 
 def _large_crop(name: str, info: VideoInfo, bucket: Bucket) -> str | None:
-    """What a clip loses, if that is much."""
+    """The part that a clip loses, if that is much."""
     enlargement, cropped = fit(info.width, info.height, Size(bucket.width, bucket.height))
     if cropped <= LARGE_CROP:
         return None

@@ -1,4 +1,4 @@
-"""What went wrong with the Hub, in words: whose fault it is, and what to do."""
+"""Errors of the Hub in words: what is wrong, whose fault it is, and what to do."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class Listing:
 
 
 class _Answers:
-    """What the Hub has said in this process: a command asks about each repository once."""
+    """The answers of the Hub in this process: a command asks about each repository once."""
 
     def __init__(self) -> None:
         self.listings: dict[tuple[str, str], Listing] = {}

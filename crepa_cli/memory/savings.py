@@ -33,7 +33,7 @@ class Saving:
 
 @dataclass(frozen=True)
 class Fitting:
-    """What fits a device with the other settings unchanged; None for what does not.
+    """The largest clips and videos that fit a device with the other settings unchanged; None if none do.
 
     Attributes:
         frames: the most frames of clips.

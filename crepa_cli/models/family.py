@@ -133,7 +133,7 @@ class Family(ABC):
 
     @property
     def comfyui_header(self) -> Mapping[str, str]:
-        """What ComfyUI reads from the header of a file with all weights."""
+        """The entries that ComfyUI reads from the header of a file with all weights."""
         return {}
 
     def original_name(self, name: str) -> str:

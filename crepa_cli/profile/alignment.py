@@ -19,7 +19,7 @@ ENCODER_ALIASES = {
     **dict.fromkeys(("dino_v2_g", "dinov2_g"), "dinov2_vitg14"),
     **dict.fromkeys(("dino_v2_s", "dinov2_s"), "dinov2_vits14"),
 }
-"""What other trainers call them, in lower case."""
+"""Their names in other trainers, in lower case."""
 Steps = Annotated[int, Field(ge=0)] | Annotated[str, Field(pattern=r"^(100|[0-9]{1,2}([.][0-9]+)?)%$")]
 """A number of optimizer steps, or a share of the run such as "40%"; `step_count` tells them apart."""
 
@@ -174,7 +174,8 @@ class CrepaSettings(Table):
     @model_validator(mode="after")
     def _a_known_encoder(self) -> CrepaSettings:
         name = self.encoder
-        if self.encoder_teaches and name not in ENCODERS and Path(name).name == name and not os.path.exists(name):  # noqa: PTH110 (it raises nothing)
+        exists = os.path.exists(name)  # noqa: PTH110 (Path.exists raises for some names)
+        if self.encoder_teaches and name not in ENCODERS and Path(name).name == name and not exists:
             nearest = difflib.get_close_matches(name.lower(), ENCODERS, n=1, cutoff=0.5)
             hint = f"; did you mean {nearest[0]}?" if nearest else ""
             raise broken_rule(

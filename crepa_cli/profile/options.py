@@ -24,7 +24,7 @@ class Found(NamedTuple):
 
 @dataclass
 class Findings:
-    """What a configuration leads to.
+    """The result of reading a configuration.
 
     Attributes:
         settings: in our terms.

@@ -103,7 +103,7 @@ def project_settings(
 
 
 def _read_profile(profile: str | None, folder: Path) -> tuple[dict[str, object], str]:
-    """What `--profile` names, as a file would have it, and its name in messages."""
+    """The content of the file that `--profile` names, or the name of its preset, and its name in messages."""
     if profile is None:
         return {}, ""
     if profile in presets():

@@ -131,8 +131,8 @@ class DataSettings(Table):
     fps: float = resolved_later(
         FAMILY_DEFAULT,
         example=16.0,
-        description="Frame rate that clips are resampled to. Slower clips keep their own if the model is told the "
-        "rate; otherwise some of their frames are repeated.",
+        description="Frame rate that clips are resampled to. Slower clips keep their own if the rate is an "
+        "input of the model; otherwise some of their frames are repeated.",
         gt=0,
     )
     repeats: int = Field(default=1, ge=1, description="Number of times each clip is used per epoch.")

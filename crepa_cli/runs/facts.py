@@ -1,4 +1,4 @@
-"""What a run's model card and exported files say of its clips, its machine and its base model."""
+"""Facts about a run's clips, machine and base model, for its model card and exported files."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def read_facts(run: RunFolder) -> dict[str, Any]:
 
 
 def trigger_phrase(captions: Sequence[str]) -> str | None:
-    """What all captions have before their first comma; None if they differ there or are all the same."""
+    """The words that all captions have before their first comma; None if they differ there or are all the same."""
     first = {caption.partition(",")[0].strip() for caption in captions}
     return first.pop() if len(first) == 1 < len(set(captions)) else None
 
