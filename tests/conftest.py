@@ -20,6 +20,7 @@ from crepa_cli.cli import main
 from crepa_cli.demo import write_tiny
 from crepa_cli.demo.teacher import write_tiny_dinov2
 from crepa_cli.demo.tiny import write_once
+from crepa_cli.hub.question import ask_anew
 from crepa_cli.models import load_family
 from crepa_cli.models.family import Family
 
@@ -28,6 +29,20 @@ torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 CREPA = [sys.executable, "-m", "crepa_cli"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_predictions_of_earlier_runs(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Predictions of memory are kept in a folder of this test run."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("user-cache"))
+
+
+@pytest.fixture(autouse=True)
+def _no_answers_of_the_hub() -> None:
+    """Every test stands for a process, which remembers what the Hub has said."""
+    ask_anew()
+
+
 OpenTiny = Callable[[str, str], Family]
 
 
