@@ -15,8 +15,11 @@ from crepa_cli.errors import UserError
 from crepa_cli.hub.layout import is_commit, known_commit, remember_commit
 from crepa_cli.hub.messages import HubError, HubUnreachableError, explain
 
-TIMEOUTS = (3.0, 6.0)
-"""Seconds to wait for the Hub's first answer, and for its second if nothing is on this machine."""
+TIMEOUTS = (2.0, 4.0)
+"""Seconds to wait for the Hub's first answer, and for its second if nothing is on this machine.
+
+Before the first question of a day, huggingface_hub asks one of its own, for up to 3 seconds.
+"""
 SHA256_DIGITS = 64
 SILENCE_SECONDS = 60.0
 """For so long a Hub that did not answer is not asked again: each command asks about several repositories."""
