@@ -46,7 +46,7 @@ def resolve(
 
 
 def _further_mistakes(profile: Profile, *, demo: bool) -> list[str]:
-    """What is wrong beside the values themselves, such as a block that the checkpoint does not have."""
+    """Mistakes beyond the values themselves, such as a block that the checkpoint does not have."""
     from crepa_cli.demo import write_demo
     from crepa_cli.runs.checks import start_mistakes
 

@@ -69,6 +69,7 @@ class HubStub:
         silent: accept connections and never answer.
         bytes_per_second: the speed of each transfer; None for no limit.
         statuses: answers in place of the next files, such as [500, 429].
+        listing_statuses: the same in place of the next listings.
         drop_after: bytes after which a transfer is cut off; None for never.
         drops: how many transfers are cut off.
     """
@@ -206,12 +207,13 @@ class _Answer:
                 return
             for start in range(0, len(body), CHUNK):
                 piece = body[start : start + CHUNK]
-                self.handler.wfile.write(piece)
                 if is_file:
+                    # Counted first, so that whoever has received it finds it counted.
                     self.request.sent += len(piece)
                     self.request.sent_at = time.monotonic()
-                    if self._dropped():
-                        return
+                self.handler.wfile.write(piece)
+                if is_file and self._dropped():
+                    return
                 if self.stub.bytes_per_second and is_file:
                     time.sleep(len(piece) / self.stub.bytes_per_second)
         except OSError:

@@ -241,7 +241,10 @@ def test_an_expert_that_is_not_used_is_not_downloaded(
 
 MESSAGES = {
     "lora": (["pytorch_lora_weights.safetensors"], r"holds a LoRA; name the base model"),
-    "original": (["diffusion_pytorch_model.safetensors"], r"the repository that is: Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
+    "original": (
+        ["diffusion_pytorch_model.safetensors"],
+        r"not in the layout of diffusers: use Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    ),
 }
 
 
@@ -302,6 +305,19 @@ def test_a_silent_hub_is_asked_once_for_all_repositories(published: HubStub) -> 
 def test_published_configurations_serve_without_the_hub(published: HubStub) -> None:
     published.silent = True
     assert read_config(WAN, "transformer/config.json")["num_layers"] == 30
+
+
+def test_a_file_whose_name_leads_out_of_the_cache_is_left_out(published: HubStub, tmp_path: Path) -> None:
+    published.repositories[TEACHER].commits[0] |= {
+        "../../../evil.json": b"{}",
+        "a\\..\\b.json": b"{}",
+        "/c.json": b"{}",
+    }
+    files = question.list_files(TEACHER).files
+    assert {"config.json", "model.safetensors"} <= files.keys()
+    assert not [path for path in files if ".." in path or path.startswith("/")]
+    list(download([TEACHER_NEED]))
+    assert not list(tmp_path.rglob("evil.json"))
 
 
 def test_the_token_goes_to_the_hub(published: HubStub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,4 +49,4 @@ def check_need(name: str, need: Need) -> Check:
     )
     if size > free:
         return Check(name, "failure", message, "make room there, or set HF_HOME to a folder on a larger disk")
-    return Check(name, "warning", message, "training will download it first, and so does crepa train --download-only")
+    return Check(name, "warning", message, "training downloads it first; crepa train --download-only does that alone")

@@ -94,7 +94,5 @@ def missing_file(repository: str, path: str, present: Collection[str]) -> HubErr
             f"{repository} has no model_index.json: it holds a LoRA; name the base model that it was trained on"
         )
     near = get_close_matches(f"{repository}-Diffusers", published_ids(), n=1, cutoff=0.8)
-    name = near[0] if near else "often called ...-Diffusers"
-    return HubError(
-        f"{repository} has no model_index.json: it is not in the layout of diffusers; the repository that is: {name}"
-    )
+    advice = f"use {near[0]}" if near else "look for a repository whose name ends in -Diffusers"
+    return HubError(f"{repository} has no model_index.json, so it is not in the layout of diffusers: {advice}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ TIMEOUTS = (2.0, 4.0)
 Before the first question of a day, huggingface_hub asks one of its own, for up to 3 seconds.
 """
 SHA256_DIGITS = 64
+DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 SILENCE_SECONDS = 60.0
 """For so long a Hub that did not answer is not asked again: each command asks about several repositories."""
 
@@ -123,11 +125,19 @@ def _ask(repository: str, revision: str) -> Listing:
             if isinstance(explained, HubUnreachableError) and explained.silent:
                 _answers.silence, _answers.silent_since = explained, time.monotonic()
             raise explained from error
+    if not is_commit(info.sha):
+        raise HubError(f"{constants.ENDPOINT} answers for {repository} without a commit: is HF_ENDPOINT a Hub?")
     files = [
         RemoteFile(one.rfilename, one.size or 0, one.lfs.sha256 if one.lfs else str(one.blob_id))
         for one in info.siblings or []
     ]
-    return Listing(repository, str(info.sha), {file.path: file for file in files})
+    return Listing(repository, str(info.sha), {file.path: file for file in files if _stays_in_the_cache(file)})
+
+
+def _stays_in_the_cache(file: RemoteFile) -> bool:
+    """Whether the names of a file lead nowhere else; a mirror of the Hub may send any."""
+    parts = re.split(r"[/\\]", file.path)
+    return DIGEST.fullmatch(file.digest) is not None and not {"", ".", ".."} & set(parts) and ":" not in file.path
 
 
 def resolve(repository: str, revision: str | None = None) -> str:

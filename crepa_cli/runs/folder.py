@@ -109,7 +109,7 @@ class RunFolder:
 
     @property
     def facts(self) -> Path:
-        """What the model card and the headers of exported files say of clips and machine, as JSON."""
+        """Facts on clips and machine for the model card and the headers of exported files, as JSON."""
         return self.path / "facts.json"
 
     @property

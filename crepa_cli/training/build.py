@@ -20,7 +20,7 @@ from crepa_cli.training.adapter import make_trainable
 from crepa_cli.training.aligned import AlignedTransformer, BlockPair
 
 PRODIGY = {"use_bias_correction": True, "safeguard_warmup": True}
-"""What its authors recommend for diffusion models."""
+"""Recommended by its authors for diffusion models."""
 
 
 def frozen_dtype(profile: Profile) -> torch.dtype:
