@@ -98,6 +98,7 @@ class Kandinsky5Video(Family):
     }
     text_components = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     vae_tiling = True
+    read_on_cpu = frozenset({"prompt_length"})
     negative_prompt = (
         "Static, 2D cartoon, cartoon, 2d animation, paintings, images, worst quality, low quality, ugly, "
         "deformed, walking backwards"
