@@ -12,6 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from crepa_cli.training.placement.host import allocates_on_host
+
+HOST = "host"
+"""The part of buffers on the host, which take no memory of the device."""
 READ_DEVICE = torch.ops.prim.device.default
 
 
@@ -21,6 +25,7 @@ class LiveBytes(TorchDispatchMode):
     Attributes:
         part: the part that new storages are counted under.
         live: bytes held now.
+        host: bytes of host buffers held now, which count nowhere else.
         peak: the most bytes held at any time since `reset_peak`.
         peak_parts: the bytes at that time, by part.
     """
@@ -29,6 +34,7 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
         self.part = ""
         self.live = 0
+        self.host = 0
         self._parts: Counter[str] = Counter()
         self._owners: dict[int, str] = {}
         self.reset_peak()
@@ -72,16 +78,22 @@ class LiveBytes(TorchDispatchMode):
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        self._owners[key] = self.part
-        self._parts[self.part] += size
-        self.live += size
+        part = HOST if allocates_on_host() else self.part
+        self._owners[key] = part
+        self._add(part, size)
         if self.live > self.peak:
             self.reset_peak()
         weakref.finalize(storage, self._forget, key, size)
 
     def _forget(self, key: int, size: int) -> None:
-        self._parts[self._owners.pop(key)] -= size
-        self.live -= size
+        self._add(self._owners.pop(key), -size)
+
+    def _add(self, part: str, size: int) -> None:
+        if part == HOST:
+            self.host += size
+        else:
+            self._parts[part] += size
+            self.live += size
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

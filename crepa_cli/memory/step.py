@@ -25,6 +25,7 @@ from crepa_cli.models.family import Family, Tensors
 from crepa_cli.profile import Profile
 from crepa_cli.training.aligned import AlignedTransformer
 from crepa_cli.training.build import build_model, frozen_dtype, make_optimizer, trainable
+from crepa_cli.training.placement.streaming import stream
 from crepa_cli.training.step import Teaching, step_losses
 
 WEIGHTS, ADAPTER, GRADIENTS, OPTIMIZER = "weights", "adapter", "gradients", "optimizer"
@@ -77,6 +78,8 @@ def fake_training(profile: Profile, family: Family, feature_size: int, device: t
         trained = trainable(model.transformer)
         trained_part = WEIGHTS if profile.adapter.kind == "full" else ADAPTER
         live.assign(trained_part, trained)
+        if profile.memory.stream_weights:
+            stream(family.blocks(model.transformer), torch.device("cpu"))
         _watch(model, live)
         with live.belonging_to(trained_part):
             average = EMAModel(trained, decay=profile.train.ema) if profile.train.ema else None

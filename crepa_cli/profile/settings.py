@@ -59,6 +59,21 @@ class ModelSettings(Table):
     )
 
 
+class MemorySettings(Table):
+    """Ways to train with less memory on the GPU; neither changes the result."""
+
+    stream_weights: bool = Field(
+        default=False,
+        description="Keep the frozen blocks in the host's memory and copy each to the GPU while the one before it "
+        "computes: two blocks are on the GPU in place of all. For a LoRA with activation checkpointing.",
+    )
+    offload_activations: bool = Field(
+        default=False,
+        description="Let the hidden states between blocks wait for the backward in the host's memory. It needs "
+        "activation checkpointing.",
+    )
+
+
 class AdapterSettings(Table):
     """Trained weights and their export."""
 
@@ -294,6 +309,7 @@ class Profile(Table):
     """All settings of a run."""
 
     model: ModelSettings
+    memory: MemorySettings = MemorySettings()
     adapter: AdapterSettings
     data: DataSettings
     train: TrainSettings

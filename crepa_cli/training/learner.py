@@ -33,6 +33,7 @@ from crepa_cli.training.build import (
 )
 from crepa_cli.training.checkpoints import Snapshot, holds_projector, load_checkpoint, take_snapshot
 from crepa_cli.training.parallel import replicated, shard
+from crepa_cli.training.placement.streaming import stream
 
 
 class GradientNorms(NamedTuple):
@@ -199,6 +200,8 @@ def build_learner(
         start_from(transformer, family, profile.adapter)
     if train.sharding:
         shard(aligned, family.blocks(transformer), accelerator)
+    if profile.memory.stream_weights:
+        aligned.on_host = stream(family.blocks(transformer), accelerator.device)
     model = replicated(aligned, accelerator)
     groups = [trainable(module) if module else [] for module in (transformer, aligned.crepa)]
     optimizer = make_optimizer(train, groups)
