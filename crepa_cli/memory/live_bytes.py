@@ -6,7 +6,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,14 @@ from crepa_cli.training.placement.host import allocates_on_host
 HOST = "host"
 """The part of buffers on the host, which take no memory of the device."""
 READ_DEVICE = torch.ops.prim.device.default
+
+
+class Segment(NamedTuple):
+    """Bytes by part at the start of a segment of time, at its peak, and at its end."""
+
+    start: Counter[str]
+    peak: Counter[str]
+    end: Counter[str]
 
 
 class LiveBytes(TorchDispatchMode):
@@ -37,12 +45,20 @@ class LiveBytes(TorchDispatchMode):
         self.host = 0
         self._parts: Counter[str] = Counter()
         self._owners: dict[int, str] = {}
+        self._start: Counter[str] = Counter()
         self.reset_peak()
 
     def reset_peak(self) -> None:
         """Measure the peak from now on."""
         self.peak = self.live
         self.peak_parts = Counter(self._parts)
+
+    def cut(self) -> Segment:
+        """End a segment of time, return it, and begin the next; it measures the peak anew."""
+        segment = Segment(self._start, self.peak_parts, Counter(self._parts))
+        self.reset_peak()
+        self._start = self.peak_parts
+        return segment
 
     def assign(self, part: str, tensors: Iterable[Tensor]) -> None:
         """Count the storages of tensors under another part from now on."""
