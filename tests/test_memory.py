@@ -83,7 +83,7 @@ def measured_step(family: Family, profile: Profile, clips: Clips) -> int:
     model = build_model(profile, family, family.empty_transformer(frozen_dtype(profile)), clips.feature_size)
     assert model.crepa is not None
     groups = [trainable(model.transformer), trainable(model.crepa)]
-    optimizer = make_optimizer(profile.train, groups)
+    optimizer = make_optimizer(profile.train, groups, accelerator.device)
     batch = {name: torch.stack([filled(tensor)] * 2) for name, tensor in clips.tensors.items()}
     features = torch.ones(2, TEACHER.frames, TEACHER.tokens, clips.feature_size, dtype=torch.float16)
 

@@ -43,7 +43,7 @@ def predict_training(profile: Profile, family: Family, clips: Clips, device: tor
         profile: the resolved settings.
         family: of the checkpoint, of which only the configuration is read.
         clips: the clips of a batch.
-        device: the device that trains; a GPU's optimizer updates all parameters at once.
+        device: the device that trains.
     """
     excerpt = Excerpt.of(profile, family)
     if excerpt is None:
@@ -112,10 +112,8 @@ def _optimizer_with_state(profile: Profile, model: AlignedTransformer, device: t
     # bitsandbytes, which takes less than AdamW, and Prodigy, which takes twice as much, do not run on fake tensors.
     runs = train.optimizer in ("adamw", "adafactor")
     groups = [trainable(model.transformer), trainable(model.crepa) if model.crepa else []]
-    optimizer = make_optimizer(train if runs else train.model_copy(update={"optimizer": "adamw"}), groups)
+    optimizer = make_optimizer(train if runs else train.model_copy(update={"optimizer": "adamw"}), groups, device)
     for group in optimizer.param_groups:
-        if "foreach" in group:
-            group["foreach"] = device.type == "cuda"
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()

@@ -102,8 +102,16 @@ def coefficient_schedule(profile: Profile) -> CoefficientSchedule:
     )
 
 
-def make_optimizer(train: TrainSettings, groups: list[list[nn.Parameter]]) -> torch.optim.Optimizer:
-    """The optimizer of the settings over groups of parameters, of which some may be empty."""
+def make_optimizer(
+    train: TrainSettings, groups: list[list[nn.Parameter]], device: torch.device
+) -> torch.optim.Optimizer:
+    """The optimizer of the settings.
+
+    Args:
+        train: the settings.
+        groups: of parameters; some may be empty.
+        device: that trains.
+    """
     parameters = [{"params": group} for group in groups]
     common: dict[str, Any] = {"lr": train.learning_rate, "weight_decay": train.weight_decay}
     if train.optimizer == "adafactor":
@@ -112,7 +120,8 @@ def make_optimizer(train: TrainSettings, groups: list[list[nn.Parameter]]) -> to
         return adafactor
     common |= {"betas": (train.beta1, train.beta2), "eps": train.eps}
     if train.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **common)
+        # In one kernel, without the temporary copies that updating all parameters at once takes.
+        return torch.optim.AdamW(parameters, fused=device.type == "cuda", **common)
     # runs.checks has made sure that its package is installed.
     if train.optimizer == "prodigy":
         with redirect_stdout(None):  # it prints a line

@@ -204,7 +204,7 @@ def build_learner(
         aligned.on_host = stream(family.blocks(transformer), accelerator.device)
     model = replicated(aligned, accelerator)
     groups = [trainable(module) if module else [] for module in (transformer, aligned.crepa)]
-    optimizer = make_optimizer(train, groups)
+    optimizer = make_optimizer(train, groups, accelerator.device)
     lr_scheduler = get_scheduler(
         train.lr_scheduler, optimizer, num_warmup_steps=train.lr_warmup_steps, num_training_steps=train.steps
     )
