@@ -59,6 +59,16 @@ class ModelSettings(Table):
     )
 
 
+class MemorySettings(Table):
+    """How the base model is held, to train on smaller GPUs."""
+
+    quantize_base: Literal["none", "int8"] = Field(
+        default="none",
+        description="int8 rounds the frozen linear layers to 8 bits with a scale per row: half the memory of bfloat16, "
+        "on the GPU and on the host, and slightly different results. For adapter.kind = lora; exports are unchanged.",
+    )
+
+
 class AdapterSettings(Table):
     """Trained weights and their export."""
 
@@ -294,6 +304,7 @@ class Profile(Table):
     """All settings of a run."""
 
     model: ModelSettings
+    memory: MemorySettings = MemorySettings()
     adapter: AdapterSettings
     data: DataSettings
     train: TrainSettings

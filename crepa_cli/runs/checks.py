@@ -145,6 +145,7 @@ def family_mistakes(family: Family, profile: Profile, *, resumes: bool = False) 
         *image_mistakes(profile.validation, profile.model.task),
         *_sampling_mistakes(family, profile.validation),
         *_sharding_mistakes(profile.train),
+        *_quantization_mistakes(profile),
         *export_mistakes(family, profile.adapter),
         *([] if resumes else warm_start_mistakes(profile.adapter)),
     ]
@@ -195,6 +196,15 @@ def _sharding_mistakes(train: TrainSettings) -> list[str]:
     if not train.sharding or train.optimizer.startswith("adamw"):
         return []
     return [f"train.optimizer = {train.optimizer!r}: it needs whole weights, and train.sharding splits them; use adamw"]
+
+
+def _quantization_mistakes(profile: Profile) -> list[str]:
+    if profile.memory.quantize_base == "none" or profile.adapter.kind == "lora":
+        return []
+    return [
+        f"memory.quantize_base = {profile.memory.quantize_base!r}: adapter.kind = 'full' trains the weights "
+        "themselves, and those in 8 bits cannot be trained; set adapter.kind = 'lora', or leave it out"
+    ]
 
 
 def image_mistakes(validation: ValidationSettings, task: str) -> list[str]:
