@@ -314,7 +314,7 @@ def _build_trainer(
         family,
         run,
         learner,
-        Batches(ClipDataset(prepared.clips, prepared.cache, empty_key), profile, accelerator, learner.aligns),
+        Batches(ClipDataset(prepared.clips, prepared.cache, empty_key), family, profile, accelerator, learner.aligns),
         Checkpointer(run, profile.checkpoints.keep, accelerator),
         Validator(profile, family, prompts, prepared.form, run, accelerator),
         accelerator,

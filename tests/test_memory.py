@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,10 +53,7 @@ def _no_network_and_nothing_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def shallow(family: Family) -> Family:
     """The family with three blocks: a step with twelve tests nothing more and takes four times as long."""
-    family = copy(family)
-    depth = "num_visual_blocks" if "num_visual_blocks" in family.config else "num_layers"
-    family.config = family.config | {depth: 3}
-    return family
+    return family.with_blocks(3)
 
 
 def settings(family: Family, **tables: dict[str, object]) -> Profile:

@@ -11,10 +11,11 @@ from conftest import OpenTiny
 from test_families import batch_of, encoded_clip
 from torch import Tensor, nn
 
+from crepa_cli.memory.live_bytes import LiveBytes
 from crepa_cli.models import FAMILIES
 from crepa_cli.models.family import Family
 from crepa_cli.profile import AdapterSettings
-from crepa_cli.training.adapter import make_trainable
+from crepa_cli.training.adapter import lora_layers, make_trainable
 
 IN_FLOAT32 = {"timestep", "video_coords"}
 """Inputs that the pipelines leave in float32."""
@@ -61,6 +62,37 @@ def test_under_autocast_a_transformer_computes_what_the_published_one_does(name:
     with torch.autocast("cpu", torch.bfloat16):
         predicted = transformer(**inputs).sample
     torch.testing.assert_close(predicted, expected, rtol=0, atol=0)
+
+
+def with_lora(family: Family) -> nn.Module:
+    """The transformer in training, with a LoRA that has an effect."""
+    torch.manual_seed(0)
+    transformer = family.load_transformer(torch.bfloat16)
+    settings = {**family.settings["adapter"], "rank": 4, "alpha": 4.0, "export": ["diffusers"]}
+    make_trainable(transformer, AdapterSettings.model_validate(settings))
+    for layer in lora_layers(transformer).values():
+        nn.init.normal_(layer.lora_B["default"].weight, std=0.02)
+    module: nn.Module = transformer.train()
+    return module
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_inputs_of_a_lora_are_not_copied_to_float32_and_nothing_changes(name: str, open_tiny: OpenTiny) -> None:
+    family = open_tiny(name, "t2v")
+    inputs = training_inputs(family)
+    transformer = with_lora(family)
+    peaks, gradients = [], []
+    for copied in (False, True):
+        for layer in lora_layers(transformer).values():
+            layer.cast_input_dtype_enabled |= copied
+        with LiveBytes() as live, torch.autocast("cpu", torch.bfloat16):
+            loss = transformer(**inputs).sample.float().square().mean()
+        trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+        gradients.append([loss.detach(), *torch.autograd.grad(loss, trained)])
+        peaks.append(live.peak)
+    assert peaks[0] < peaks[1]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*gradients, strict=True))
 
 
 @pytest.mark.slow

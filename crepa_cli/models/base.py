@@ -17,7 +17,7 @@ from transformers import AutoConfig
 from crepa_cli.errors import UserError, listed
 from crepa_cli.hub.download import Need, fetch, local_folder
 from crepa_cli.hub.needed import read_json, weight_files
-from crepa_cli.hub.read import read_config
+from crepa_cli.hub.read import fingerprint, read_config
 
 CARD = "README.md"
 """The model card, which states the license."""
@@ -37,6 +37,7 @@ class BaseCheckpoint:
         self.name = name
         self.revision = revision
         self._configs: dict[str, dict[str, Any]] = {}
+        self._fingerprints: dict[str, str] = {}
 
     def read_config(self, filename: str) -> dict[str, Any]:
         """A JSON file of the checkpoint, such as `vae/config.json`, read once.
@@ -80,6 +81,18 @@ class BaseCheckpoint:
             UserError: if they cannot be found or fetched.
         """
         return fetch(Need(self.name, self.revision, components))
+
+    def fingerprints(self, *components: str) -> list[str]:
+        """The digest of each component's files, read once: a run asks for every caption.
+
+        Raises:
+            UserError: if they cannot be found or fetched.
+        """
+        missing = [name for name in components if name not in self._fingerprints]
+        if missing:
+            folder = self.fetch(*missing)
+            self._fingerprints |= {name: fingerprint(folder / name) for name in missing}
+        return [self._fingerprints[name] for name in components]
 
     def load_model(self, class_name: str, component: str, dtype: torch.dtype) -> ModelMixin:
         """A component by its class in diffusers, on the CPU.

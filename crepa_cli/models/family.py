@@ -63,6 +63,8 @@ class Family(ABC):
     name: ClassVar[str]
     transformer_class: ClassVar[str]
     blocks_attribute: ClassVar[str]
+    depth_setting: ClassVar[str] = "num_layers"
+    """The number of blocks in the transformer's configuration."""
     pipelines: ClassVar[Mapping[str, str]]
     """The diffusers pipeline that generates each task."""
     checkpoints: ClassVar[Mapping[str, str]]
@@ -90,6 +92,8 @@ class Family(ABC):
     """Patterns in module names and their replacements in the original names; None if ComfyUI does not run it."""
     comfyui_prefix: ClassVar[str] = "diffusion_model."
     """Before the names of a LoRA for ComfyUI; one that diffusers reads too."""
+    read_on_cpu: ClassVar[frozenset[str]] = frozenset()
+    """Tensors of a batch that `step` reads as numbers: on a GPU it would wait for them."""
     guides_in_one_batch: ClassVar[bool] = False
     """Whether the pipelines run a prompt and its negative as one batch of two, rather than one after the other."""
 
@@ -161,7 +165,7 @@ class Family(ABC):
     @property
     def block_count(self) -> int:
         """Blocks of the transformer."""
-        return int(self.config["num_layers"])
+        return int(self.config[self.depth_setting])
 
     @property
     def hidden_size(self) -> int:
@@ -318,6 +322,12 @@ class Family(ABC):
             "dtype": None if self.vae_dtype == torch.float32 else str(self.vae_dtype),
         }
         return {name: value for name, value in options.items() if value is not None}
+
+    def with_blocks(self, count: int) -> Family:
+        """The same recipe for a transformer with another number of blocks."""
+        family = copy(self)
+        family.config = self.config | {self.depth_setting: count}
+        return family
 
     def without_image_encoder(self) -> Family:
         """The same recipe for a base model without an image encoder."""

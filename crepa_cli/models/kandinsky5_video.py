@@ -91,6 +91,7 @@ class Kandinsky5Video(Family):
     name = "kandinsky5_video"
     transformer_class = "Kandinsky5Transformer3DModel"
     blocks_attribute = "visual_transformer_blocks"
+    depth_setting = "num_visual_blocks"
     pipelines = {"t2v": "Kandinsky5T2VPipeline", "i2v": "Kandinsky5I2VPipeline"}
     checkpoints = {
         "t2v": "kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s-Diffusers",
@@ -98,6 +99,7 @@ class Kandinsky5Video(Family):
     }
     text_components = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     vae_tiling = True
+    read_on_cpu = frozenset({"prompt_length"})
     negative_prompt = (
         "Static, 2D cartoon, cartoon, 2d animation, paintings, images, worst quality, low quality, ugly, "
         "deformed, walking backwards"
@@ -150,11 +152,6 @@ class Kandinsky5Video(Family):
         if config.get("attention_type") == "nabla":
             return "kandinskylab/Kandinsky-5.0-T2V-Lite-sft-10s-Diffusers"
         return None
-
-    @property
-    def block_count(self) -> int:
-        """Blocks that hold the tokens of the video."""
-        return int(self.config["num_visual_blocks"])
 
     @property
     def hidden_size(self) -> int:

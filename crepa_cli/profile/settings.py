@@ -60,8 +60,18 @@ class ModelSettings(Table):
 
 
 class MemorySettings(Table):
-    """How the base model is held, to train on smaller GPUs."""
+    """Ways to train with less memory on the GPU; none but `quantize_base` changes the result."""
 
+    stream_weights: bool = Field(
+        default=False,
+        description="Keep the frozen blocks in the host's memory and copy each to the GPU while the one before it "
+        "computes: two blocks are on the GPU in place of all. For a LoRA with activation checkpointing.",
+    )
+    offload_activations: bool = Field(
+        default=False,
+        description="Let the hidden states between blocks wait for the backward in the host's memory. It needs "
+        "activation checkpointing.",
+    )
     quantize_base: Literal["none", "int8"] = Field(
         default="none",
         description="int8 rounds the frozen linear layers to 8 bits with a scale per row: half the memory of bfloat16, "

@@ -7,6 +7,7 @@ from diffusers import ModelMixin
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from torch import nn
 
 from crepa_cli.errors import UserError
 from crepa_cli.models.family import Family
@@ -34,6 +35,14 @@ def make_trainable(transformer: ModelMixin, adapter: AdapterSettings) -> None:
     except ValueError as error:
         raise UserError(f"adapter.target_modules = {list(adapter.target_modules)}: {error}") from error
     cast_training_params(transformer, dtype=torch.float32)
+    for layer in lora_layers(transformer).values():
+        # peft would copy every input to the float32 of the LoRA's weights, and autocast that copy back to bfloat16.
+        layer.cast_input_dtype_enabled = False
+
+
+def lora_layers(transformer: nn.Module) -> dict[str, LoraLayer]:
+    """The layers of a transformer that have a LoRA, by name."""
+    return {name: module for name, module in transformer.named_modules() if isinstance(module, LoraLayer)}
 
 
 @torch.no_grad()
@@ -44,7 +53,7 @@ def start_from(transformer: ModelMixin, family: Family, adapter: AdapterSettings
         UserError: if there is no such LoRA, or it does not fit.
     """
     assert adapter.init_from is not None
-    layers = {name: module for name, module in transformer.named_modules() if isinstance(module, LoraLayer)}
+    layers = lora_layers(transformer)
     path = fetch_lora(adapter.init_from)
     for name, (down, up, scale) in read_lora(path, family, layers).items():
         ours = layers[name].lora_A["default"].weight, layers[name].lora_B["default"].weight

@@ -13,7 +13,8 @@ import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from crepa_cli.alignment import CoefficientSchedule
@@ -33,13 +34,14 @@ from crepa_cli.training.build import (
 )
 from crepa_cli.training.checkpoints import Snapshot, holds_projector, load_checkpoint, take_snapshot
 from crepa_cli.training.parallel import replicated, shard
+from crepa_cli.training.placement.streaming import stream
 
 
 class GradientNorms(NamedTuple):
-    """L2 norms before clipping; `projector` is None without one."""
+    """L2 norms before clipping, 0-d tensors; `projector` is None without one."""
 
-    adapter: float
-    projector: float | None
+    adapter: Tensor
+    projector: Tensor | None
 
 
 @dataclass
@@ -93,8 +95,9 @@ class Learner:
         projector = trainable(self.aligned.crepa) if self.aligned.crepa else []
         return GradientNorms(self._clip(self.trained), self._clip(projector) if projector else None)
 
-    def _clip(self, parameters: list[nn.Parameter]) -> float:
-        return float(self.accelerator.clip_grad_norm_(parameters, self.max_grad_norm or math.inf))
+    def _clip(self, parameters: list[nn.Parameter]) -> Tensor:
+        norm: Tensor = self.accelerator.clip_grad_norm_(parameters, self.max_grad_norm or math.inf)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def update(self, similarity: float | None) -> None:
         """Take an optimizer step with the accumulated gradients, known to be finite, and advance all schedules."""
@@ -198,6 +201,8 @@ def build_learner(
         start_from(transformer, family, profile.adapter)
     if train.sharding:
         shard(aligned, family.blocks(transformer), accelerator)
+    if profile.memory.stream_weights:
+        aligned.on_host = stream(family.blocks(transformer), accelerator.device)
     model = replicated(aligned, accelerator)
     groups = [trainable(module) if module else [] for module in (transformer, aligned.crepa)]
     optimizer = make_optimizer(train, groups)
