@@ -26,7 +26,7 @@ from crepa_cli.memory.shapes import Clips
 from crepa_cli.models.family import Family, Tensors
 from crepa_cli.profile import Profile
 from crepa_cli.training.aligned import AlignedTransformer
-from crepa_cli.training.build import build_model, frozen_dtype, make_optimizer, trainable
+from crepa_cli.training.build import build_model, frozen_dtype, frozen_in_int8, make_optimizer, trainable
 from crepa_cli.training.placement.streaming import stream
 from crepa_cli.training.step import Teaching, step_losses
 
@@ -88,7 +88,7 @@ def fake_training(profile: Profile, family: Family, feature_size: int, device: t
         device: the device that trains.
     """
     with torch.device("meta"):
-        transformer = family.empty_transformer(frozen_dtype(profile))
+        transformer = family.empty_transformer(frozen_dtype(profile), int8=frozen_in_int8(profile))
         model = build_model(profile, family, transformer, feature_size if profile.crepa.enabled else None)
     with fake_memory() as live:
         live.part = WEIGHTS

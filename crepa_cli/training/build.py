@@ -30,6 +30,11 @@ def frozen_dtype(profile: Profile) -> torch.dtype:
     return torch.float32 if profile.adapter.kind == "full" else torch_dtype(profile.model.dtype)
 
 
+def frozen_in_int8(profile: Profile) -> bool:
+    """Whether the transformer is loaded with linear layers in int8."""
+    return profile.memory.quantize_base == "int8"
+
+
 def build_model(
     profile: Profile, family: Family, transformer: ModelMixin, feature_size: int | None
 ) -> AlignedTransformer:

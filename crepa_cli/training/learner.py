@@ -27,6 +27,7 @@ from crepa_cli.training.build import (
     build_model,
     coefficient_schedule,
     frozen_dtype,
+    frozen_in_int8,
     make_optimizer,
     trainable,
     with_floor,
@@ -194,7 +195,7 @@ def build_learner(
     saved = checkpoint is not None and holds_projector(checkpoint)
     aligns = profile.crepa.enabled and (saved or not schedule.finished(progress.get("step", 0)))
     torch.manual_seed(train.seed)
-    transformer = family.load_transformer(frozen_dtype(profile))
+    transformer = family.load_transformer(frozen_dtype(profile), int8=frozen_in_int8(profile))
     aligned = build_model(profile, family, transformer, teacher_size if aligns else None)
     if checkpoint is None and profile.adapter.init_from:
         start_from(transformer, family, profile.adapter)
