@@ -136,7 +136,7 @@ def assert_same_bits(family: Family, tables: Tables, *placements: dict[str, obje
     losses, weights = result(family, tables, steps)
     assert losses[0] != losses[-1]
     for memory in placements:
-        found_losses, found = result(family, tables | {"memory": memory}, steps)
+        found_losses, found = result(family, tables | {"memory": tables.get("memory", {}) | memory}, steps)
         assert found_losses == losses, memory
         assert found.keys() == weights.keys()
         assert [name for name, one in found.items() if not torch.equal(one, weights[name])] == []
@@ -168,6 +168,11 @@ def test_each_placement_changes_no_bit_in_twenty_steps(name: str, task: str, ope
 )
 def test_placement_changes_no_bit_of_other_ways_to_train(tables: Tables, open_tiny: OpenTiny) -> None:
     assert_same_bits(of_depth(open_tiny("wan", "t2v"), 4), tables, STREAM | OFFLOAD, steps=3)
+
+
+@pytest.mark.slow
+def test_placement_changes_no_bit_of_weights_in_int8(open_tiny: OpenTiny) -> None:
+    assert_same_bits(open_tiny("wan", "t2v"), {"memory": {"quantize_base": "int8"}}, STREAM | OFFLOAD, steps=2)
 
 
 @pytest.mark.slow

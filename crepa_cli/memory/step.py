@@ -27,7 +27,7 @@ from crepa_cli.models.family import Family, Tensors
 from crepa_cli.models.streaming import stream
 from crepa_cli.profile import Profile
 from crepa_cli.training.aligned import AlignedTransformer
-from crepa_cli.training.build import build_model, frozen_dtype, make_optimizer, trainable
+from crepa_cli.training.build import build_model, frozen_dtype, frozen_in_int8, make_optimizer, trainable
 from crepa_cli.training.step import Teaching, step_losses
 
 WEIGHTS, ADAPTER, GRADIENTS, OPTIMIZER = "weights", "adapter", "gradients", "optimizer"
@@ -43,7 +43,7 @@ def predict_training(profile: Profile, family: Family, clips: Clips, device: tor
         profile: the resolved settings.
         family: of the checkpoint, of which only the configuration is read.
         clips: the clips of a batch.
-        device: the device that trains; a GPU's optimizer updates all parameters at once.
+        device: the device that trains.
     """
     excerpt = Excerpt.of(profile, family)
     if excerpt is None:
@@ -88,7 +88,7 @@ def fake_training(profile: Profile, family: Family, feature_size: int, device: t
         device: the device that trains.
     """
     with torch.device("meta"):
-        transformer = family.empty_transformer(frozen_dtype(profile))
+        transformer = family.empty_transformer(frozen_dtype(profile), int8=frozen_in_int8(profile))
         model = build_model(profile, family, transformer, feature_size if profile.crepa.enabled else None)
     with fake_memory() as live:
         live.part = WEIGHTS
@@ -112,10 +112,8 @@ def _optimizer_with_state(profile: Profile, model: AlignedTransformer, device: t
     # bitsandbytes, which takes less than AdamW, and Prodigy, which takes twice as much, do not run on fake tensors.
     runs = train.optimizer in ("adamw", "adafactor")
     groups = [trainable(model.transformer), trainable(model.crepa) if model.crepa else []]
-    optimizer = make_optimizer(train if runs else train.model_copy(update={"optimizer": "adamw"}), groups)
+    optimizer = make_optimizer(train if runs else train.model_copy(update={"optimizer": "adamw"}), groups, device)
     for group in optimizer.param_groups:
-        if "foreach" in group:
-            group["foreach"] = device.type == "cuda"
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()

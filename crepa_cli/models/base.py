@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from huggingface_hub import ModelCard
 from torch import nn
 from transformers import AutoConfig
 
-from crepa_cli.errors import UserError
+from crepa_cli.errors import UserError, listed
 from crepa_cli.hub.download import Need, fetch, local_folder
+from crepa_cli.hub.needed import read_json, weight_files
 from crepa_cli.hub.read import fingerprint, read_config
 
 CARD = "README.md"
@@ -93,10 +95,29 @@ class BaseCheckpoint:
         return [self._fingerprints[name] for name in components]
 
     def load_model(self, class_name: str, component: str, dtype: torch.dtype) -> ModelMixin:
-        """A component by its class in diffusers, on the CPU."""
+        """A component by its class in diffusers, on the CPU.
+
+        Raises:
+            UserError: if weights are missing.
+        """
         model_class = getattr(diffusers, class_name)
         folder = self.fetch(component)
-        return model_class.from_pretrained(folder, subfolder=component, dtype=dtype, use_safetensors=True)
+        model, report = model_class.from_pretrained(
+            folder, subfolder=component, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+        require_whole(folder / component, report["missing_keys"])
+        return model
+
+    def weight_files(self, component: str) -> list[Path]:
+        """The files of a component's weights, in safetensors; those of the Hub are downloaded if need be.
+
+        Raises:
+            UserError: if they cannot be found or fetched.
+        """
+        folder = self.fetch(component)
+        paths = {f"{component}/{path.name}" for path in (folder / component).iterdir()}
+        names = weight_files(paths, component, lambda path: read_json(folder / path))
+        return [folder / name for name in names if name.endswith(".safetensors")]
 
     def empty_model(self, component: str, dtype: torch.dtype) -> Any:
         """A component of transformers by its configuration alone, on the meta device."""
@@ -123,6 +144,12 @@ class BaseCheckpoint:
         pipeline = pipeline_class.from_pretrained(folder, dtype=dtype, use_safetensors=True, **given)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
+
+
+def require_whole(folder: Path, missing: Sequence[str]) -> None:
+    """Raise a UserError if the weights of a folder lack some that the model needs."""
+    if missing:
+        raise UserError(f"{folder} is incomplete: it lacks {listed(sorted(missing))}; download it anew")
 
 
 def check_embedding(text_encoder: nn.Module) -> None:

@@ -181,15 +181,8 @@ class Kandinsky5Video(Family):
     def _nabla(self) -> bool:
         return bool(self.config.get("attention_type") == "nabla")
 
-    def load_transformer(self, dtype: torch.dtype) -> ModelMixin:
-        """The transformer, with attention that knows the length of each caption of a batch."""
-        return self._with_caption_attention(super().load_transformer(dtype))
-
-    def empty_transformer(self, dtype: torch.dtype) -> ModelMixin:
-        """The same without weights."""
-        return self._with_caption_attention(super().empty_transformer(dtype))
-
-    def _with_caption_attention(self, transformer: ModelMixin) -> ModelMixin:
+    def _adapted(self, transformer: ModelMixin) -> ModelMixin:
+        """With attention that knows the length of each caption of a batch."""
         attend_captions = CaptionAttention()
         transformer.register_forward_pre_hook(attend_captions.take_lengths, with_kwargs=True)
         for block in transformer.text_transformer_blocks:
@@ -198,7 +191,7 @@ class Kandinsky5Video(Family):
             block.cross_attention.set_processor(attend_captions)
             if self._nabla:
                 block.self_attention.set_attention_backend("flex")
-        return transformer
+        return super()._adapted(transformer)
 
     def load_text_pipeline(self, dtype: torch.dtype) -> DiffusionPipeline:
         """The pipeline with its text encoders, and the tokenizer alone of the processor that prepares images too.

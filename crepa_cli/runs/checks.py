@@ -216,6 +216,9 @@ def memory_mistakes(profile: Profile) -> list[str]:
         f"{offload}: it needs train.activation_checkpointing = true, whose hidden states it offloads": (
             memory.offload_activations and not train.activation_checkpointing
         ),
+        "memory.quantize_base: adapter.kind = 'full' trains the weights, which it rounds to 8 bits; use a LoRA": (
+            memory.quantize_base != "none" and profile.adapter.kind == "full"
+        ),
     }
     return [mistake for mistake, applies in rules.items() if applies]
 

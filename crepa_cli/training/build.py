@@ -30,6 +30,11 @@ def frozen_dtype(profile: Profile) -> torch.dtype:
     return torch.float32 if profile.adapter.kind == "full" else torch_dtype(profile.model.dtype)
 
 
+def frozen_in_int8(profile: Profile) -> bool:
+    """Whether the transformer is loaded with linear layers in int8."""
+    return profile.memory.quantize_base == "int8"
+
+
 def build_model(
     profile: Profile, family: Family, transformer: ModelMixin, feature_size: int | None
 ) -> AlignedTransformer:
@@ -102,8 +107,16 @@ def coefficient_schedule(profile: Profile) -> CoefficientSchedule:
     )
 
 
-def make_optimizer(train: TrainSettings, groups: list[list[nn.Parameter]]) -> torch.optim.Optimizer:
-    """The optimizer of the settings over groups of parameters, of which some may be empty."""
+def make_optimizer(
+    train: TrainSettings, groups: list[list[nn.Parameter]], device: torch.device
+) -> torch.optim.Optimizer:
+    """The optimizer of the settings.
+
+    Args:
+        train: the settings.
+        groups: of parameters; some may be empty.
+        device: that trains.
+    """
     parameters = [{"params": group} for group in groups]
     common: dict[str, Any] = {"lr": train.learning_rate, "weight_decay": train.weight_decay}
     if train.optimizer == "adafactor":
@@ -112,7 +125,8 @@ def make_optimizer(train: TrainSettings, groups: list[list[nn.Parameter]]) -> to
         return adafactor
     common |= {"betas": (train.beta1, train.beta2), "eps": train.eps}
     if train.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **common)
+        # In one kernel, without the temporary copies that updating all parameters at once takes.
+        return torch.optim.AdamW(parameters, fused=device.type == "cuda", **common)
     # runs.checks has made sure that its package is installed.
     if train.optimizer == "prodigy":
         with redirect_stdout(None):  # it prints a line

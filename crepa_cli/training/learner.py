@@ -28,6 +28,7 @@ from crepa_cli.training.build import (
     build_model,
     coefficient_schedule,
     frozen_dtype,
+    frozen_in_int8,
     make_optimizer,
     trainable,
     with_floor,
@@ -194,7 +195,7 @@ def build_learner(
     saved = checkpoint is not None and holds_projector(checkpoint)
     aligns = profile.crepa.enabled and (saved or not schedule.finished(progress.get("step", 0)))
     torch.manual_seed(train.seed)
-    transformer = family.load_transformer(frozen_dtype(profile))
+    transformer = family.load_transformer(frozen_dtype(profile), int8=frozen_in_int8(profile))
     aligned = build_model(profile, family, transformer, teacher_size if aligns else None)
     if checkpoint is None and profile.adapter.init_from:
         start_from(transformer, family, profile.adapter)
@@ -204,7 +205,7 @@ def build_learner(
         aligned.on_host = stream(family.blocks(transformer), accelerator.device)
     model = replicated(aligned, accelerator)
     groups = [trainable(module) if module else [] for module in (transformer, aligned.crepa)]
-    optimizer = make_optimizer(train, groups)
+    optimizer = make_optimizer(train, groups, accelerator.device)
     lr_scheduler = get_scheduler(
         train.lr_scheduler, optimizer, num_warmup_steps=train.lr_warmup_steps, num_training_steps=train.steps
     )

@@ -266,6 +266,7 @@ class Trainer:
             "skipped": self.skipped.state_dict(),
             "revisions": {"model": self.profile.model.revision, "encoder": self.profile.crepa.encoder_revision},
             "decoding": DECODING_VERSION,
+            "quantize_base": self.profile.memory.quantize_base,
         }
         event = self.checkpointer.save(self.learner, progress)
         self.saved = self.done
