@@ -24,10 +24,10 @@ from crepa_cli.memory.depth import END, START, EachCall, Excerpt, Part, Segments
 from crepa_cli.memory.live_bytes import LiveBytes
 from crepa_cli.memory.shapes import Clips
 from crepa_cli.models.family import Family, Tensors
+from crepa_cli.models.streaming import stream
 from crepa_cli.profile import Profile
 from crepa_cli.training.aligned import AlignedTransformer
 from crepa_cli.training.build import build_model, frozen_dtype, frozen_in_int8, make_optimizer, trainable
-from crepa_cli.training.placement.streaming import stream
 from crepa_cli.training.step import Teaching, step_losses
 
 WEIGHTS, ADAPTER, GRADIENTS, OPTIMIZER = "weights", "adapter", "gradients", "optimizer"

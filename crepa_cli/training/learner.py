@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from crepa_cli.alignment import CoefficientSchedule
 from crepa_cli.heap import release_memory
 from crepa_cli.models.family import Family
+from crepa_cli.models.streaming import stream
 from crepa_cli.profile import Profile
 from crepa_cli.training.adapter import start_from
 from crepa_cli.training.aligned import AlignedTransformer
@@ -34,7 +35,6 @@ from crepa_cli.training.build import (
 )
 from crepa_cli.training.checkpoints import Snapshot, holds_projector, load_checkpoint, take_snapshot
 from crepa_cli.training.parallel import replicated, shard
-from crepa_cli.training.placement.streaming import stream
 
 
 class GradientNorms(NamedTuple):
