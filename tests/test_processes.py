@@ -61,7 +61,9 @@ def test_two_processes_learn_what_one_does_and_go_on_after_the_cutoff(
     one, two = tmp_path / "one", tmp_path / "two"
     assert run_crepa(*flags, "--output", one, "--set", "train.gradient_accumulation=2") == 0
     cache = tmp_path / "cache"
-    crepa(demo, *flags, "--output", two, "--processes", "2", "--set", f"data.cache={cache}", "--set", "train.ema=0.9")
+    others = [f"data.cache={cache}", "train.ema=0.9", "memory.finer_recompute=true"]
+    others = [word for setting in others for word in ("--set", setting)]
+    crepa(demo, *flags, "--output", two, "--processes", "2", *others)
 
     assert losses(two) == pytest.approx(losses(one), abs=1e-5)
     first, second = (
@@ -86,7 +88,7 @@ def test_sharded_processes_save_what_one_process_does(demo: Path, tmp_path: Path
     one, two = tmp_path / "one", tmp_path / "two"
     crepa(demo, *DEMO, "--steps", "4", *sets, "--set", "train.gradient_accumulation=4", "--output", one)
     sharding = ["--set", "train.sharding=true", "--set", "train.gradient_accumulation=2"]
-    sharding += ["--set", "validation.every=3", "--set", "validation.steps=2"]
+    sharding += ["--set", "validation.every=3", "--set", "validation.steps=2", "--set", "memory.finer_recompute=true"]
     told = crepa(demo, *DEMO, "--steps", "4", *sets, *sharding, "--output", two, launcher=TORCHRUN)
 
     here, total = (int(number.replace(",", "")) for number in _share(told))

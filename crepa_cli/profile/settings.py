@@ -59,6 +59,16 @@ class ModelSettings(Table):
     )
 
 
+class MemorySettings(Table):
+    """Ways to train with less memory on the GPU."""
+
+    finer_recompute: bool = Field(
+        default=False,
+        description="Recompute attention and feed-forward each on their own in the backward: less memory for more "
+        "time. The result changes by rounding alone.",
+    )
+
+
 class AdapterSettings(Table):
     """Trained weights and their export."""
 
@@ -294,6 +304,7 @@ class Profile(Table):
     """All settings of a run."""
 
     model: ModelSettings
+    memory: MemorySettings = MemorySettings()
     adapter: AdapterSettings
     data: DataSettings
     train: TrainSettings
