@@ -220,7 +220,7 @@ def _run(
     yield RunOpened(run.path, device_memory(accelerator.device), loading_lines(run, family, profile))
     for warning in setting_warnings(profile):
         yield Notice(warning)
-    checkpoint = (yield from _newest_checkpoint(run, profile.train.steps)) if resume else None
+    checkpoint = (yield from _newest_checkpoint(run, profile)) if resume else None
     prepared = yield from _prepared(profile, family, accelerator)
     for warning in neighbor_warnings(profile.crepa, family, (clip.bucket.frames for clip in prepared.clips)):
         yield Notice(warning)
@@ -233,12 +233,13 @@ def _run(
     yield from trainer.train(should_stop)
 
 
-def _newest_checkpoint(run: RunFolder, steps: int) -> Generator[Event, None, Path | None]:
-    """The checkpoint to resume from, for a run of so many steps; None if the run has none yet."""
+def _newest_checkpoint(run: RunFolder, profile: Profile) -> Generator[Event, None, Path | None]:
+    """The checkpoint to resume from; None if the run has none yet."""
     path, messages = from_main(lambda: newest_checkpoint(run.checkpoints))
     for message in messages:
         yield Notice(message)
     progress = read_progress(path) if path else {}
+    steps, quantized = profile.train.steps, profile.memory.quantize_base
     if path is None:
         yield Notice(f"{run.path} has no complete checkpoint: it starts from step 0")
     elif (done := progress.get("step", 0)) >= steps:
@@ -248,6 +249,11 @@ def _newest_checkpoint(run: RunFolder, steps: int) -> Generator[Event, None, Pat
         )
     elif progress.get("decoding", 1) != DECODING_VERSION:  # the first version wrote none
         yield Notice(f"{run.path} goes on with clips that are read in another way: colors differ by 1 or 2 levels")
+    if path and (before := progress.get("quantize_base", "none")) != quantized:  # earlier versions wrote none
+        yield Notice(
+            f"{run.path} goes on with memory.quantize_base = {quantized!r}, after {before!r}: its base model is "
+            "rounded in another way from here on"
+        )
     return path
 
 
@@ -308,7 +314,7 @@ def _build_trainer(
         family,
         run,
         learner,
-        Batches(ClipDataset(prepared.clips, prepared.cache, empty_key), profile, accelerator, learner.aligns),
+        Batches(ClipDataset(prepared.clips, prepared.cache, empty_key), family, profile, accelerator, learner.aligns),
         Checkpointer(run, profile.checkpoints.keep, accelerator),
         Validator(profile, family, prompts, prepared.form, run, accelerator),
         accelerator,

@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from crepa_cli.alignment import Alignment, Crepa, TokenGrid, layersync_loss, loss
 from crepa_cli.alignment.grid import interpolation_taps, matching_frames, teaching_frames
 from crepa_cli.alignment.loss import neighbor_weights
+from crepa_cli.alignment.resampling import Constants, Resampling
 from crepa_cli.memory.live_bytes import LiveBytes
 
 GRIDS = st.tuples(st.integers(1, 5), st.integers(1, 5))
@@ -58,7 +60,8 @@ def test_compared_positions_are_less_than_half_a_patch_apart(
     def compared(grid: TokenGrid) -> Tensor:
         rows, columns = (torch.arange(size, dtype=torch.float64) + 0.5 for size in (grid.rows, grid.columns))
         places = torch.stack(torch.meshgrid(rows / grid.rows, columns / grid.columns, indexing="ij"), dim=-1)
-        resampling, whole = loss._Resampling(grid, target), slice(0, target.rows)
+        constants = Constants(torch.device("cpu"), torch.float64)
+        resampling, whole = Resampling(grid, target, constants), slice(0, target.rows)
         return resampling(places[None, resampling.window(whole)], whole, torch.float64)[0]
 
     misplaced = (compared(student) - compared(teacher)) * torch.tensor([target.rows, target.columns])
@@ -194,6 +197,31 @@ def test_memory_grows_neither_with_the_clip_nor_with_the_distance(spatial_align:
 
     assert extra(frames=81, distance=1) <= 1.2 * extra(frames=21, distance=1)
     assert extra(frames=21, distance=8) <= 1.1 * extra(frames=21, distance=0)
+
+
+class NewTensors(TorchDispatchMode):
+    """Counts the tensors that are made of Python numbers; on a GPU, each of them makes the CPU wait."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten.lift_fresh.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_positions_are_copied_to_the_device_in_the_first_step_alone() -> None:
+    student, teacher = TokenGrid(5, 30, 52), TokenGrid(9, 37, 37)
+    crepa, hidden, features = case(0, {}, student, teacher)
+    counts, gradients = [], []
+    for _ in range(2):
+        with NewTensors() as new:
+            crepa(hidden, features, student, teacher).loss.backward()
+        counts.append(new.count)
+        gradients.append(hidden.grad)
+        hidden.grad = None
+    assert counts[0] > 0
+    assert counts[1] == 0
+    assert torch.equal(*cast(list[Tensor], gradients))
 
 
 def test_wrong_shapes_are_refused_with_what_is_needed() -> None:

@@ -9,12 +9,15 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 from conftest import RunCrepa
 from safetensors.torch import load_file
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from crepa_cli import api
 from crepa_cli.data.video import DECODING_VERSION
@@ -23,6 +26,7 @@ from crepa_cli.events import Event, Notice, RunOpened, StepDone, TrainingEnded, 
 from crepa_cli.profile import Profile
 from crepa_cli.report.metrics import read_metrics
 from crepa_cli.runs.folder import RunFolder
+from crepa_cli.training.trainer import Trainer
 
 LORA = "pytorch_lora_weights.safetensors"
 SETS = ["validation.every=0", "checkpoints.every=2", "train.batch_size=1", "train.steps=4"]
@@ -67,6 +71,39 @@ def test_should_stop_ends_the_run_within_a_micro_batch_and_changes_nothing(tmp_p
     whole = api.train(profile, output=tmp_path / "whole")
     resumed = api.train(profile, output=run.path, resume=True)
     _assert_same(resumed.weights / LORA, whole.weights / LORA)
+
+
+class Reads(TorchFunctionMode):
+    """Counts the reads of values out of tensors; on a GPU, the CPU waits for each of them."""
+
+    READING = {Tensor.item, Tensor.tolist, Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.cpu, Tensor.numpy}
+
+    def __init__(self, on_cpu: set[int]) -> None:
+        super().__init__()
+        self.on_cpu = on_cpu
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in self.READING and id(args[0]) not in self.on_cpu
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("in_demo", "fresh_accelerate")
+def test_a_step_waits_for_the_gpu_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    take_step, counts = Trainer._step, []
+
+    def counted(trainer: Trainer, *arguments: Any) -> Any:
+        # AdamW counts its steps on the CPU.
+        own = {id(state["step"]) for state in trainer.learner.optimizer.state.values()}
+        with Reads(own) as reads:
+            done = take_step(trainer, *arguments)
+        counts.append(reads.count)
+        return done
+
+    monkeypatch.setattr(Trainer, "_step", counted)
+    profile = api.resolve("t2v", {"model.family": "wan"}, [*SETS, "train.ema=0.9"], demo=True).profile
+    api.train(profile, output=tmp_path / "run")
+    assert counts[1:] == [1, 1, 1]  # in the first step AdamW makes its state
 
 
 @pytest.mark.usefixtures("in_demo", "fresh_accelerate")

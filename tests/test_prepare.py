@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from conftest import OpenTiny
 
 from crepa_cli.data.cache import Cache
 from crepa_cli.data.online import OnlineTeacher
-from crepa_cli.data.prepare import ClipForm, PreparedClip, clip_pixels, prepare, scan
+from crepa_cli.data.prepare import ClipForm, PreparedClip, clip_pixels, prepare, prompt_key, scan
 from crepa_cli.data.video import DECODING_VERSION, write_video
 from crepa_cli.demo.clips import write_demo_clips
 from crepa_cli.errors import UserError
 from crepa_cli.events import ClipSkipped, Event, Notice, drained
 from crepa_cli.models.family import Family
+from crepa_cli.models.wan import Wan
 from crepa_cli.profile import CrepaSettings
 from crepa_cli.teachers.dinov2 import Dinov2Teacher
 
@@ -215,6 +217,22 @@ def test_pixels_of_another_decoding_have_other_entries(prepared: Prepare, monkey
     for one, other in zip(before, after, strict=True):
         assert one.prompt_key == other.prompt_key
         assert not {one.latents_key, one.features_key} & {other.latents_key, other.features_key}
+
+
+def test_a_family_reads_its_encoders_files_once_and_the_next_one_sees_their_change(
+    open_tiny: OpenTiny, tmp_path: Path
+) -> None:
+    base = shutil.copytree(open_tiny("wan", "t2v").base.name, tmp_path / "checkpoint")
+
+    def key(family: Family, caption: str) -> str:
+        return prompt_key(family, caption, torch.float32)
+
+    family = Wan(str(base), "t2v")
+    first = key(family, "a cat")
+    assert key(family, "a dog") != first
+    (base / "text_encoder" / "config.json").write_text("{}")
+    assert key(family, "a cat") == first
+    assert key(Wan(str(base), "t2v"), "a cat") != first
 
 
 def test_the_middle_frame_of_a_latent_can_teach_it(

@@ -20,13 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from crepa_cli.alignment.grid import (
-    Taps,
-    TokenGrid,
-    coarser_grid,
-    interpolation_taps,
-    matching_frames,
-)
+from crepa_cli.alignment.grid import TokenGrid, coarser_grid, matching_frames
+from crepa_cli.alignment.resampling import Constants, Resampling
 
 CHUNK_TOKENS = 4096
 """Tokens processed at a time: large enough to keep a GPU busy, 25 MB for each float32 copy at width 1536."""
@@ -88,6 +83,7 @@ class Crepa(nn.Module):
         norm = nn.LayerNorm(hidden_size, dtype=torch.float32)
         linear = nn.Linear(hidden_size, feature_size, dtype=torch.float32)
         self.projector = nn.Sequential(norm, linear)
+        self._plans: dict[tuple[TokenGrid, TokenGrid, torch.device, torch.dtype], _Plan] = {}
 
     def forward(self, hidden: Tensor, features: Tensor, student_grid: TokenGrid, teacher_grid: TokenGrid) -> Alignment:
         """Compare hidden states with features at the positions given by their grids.
@@ -110,13 +106,11 @@ class Crepa(nn.Module):
         _check_shape("features", features, teacher_grid, linear.out_features)
         if len(hidden) != len(features):
             raise ValueError(f"hidden has {len(hidden)} clips and features has {len(features)}")
-        weights = neighbor_weights(
-            student_grid.frames, self.adjacent_distance, self.adjacent_tau, self.cumulative_neighbors
-        ).to(hidden.device, linear.weight.dtype)
         if not self.spatial_align:
-            features = pooled(features, matching_frames(teacher_grid.frames, student_grid.frames), weights.dtype)
+            frames = matching_frames(teacher_grid.frames, student_grid.frames)
+            features = pooled(features, frames, linear.weight.dtype)
             teacher_grid = TokenGrid(student_grid.frames, 1, 1)
-        plan = _Plan.make(student_grid, teacher_grid, self.spatial_align, weights, norm.eps)
+        plan = self._plan(student_grid, teacher_grid, linear.weight)
         similarities, self_similarities = cast(
             tuple[Tensor, Tensor],
             _FrameSimilarities.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -126,9 +120,20 @@ class Crepa(nn.Module):
         loss = -similarities.sum(1).mean()
         if self.normalize_by_frames:
             loss = loss / student_grid.frames
-        similarity = (similarities.detach() / weights.sum(1)).mean()
+        similarity = (similarities.detach() / plan.weights.sum(1)).mean()
         # Rounding can push a mean of cosines slightly above 1; thresholds must not see that.
         return Alignment(loss, similarity.clamp(-1, 1), self_similarities.mean().clamp(-1, 1))
+
+    def _plan(self, student: TokenGrid, teacher: TokenGrid, weight: Tensor) -> _Plan:
+        """The plan for two grids on the device and in the dtype of the projector, made once."""
+        key = student, teacher, weight.device, weight.dtype
+        if key not in self._plans:
+            weights = neighbor_weights(
+                student.frames, self.adjacent_distance, self.adjacent_tau, self.cumulative_neighbors
+            ).to(weight)
+            norm = cast(nn.LayerNorm, self.projector[0])
+            self._plans[key] = _Plan.make(student, teacher, self.spatial_align, weights, norm.eps)
+        return self._plans[key]
 
 
 def neighbor_weights(frames: int, distance: int, tau: float, cumulative: bool) -> Tensor:
@@ -179,66 +184,11 @@ class _Chunk(NamedTuple):
     rows: slice
 
 
-class _Resampling(NamedTuple):
-    """Bilinear interpolation from a grid to the comparison grid; without a target, the mean over all patches."""
-
-    source: TokenGrid
-    target: TokenGrid | None
-
-    @property
-    def rows(self) -> int:
-        """Rows of the result."""
-        return self.target.rows if self.target else 1
-
-    @property
-    def columns(self) -> int:
-        """Columns of the result."""
-        return self.target.columns if self.target else 1
-
-    def window(self, rows: slice) -> slice:
-        """The source rows from which these rows of the result are computed."""
-        if self.target is None:
-            return slice(0, self.source.rows)
-        taps = interpolation_taps(rows, self.source.rows, self.rows)
-        return slice(taps.lower[0], taps.upper[-1] + 1)
-
-    def __call__(self, values: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
-        """`[T, source rows of the window, source columns, C]` to `[T, rows * columns, C]` in `dtype`."""
-        if self.target is None:
-            return values.to(dtype).mean((1, 2))[:, None]
-        if self.source.rows == self.rows:
-            return self._along_columns(values, dtype).flatten(1, 2)
-        taps, start = interpolation_taps(rows, self.source.rows, self.rows), self.window(rows).start
-        if self.source.rows < self.rows:
-            values = _interpolate(values, taps.renumbered(range(start, start + values.shape[1])), 1, dtype)
-            return self._along_columns(values, dtype).flatten(1, 2)
-        # A coarser grid reads only two source rows for each of its own: the others are not even converted.
-        needed = sorted({*taps.lower, *taps.upper})
-        values = self._along_columns(_select(values, 1, [row - start for row in needed]), dtype)
-        return _interpolate(values, taps.renumbered(needed), 1, dtype).flatten(1, 2)
-
-    def _along_columns(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        if self.source.columns == self.columns:
-            return values.to(dtype)
-        taps = interpolation_taps(slice(0, self.columns), self.source.columns, self.columns)
-        return _interpolate(values, taps, 2, dtype)
-
-
-def _interpolate(values: Tensor, taps: Taps, axis: int, dtype: torch.dtype) -> Tensor:
-    lower, upper = (_select(values, axis, positions).to(dtype) for positions in (taps.lower, taps.upper))
-    fraction = torch.tensor(taps.fraction, device=values.device, dtype=dtype)
-    return torch.lerp(lower, upper, fraction.view([-1 if at == axis else 1 for at in range(values.ndim)]))
-
-
-def _select(values: Tensor, axis: int, positions: list[int]) -> Tensor:
-    return values.index_select(axis, torch.tensor(positions, device=values.device))
-
-
 class _Plan(NamedTuple):
     """Everything about the comparison that is not a tensor of the batch."""
 
-    student: _Resampling
-    teacher: _Resampling
+    student: Resampling
+    teacher: Resampling
     teacher_frames: list[int]
     weights: Tensor
     patches: int
@@ -250,9 +200,10 @@ class _Plan(NamedTuple):
         cls, student: TokenGrid, teacher: TokenGrid, spatial_align: bool, weights: Tensor, norm_eps: float
     ) -> _Plan:
         target = coarser_grid(student, teacher) if spatial_align else None
+        constants = Constants(weights.device, weights.dtype)
         return cls(
-            _Resampling(student, target),
-            _Resampling(teacher, target or teacher),
+            Resampling(student, target, constants),
+            Resampling(teacher, target or teacher, constants),
             matching_frames(teacher.frames, student.frames),
             weights,
             target.tokens if target else 1,
@@ -283,7 +234,7 @@ class _Plan(NamedTuple):
         grid = self.teacher.source
         window = features[chunk.clip].unflatten(1, (grid.rows, grid.columns))[:, self.teacher.window(chunk.rows)]
         if self.teacher_frames != list(range(grid.frames)):
-            window = window[self.teacher_frames]
+            window = window.index_select(0, self.teacher.constants.indices(self.teacher_frames))
         unit = F.normalize(self.teacher(window, chunk.rows, self.weights.dtype), dim=-1)
         return torch.tensordot(self.weights[chunk.frames], unit, dims=1), unit[chunk.frames]
 

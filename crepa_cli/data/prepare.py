@@ -134,7 +134,7 @@ def prompt_key(family: Family, caption: str, dtype: torch.dtype, *, negative: bo
         pipeline=family.pipeline_class,
         caption=caption,
         dtype=str(dtype),
-        encoder=_digests(family.text_components, family),
+        encoder=family.base.fingerprints(*family.text_components),
         # Entries of earlier versions have the pipeline's length.
         **({"tokens": family.caption_tokens} if family.caption_tokens else {}),
     )
@@ -293,7 +293,7 @@ def _with_captions(
 def _prepare_latents(
     family: Family, clips: list[PreparedClip], cache: Cache, device: torch.device
 ) -> Generator[Event, None, list[PreparedClip]]:
-    vae = _digests(family.vae_components, family)
+    vae = family.base.fingerprints(*family.vae_components)
 
     def key(clip: PreparedClip) -> str:
         content = family.encoding | _content(clip)
@@ -389,9 +389,3 @@ def _content(clip: PreparedClip) -> dict[str, object]:
         "height": bucket.height,
         "width": bucket.width,
     }
-
-
-def _digests(components: Iterable[str], family: Family) -> list[str]:
-    components = list(components)
-    folder = family.base.fetch(*components)
-    return [fingerprint(folder / name) for name in components]

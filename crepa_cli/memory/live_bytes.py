@@ -6,13 +6,25 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from crepa_cli.training.placement.host import allocates_on_host
+
+HOST = "host"
+"""The part of buffers on the host, which take no memory of the device."""
 READ_DEVICE = torch.ops.prim.device.default
+
+
+class Segment(NamedTuple):
+    """Bytes by part at the start of a segment of time, at its peak, and at its end."""
+
+    start: Counter[str]
+    peak: Counter[str]
+    end: Counter[str]
 
 
 class LiveBytes(TorchDispatchMode):
@@ -21,6 +33,7 @@ class LiveBytes(TorchDispatchMode):
     Attributes:
         part: the part that new storages are counted under.
         live: bytes held now.
+        host: bytes of host buffers held now, which count nowhere else.
         peak: the most bytes held at any time since `reset_peak`.
         peak_parts: the bytes at that time, by part.
     """
@@ -29,14 +42,23 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]  # untyped in torch
         self.part = ""
         self.live = 0
+        self.host = 0
         self._parts: Counter[str] = Counter()
         self._owners: dict[int, str] = {}
+        self._start: Counter[str] = Counter()
         self.reset_peak()
 
     def reset_peak(self) -> None:
         """Measure the peak from now on."""
         self.peak = self.live
         self.peak_parts = Counter(self._parts)
+
+    def cut(self) -> Segment:
+        """End a segment of time, return it, and begin the next; it measures the peak anew."""
+        segment = Segment(self._start, self.peak_parts, Counter(self._parts))
+        self.reset_peak()
+        self._start = self.peak_parts
+        return segment
 
     def assign(self, part: str, tensors: Iterable[Tensor]) -> None:
         """Count the storages of tensors under another part from now on."""
@@ -72,16 +94,22 @@ class LiveBytes(TorchDispatchMode):
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        self._owners[key] = self.part
-        self._parts[self.part] += size
-        self.live += size
+        part = HOST if allocates_on_host() else self.part
+        self._owners[key] = part
+        self._add(part, size)
         if self.live > self.peak:
             self.reset_peak()
         weakref.finalize(storage, self._forget, key, size)
 
     def _forget(self, key: int, size: int) -> None:
-        self._parts[self._owners.pop(key)] -= size
-        self.live -= size
+        self._add(self._owners.pop(key), -size)
+
+    def _add(self, part: str, size: int) -> None:
+        if part == HOST:
+            self.host += size
+        else:
+            self._parts[part] += size
+            self.live += size
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

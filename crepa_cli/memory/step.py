@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import math
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -19,12 +20,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from crepa_cli.alignment import Alignment, TokenGrid
+from crepa_cli.memory.depth import END, START, EachCall, Excerpt, Part, Segments, Timeline, extended, with_blocks
 from crepa_cli.memory.live_bytes import LiveBytes
 from crepa_cli.memory.shapes import Clips
 from crepa_cli.models.family import Family, Tensors
 from crepa_cli.profile import Profile
 from crepa_cli.training.aligned import AlignedTransformer
-from crepa_cli.training.build import build_model, frozen_dtype, make_optimizer, trainable
+from crepa_cli.training.build import build_model, frozen_dtype, frozen_in_int8, make_optimizer, trainable
+from crepa_cli.training.placement.streaming import stream
 from crepa_cli.training.step import Teaching, step_losses
 
 WEIGHTS, ADAPTER, GRADIENTS, OPTIMIZER = "weights", "adapter", "gradients", "optimizer"
@@ -40,13 +43,29 @@ def predict_training(profile: Profile, family: Family, clips: Clips, device: tor
         profile: the resolved settings.
         family: of the checkpoint, of which only the configuration is read.
         clips: the clips of a batch.
-        device: the device that trains; a GPU's optimizer updates all parameters at once.
+        device: the device that trains.
     """
+    excerpt = Excerpt.of(profile, family)
+    if excerpt is None:
+        segments = list(_segments(profile, family, clips, device).items())
+    else:
+        longer, shorter = (
+            _segments(*with_blocks(profile, family, kept), clips, device)
+            for kept in (excerpt.kept, excerpt.without_repeated())
+        )
+        segments = list(extended(excerpt, longer, shorter))
+    peak = max((segment.peak for part, segment in segments if part != START), key=Counter.total)
+    return {part: peak[part] for part in PARTS}
+
+
+def _segments(profile: Profile, family: Family, clips: Clips, device: torch.device) -> Segments:
+    """The segments of one step at its own depth."""
     batch = {name: torch.stack([tensor] * profile.train.batch_size) for name, tensor in clips.tensors.items()}
     with fake_training(profile, family, clips.feature_size, device) as training:
-        training.live.reset_peak()
-        _step(profile, family, training, batch, clips)
-        return {part: training.live.peak_parts[part] for part in PARTS}
+        timeline = Timeline(training.live)
+        timeline.watch(family.blocks(training.model.transformer))
+        _step(profile, family, training, timeline, batch, clips)
+        return timeline.segments
 
 
 class FakeTraining(NamedTuple):
@@ -69,7 +88,7 @@ def fake_training(profile: Profile, family: Family, feature_size: int, device: t
         device: the device that trains.
     """
     with torch.device("meta"):
-        transformer = family.empty_transformer(frozen_dtype(profile))
+        transformer = family.empty_transformer(frozen_dtype(profile), int8=frozen_in_int8(profile))
         model = build_model(profile, family, transformer, feature_size if profile.crepa.enabled else None)
     with fake_memory() as live:
         live.part = WEIGHTS
@@ -77,6 +96,8 @@ def fake_training(profile: Profile, family: Family, feature_size: int, device: t
         trained = trainable(model.transformer)
         trained_part = WEIGHTS if profile.adapter.kind == "full" else ADAPTER
         live.assign(trained_part, trained)
+        if profile.memory.stream_weights:
+            stream(family.blocks(model.transformer), torch.device("cpu"))
         _watch(model, live)
         with live.belonging_to(trained_part):
             average = EMAModel(trained, decay=profile.train.ema) if profile.train.ema else None
@@ -91,10 +112,8 @@ def _optimizer_with_state(profile: Profile, model: AlignedTransformer, device: t
     # bitsandbytes, which takes less than AdamW, and Prodigy, which takes twice as much, do not run on fake tensors.
     runs = train.optimizer in ("adamw", "adafactor")
     groups = [trainable(model.transformer), trainable(model.crepa) if model.crepa else []]
-    optimizer = make_optimizer(train if runs else train.model_copy(update={"optimizer": "adamw"}), groups)
+    optimizer = make_optimizer(train if runs else train.model_copy(update={"optimizer": "adamw"}), groups, device)
     for group in optimizer.param_groups:
-        if "foreach" in group:
-            group["foreach"] = device.type == "cuda"
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -105,9 +124,12 @@ def _optimizer_with_state(profile: Profile, model: AlignedTransformer, device: t
     return optimizer
 
 
-def _step(profile: Profile, family: Family, training: FakeTraining, batch: Tensors, clips: Clips) -> None:
+def _step(
+    profile: Profile, family: Family, training: FakeTraining, timeline: Timeline, batch: Tensors, clips: Clips
+) -> None:
     """One optimizer step of the trainer."""
     model, optimizer, live = training.model, training.optimizer, training.live
+    timeline.begin(Part("inputs"))
     live.part = ACTIVATIONS
     tensors = fake_batch(batch)
     noise, sigmas = torch.empty(batch["latents"].shape), torch.full((profile.train.batch_size,), 0.5)
@@ -115,10 +137,14 @@ def _step(profile: Profile, family: Family, training: FakeTraining, batch: Tenso
         teaching = Teaching(*_features(clips, profile.train.batch_size), coefficient=1.0)
     with fake_autocast(profile):
         losses = step_losses(model, family, profile, tensors, noise, sigmas, teaching)
+    timeline.begin(Part("losses"))
     losses.total.backward()
     live.part = OPTIMIZER
+    timeline.begin(Part("clipping"))
     nn.utils.clip_grad_norm_(trainable(model), profile.train.max_grad_norm or math.inf)
-    optimizer.step()
+    with EachCall(timeline, live, "update"):
+        optimizer.step()
+    timeline.begin(END)
 
 
 def fake_batch(batch: Tensors) -> Tensors:

@@ -12,7 +12,8 @@ from crepa_cli.memory.step import fake_autocast, fake_batch, fake_training, make
 from crepa_cli.models.family import Family
 from crepa_cli.models.precision import compute_in_own_dtype
 from crepa_cli.profile import Profile
-from crepa_cli.training.build import frozen_dtype, trainable
+from crepa_cli.training.build import frozen_dtype, frozen_in_int8, trainable
+from crepa_cli.training.placement.streaming import stream
 
 
 @torch.no_grad()
@@ -32,7 +33,7 @@ def predict_validation(profile: Profile, family: Family, clip: Clips, device: to
     batch = {name: torch.stack([tensor] * (2 if one_batch else 1)) for name, tensor in clip.tensors.items()}
     pipeline = family.empty_vae_pipeline()
     compute_in_own_dtype(pipeline.vae)
-    experts = _other_experts(family, frozen_dtype(profile))
+    experts = _other_experts(family, profile)
     image_encoder = family.base.empty_model(family.image_encoder, family.vae_dtype) if family.image_encoder else None
     with fake_training(profile, family, clip.feature_size, device) as training:
         live, trained = training.live, training.model.transformer.eval()
@@ -41,6 +42,9 @@ def predict_validation(profile: Profile, family: Family, clip: Clips, device: to
             training.average.store(trainable(trained))
         for module in filter(None, (pipeline.vae, image_encoder, *experts)):
             make_fake(module)
+        if profile.memory.stream_weights:
+            for expert in experts:
+                stream(family.blocks(expert), torch.device("cpu"))
         tensors = fake_batch(batch)
         # Autocast keeps the casts of weights until it ends: those of the sampler are there during the decoding.
         with fake_autocast(profile):
@@ -56,7 +60,7 @@ def predict_validation(profile: Profile, family: Family, clip: Clips, device: to
         return {"sampling": sampling, "decoding": live.peak}
 
 
-def _other_experts(family: Family, dtype: torch.dtype) -> list[ModelMixin]:
+def _other_experts(family: Family, profile: Profile) -> list[ModelMixin]:
     """The transformers that the sampler needs beside the trained one, on the meta device."""
     experts = []
     for component in family.transformer_components:
@@ -64,5 +68,5 @@ def _other_experts(family: Family, dtype: torch.dtype) -> list[ModelMixin]:
             other = copy(family)
             other.config = family.base.read_config(f"{component}/config.json")
             with torch.device("meta"):
-                experts.append(other.empty_transformer(dtype))
+                experts.append(other.empty_transformer(frozen_dtype(profile), int8=frozen_in_int8(profile)))
     return experts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from huggingface_hub import ModelCard
 from torch import nn
 from transformers import AutoConfig
 
-from crepa_cli.errors import UserError
+from crepa_cli.errors import UserError, listed
 from crepa_cli.hub.download import Need, fetch, local_folder
-from crepa_cli.hub.read import read_config
+from crepa_cli.hub.needed import read_json, weight_files
+from crepa_cli.hub.read import fingerprint, read_config
 
 CARD = "README.md"
 """The model card, which states the license."""
@@ -35,6 +37,7 @@ class BaseCheckpoint:
         self.name = name
         self.revision = revision
         self._configs: dict[str, dict[str, Any]] = {}
+        self._fingerprints: dict[str, str] = {}
 
     def read_config(self, filename: str) -> dict[str, Any]:
         """A JSON file of the checkpoint, such as `vae/config.json`, read once.
@@ -79,11 +82,42 @@ class BaseCheckpoint:
         """
         return fetch(Need(self.name, self.revision, components))
 
+    def fingerprints(self, *components: str) -> list[str]:
+        """The digest of each component's files, read once: a run asks for every caption.
+
+        Raises:
+            UserError: if they cannot be found or fetched.
+        """
+        missing = [name for name in components if name not in self._fingerprints]
+        if missing:
+            folder = self.fetch(*missing)
+            self._fingerprints |= {name: fingerprint(folder / name) for name in missing}
+        return [self._fingerprints[name] for name in components]
+
     def load_model(self, class_name: str, component: str, dtype: torch.dtype) -> ModelMixin:
-        """A component by its class in diffusers, on the CPU."""
+        """A component by its class in diffusers, on the CPU.
+
+        Raises:
+            UserError: if weights are missing.
+        """
         model_class = getattr(diffusers, class_name)
         folder = self.fetch(component)
-        return model_class.from_pretrained(folder, subfolder=component, dtype=dtype, use_safetensors=True)
+        model, report = model_class.from_pretrained(
+            folder, subfolder=component, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+        require_whole(folder / component, report["missing_keys"])
+        return model
+
+    def weight_files(self, component: str) -> list[Path]:
+        """The files of a component's weights, in safetensors; those of the Hub are downloaded if need be.
+
+        Raises:
+            UserError: if they cannot be found or fetched.
+        """
+        folder = self.fetch(component)
+        paths = {f"{component}/{path.name}" for path in (folder / component).iterdir()}
+        names = weight_files(paths, component, lambda path: read_json(folder / path))
+        return [folder / name for name in names if name.endswith(".safetensors")]
 
     def empty_model(self, component: str, dtype: torch.dtype) -> Any:
         """A component of transformers by its configuration alone, on the meta device."""
@@ -110,6 +144,12 @@ class BaseCheckpoint:
         pipeline = pipeline_class.from_pretrained(folder, dtype=dtype, use_safetensors=True, **given)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
+
+
+def require_whole(folder: Path, missing: Sequence[str]) -> None:
+    """Raise a UserError if the weights of a folder lack some that the model needs."""
+    if missing:
+        raise UserError(f"{folder} is incomplete: it lacks {listed(sorted(missing))}; download it anew")
 
 
 def check_embedding(text_encoder: nn.Module) -> None:

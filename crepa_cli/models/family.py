@@ -19,12 +19,14 @@ from typing import Any, ClassVar
 
 import diffusers
 import torch
+from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from crepa_cli.alignment import TokenGrid
 from crepa_cli.errors import UserError
 from crepa_cli.models.base import BaseCheckpoint, check_embedding
+from crepa_cli.models.int8 import has_int8, quantize_linears, read_weights
 from crepa_cli.models.precision import compute_in_own_dtype, in_loaded_dtypes, keep_float32
 
 Tensors = dict[str, Tensor]
@@ -61,6 +63,8 @@ class Family(ABC):
     name: ClassVar[str]
     transformer_class: ClassVar[str]
     blocks_attribute: ClassVar[str]
+    depth_setting: ClassVar[str] = "num_layers"
+    """The number of blocks in the transformer's configuration."""
     attention_parts: ClassVar[tuple[str, ...]] = ("attn1", "attn2")
     """The modules of a block that attend."""
     token_parts: ClassVar[tuple[str, ...]] = ()
@@ -92,6 +96,8 @@ class Family(ABC):
     """Patterns in module names and their replacements in the original names; None if ComfyUI does not run it."""
     comfyui_prefix: ClassVar[str] = "diffusion_model."
     """Before the names of a LoRA for ComfyUI; one that diffusers reads too."""
+    read_on_cpu: ClassVar[frozenset[str]] = frozenset()
+    """Tensors of a batch that `step` reads as numbers: on a GPU it would wait for them."""
     guides_in_one_batch: ClassVar[bool] = False
     """Whether the pipelines run a prompt and its negative as one batch of two, rather than one after the other."""
 
@@ -163,7 +169,7 @@ class Family(ABC):
     @property
     def block_count(self) -> int:
         """Blocks of the transformer."""
-        return int(self.config["num_layers"])
+        return int(self.config[self.depth_setting])
 
     @property
     def hidden_size(self) -> int:
@@ -192,20 +198,44 @@ class Family(ABC):
 
     # Loading.
 
-    def load_transformer(self, dtype: torch.dtype) -> ModelMixin:
-        """The transformer, on the CPU, with parameters that require no gradient."""
-        return self._load_expert(self.component, dtype).requires_grad_(False)
+    def load_transformer(self, dtype: torch.dtype, *, int8: bool = False) -> ModelMixin:
+        """The transformer, on the CPU, with parameters that require no gradient.
 
-    def _load_expert(self, component: str, dtype: torch.dtype) -> ModelMixin:
-        return keep_float32(self.base.load_model(self.transformer_class, component, dtype))
+        Args:
+            dtype: of the weights, except those that diffusers keeps in float32.
+            int8: whether the linear layers of the blocks are quantized while they are read.
 
-    def empty_transformer(self, dtype: torch.dtype) -> ModelMixin:
+        Raises:
+            UserError: if the checkpoint is incomplete.
+        """
+        return self._load_expert(self.component, dtype, int8=int8).requires_grad_(False)
+
+    def _load_expert(self, component: str, dtype: torch.dtype, *, int8: bool) -> ModelMixin:
+        if not int8:
+            return self._adapted(self.base.load_model(self.transformer_class, component, dtype))
+        files = self.base.weight_files(component)
+        # torch.device("meta") would take the content of buffers too, which is in no checkpoint.
+        with init_empty_weights():
+            transformer = self._from_config(self.base.read_config(f"{component}/config.json"), dtype, int8=True)
+        read_weights(transformer, files)
+        return transformer.eval()
+
+    def empty_transformer(self, dtype: torch.dtype, *, int8: bool = False) -> ModelMixin:
         """The transformer of `load_transformer` without its weights, from the configuration alone.
 
         In `torch.device("meta")` or in a FakeTensorMode it takes no memory.
         """
-        transformer = getattr(diffusers, self.transformer_class).from_config(self.config)
-        return keep_float32(in_loaded_dtypes(transformer, dtype))
+        return self._from_config(self.config, dtype, int8=int8)
+
+    def _from_config(self, config: Mapping[str, Any], dtype: torch.dtype, *, int8: bool) -> ModelMixin:
+        transformer = in_loaded_dtypes(getattr(diffusers, self.transformer_class).from_config(config), dtype)
+        if int8:
+            quantize_linears(transformer, self.blocks(transformer))
+        return self._adapted(transformer)
+
+    def _adapted(self, transformer: ModelMixin) -> ModelMixin:
+        """A stock transformer after the family has changed what it must in how it computes."""
+        return keep_float32(transformer)
 
     def blocks(self, transformer: nn.Module) -> nn.ModuleList:
         """The transformer's blocks, in order."""
@@ -297,6 +327,12 @@ class Family(ABC):
         }
         return {name: value for name, value in options.items() if value is not None}
 
+    def with_blocks(self, count: int) -> Family:
+        """The same recipe for a transformer with another number of blocks."""
+        family = copy(self)
+        family.config = self.config | {self.depth_setting: count}
+        return family
+
     def without_image_encoder(self) -> Family:
         """The same recipe for a base model without an image encoder."""
         family = copy(self)
@@ -314,7 +350,7 @@ class Family(ABC):
     def load_sampling_pipeline(self, transformer: ModelMixin) -> DiffusionPipeline:
         """The pipeline for sampling videos from encoded prompts; its VAE keeps to `vae_dtype` under autocast."""
         frozen = {
-            name: self._load_expert(name, transformer.dtype)
+            name: self._load_expert(name, transformer.dtype, int8=has_int8(transformer))
             for name in self.transformer_components
             if name != self.component
         }

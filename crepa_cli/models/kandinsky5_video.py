@@ -91,6 +91,7 @@ class Kandinsky5Video(Family):
     name = "kandinsky5_video"
     transformer_class = "Kandinsky5Transformer3DModel"
     blocks_attribute = "visual_transformer_blocks"
+    depth_setting = "num_visual_blocks"
     attention_parts = ("self_attention", "cross_attention")
     token_parts = ("feed_forward",)
     pipelines = {"t2v": "Kandinsky5T2VPipeline", "i2v": "Kandinsky5I2VPipeline"}
@@ -100,6 +101,7 @@ class Kandinsky5Video(Family):
     }
     text_components = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     vae_tiling = True
+    read_on_cpu = frozenset({"prompt_length"})
     negative_prompt = (
         "Static, 2D cartoon, cartoon, 2d animation, paintings, images, worst quality, low quality, ugly, "
         "deformed, walking backwards"
@@ -154,11 +156,6 @@ class Kandinsky5Video(Family):
         return None
 
     @property
-    def block_count(self) -> int:
-        """Blocks that hold the tokens of the video."""
-        return int(self.config["num_visual_blocks"])
-
-    @property
     def hidden_size(self) -> int:
         """Width of the blocks' hidden states."""
         return int(self.config["model_dim"])
@@ -186,15 +183,8 @@ class Kandinsky5Video(Family):
     def _nabla(self) -> bool:
         return bool(self.config.get("attention_type") == "nabla")
 
-    def load_transformer(self, dtype: torch.dtype) -> ModelMixin:
-        """The transformer, with attention that knows the length of each caption of a batch."""
-        return self._with_caption_attention(super().load_transformer(dtype))
-
-    def empty_transformer(self, dtype: torch.dtype) -> ModelMixin:
-        """The same without weights."""
-        return self._with_caption_attention(super().empty_transformer(dtype))
-
-    def _with_caption_attention(self, transformer: ModelMixin) -> ModelMixin:
+    def _adapted(self, transformer: ModelMixin) -> ModelMixin:
+        """With attention that knows the length of each caption of a batch."""
         attend_captions = CaptionAttention()
         transformer.register_forward_pre_hook(attend_captions.take_lengths, with_kwargs=True)
         for block in transformer.text_transformer_blocks:
@@ -203,7 +193,7 @@ class Kandinsky5Video(Family):
             block.cross_attention.set_processor(attend_captions)
             if self._nabla:
                 block.self_attention.set_attention_backend("flex")
-        return transformer
+        return super()._adapted(transformer)
 
     def load_text_pipeline(self, dtype: torch.dtype) -> DiffusionPipeline:
         """The pipeline with its text encoders, and the tokenizer alone of the processor that prepares images too.

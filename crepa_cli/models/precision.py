@@ -14,13 +14,17 @@ from crepa_cli.alignment.loss import full_precision
 
 def in_loaded_dtypes(model: ModelMixin, dtype: torch.dtype) -> ModelMixin:
     """A new model of diffusers with the dtypes that `from_pretrained` gives it, and parameters without gradient."""
-    kept = set(model._keep_in_fp32_modules or ())
     for path, module in model.named_modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            parameter_dtype = dtype if kept.isdisjoint([*path.split("."), name]) else torch.float32
+            parameter_dtype = torch.float32 if is_kept_in_float32(model, f"{path}.{name}") else dtype
             # Not model.to(): the parameters of a FakeTensorMode can be replaced, but not converted.
             setattr(module, name, nn.Parameter(parameter.to(parameter_dtype), requires_grad=False))
     return model
+
+
+def is_kept_in_float32(model: ModelMixin, path: str) -> bool:
+    """Whether diffusers keeps the module or parameter of a path, such as `blocks.0.norm1`, in float32."""
+    return not set(path.split(".")).isdisjoint(model._keep_in_fp32_modules or ())
 
 
 def keep_float32(transformer: ModelMixin) -> ModelMixin:

@@ -123,18 +123,11 @@ class SanaVideo(Family):
             return int(vae.get("scale_factor_temporal", 4)), int(vae.get("scale_factor_spatial", 8))
         return int(vae["temporal_compression_ratio"]), int(vae["spatial_compression_ratio"])
 
-    def load_transformer(self, dtype: torch.dtype) -> ModelMixin:
-        """The transformer, with linear attention that multiplies in float32."""
-        return self._with_linear_attention(super().load_transformer(dtype))
-
-    def empty_transformer(self, dtype: torch.dtype) -> ModelMixin:
-        """The same without weights."""
-        return self._with_linear_attention(super().empty_transformer(dtype))
-
-    def _with_linear_attention(self, transformer: ModelMixin) -> ModelMixin:
+    def _adapted(self, transformer: ModelMixin) -> ModelMixin:
+        """With linear attention that multiplies in float32."""
         for block in transformer.transformer_blocks:
             block.attn1.set_processor(LinearAttention())
-        return transformer
+        return super()._adapted(transformer)
 
     def encode_prompt(self, pipeline: DiffusionPipeline, caption: str) -> Tensors:
         """`prompt_embeds` `[300, D]` of the Gemma encoder and `prompt_attention_mask` `[300]`.

@@ -60,12 +60,27 @@ class ModelSettings(Table):
 
 
 class MemorySettings(Table):
-    """Ways to train with less memory on the GPU."""
+    """Ways to train with less memory on the GPU: all but `quantize_base` leave the result as it is, up to rounding."""
 
+    stream_weights: bool = Field(
+        default=False,
+        description="Keep the frozen blocks in the host's memory and copy each to the GPU while the one before it "
+        "computes: two blocks are on the GPU in place of all. For a LoRA with activation checkpointing.",
+    )
+    offload_activations: bool = Field(
+        default=False,
+        description="Let the hidden states between blocks wait for the backward in the host's memory. It needs "
+        "activation checkpointing.",
+    )
     finer_recompute: bool = Field(
         default=False,
         description="Recompute attention and feed-forward each on their own in the backward: less memory for more "
         "time. The result changes by rounding alone.",
+    )
+    quantize_base: Literal["none", "int8"] = Field(
+        default="none",
+        description="int8 rounds the frozen linear layers to 8 bits with a scale per row: half the memory of bfloat16, "
+        "on the GPU and on the host, and slightly different results. For adapter.kind = lora; exports are unchanged.",
     )
 
 

@@ -145,6 +145,7 @@ def family_mistakes(family: Family, profile: Profile, *, resumes: bool = False) 
         *image_mistakes(profile.validation, profile.model.task),
         *_sampling_mistakes(family, profile.validation),
         *_sharding_mistakes(profile.train),
+        *memory_mistakes(profile),
         *export_mistakes(family, profile.adapter),
         *([] if resumes else warm_start_mistakes(profile.adapter)),
     ]
@@ -195,6 +196,30 @@ def _sharding_mistakes(train: TrainSettings) -> list[str]:
     if not train.sharding or train.optimizer.startswith("adamw"):
         return []
     return [f"train.optimizer = {train.optimizer!r}: it needs whole weights, and train.sharding splits them; use adamw"]
+
+
+def memory_mistakes(profile: Profile) -> list[str]:
+    """Settings of memory that do not go with the others."""
+    memory, train = profile.memory, profile.train
+    stream, offload = "memory.stream_weights", "memory.offload_activations"
+    rules = {
+        f"{stream}: it streams frozen weights, and adapter.kind = 'full' trains them all; use a LoRA": (
+            memory.stream_weights and profile.adapter.kind == "full"
+        ),
+        f"{stream}: train.sharding keeps a share of the weights in every process already; turn one of them off": (
+            memory.stream_weights and train.sharding
+        ),
+        f"{stream}: it needs train.activation_checkpointing = true, without which the backward keeps all weights": (
+            memory.stream_weights and not train.activation_checkpointing
+        ),
+        f"{offload}: it needs train.activation_checkpointing = true, whose hidden states it offloads": (
+            memory.offload_activations and not train.activation_checkpointing
+        ),
+        "memory.quantize_base: adapter.kind = 'full' trains the weights, which it rounds to 8 bits; use a LoRA": (
+            memory.quantize_base != "none" and profile.adapter.kind == "full"
+        ),
+    }
+    return [mistake for mistake, applies in rules.items() if applies]
 
 
 def image_mistakes(validation: ValidationSettings, task: str) -> list[str]:

@@ -43,6 +43,9 @@ class AlignedTransformer(nn.Module):
         pair: the block that CREPA aligns, and the block whose detached states are its features, if one is.
         layersync: the two blocks of LayerSync, or None for none.
         row_major: brings a block's hidden states `[B, T * N, H]` to `[B, T, N, H]`.
+
+    Attributes:
+        on_host: the parameters that stay on the host, whatever the device.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class AlignedTransformer(nn.Module):
         self.pair = pair
         self.layersync = layersync
         self.row_major = row_major
+        self.on_host: frozenset[nn.Parameter] = frozenset()
         aligned = pair.indices() if crepa else set()
         self.capture = HiddenStateCapture(blocks, aligned | (layersync.indices() if layersync else set()))
 

@@ -3,15 +3,57 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
-from crepa_cli.data.dataset import Batch, ClipDataset, prefetched
+from crepa_cli.alignment import TokenGrid
+from crepa_cli.data.dataset import ClipDataset, prefetched
 from crepa_cli.data.sampler import BatchOrder
+from crepa_cli.models.family import Family, Tensors
 from crepa_cli.profile import Profile
-from crepa_cli.training.flow import seeded_generator
+from crepa_cli.training.flow import sample_sigmas, seeded_generator
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Clips of one bucket, and what is drawn for them.
+
+    Attributes:
+        clips: their names.
+        tensors: latents and the captions' tensors, with a batch dimension.
+        noise: like the latents.
+        sigmas: `[B]`.
+        features: `[B, T', N', D]` on `teacher_grid`; both are None if features were not read.
+        teacher_grid: the grid of the features.
+    """
+
+    clips: tuple[str, ...]
+    tensors: Tensors
+    noise: Tensor
+    sigmas: Tensor
+    features: Tensor | None
+    teacher_grid: TokenGrid | None
+
+    def to(self, device: torch.device, stays: frozenset[str]) -> MicroBatch:
+        """The same on a device, without those in `stays`; the CPU does not wait for copies of pinned memory."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True), stays)
+
+    def pinned(self, stays: frozenset[str]) -> MicroBatch:
+        """The same in pinned memory, from which a GPU copies by itself."""
+        return self._each(Tensor.pin_memory, stays)
+
+    def _each(self, change: Callable[[Tensor], Tensor], stays: frozenset[str]) -> MicroBatch:
+        return replace(
+            self,
+            tensors={name: one if name in stays else change(one) for name, one in self.tensors.items()},
+            noise=change(self.noise),
+            sigmas=change(self.sigmas),
+            features=None if self.features is None else change(self.features),
+        )
 
 
 class Batches:
@@ -22,16 +64,19 @@ class Batches:
 
     Args:
         dataset: the prepared clips.
+        family: of the transformer.
         profile: the resolved settings.
         accelerator: the processes.
         with_features: whether teacher features are read; turned off once alignment is dropped.
     """
 
-    def __init__(self, dataset: ClipDataset, profile: Profile, accelerator: Accelerator, with_features: bool) -> None:
-        train = profile.train
+    def __init__(
+        self, dataset: ClipDataset, family: Family, profile: Profile, accelerator: Accelerator, with_features: bool
+    ) -> None:
+        self.train = train = profile.train
         self.dataset = dataset
+        self.family = family
         self.accelerator = accelerator
-        self.seed = train.seed
         self.caption_dropout = profile.data.caption_dropout
         self.accumulation = train.gradient_accumulation
         self.size = train.batch_size
@@ -50,8 +95,11 @@ class Batches:
         """Optimizer steps in an epoch of `BatchOrder`, in which every clip is seen equally often."""
         return math.ceil(self.order.batches_per_epoch * self.size / self.samples_per_step)
 
-    def starting_at(self, step: int) -> Iterator[Batch]:
-        """The micro-batches from an optimizer step on, each read while the one before it is trained on."""
+    def starting_at(self, step: int) -> Iterator[MicroBatch]:
+        """The micro-batches from an optimizer step on, each read and drawn while the one before it is trained on.
+
+        They lie in the memory of the CPU, which is pinned if a GPU trains.
+        """
         return prefetched(self._read, step * self.accumulation)
 
     def index(self, step: int, micro: int) -> int:
@@ -61,9 +109,16 @@ class Batches:
     def _global(self, index: int) -> int:
         return int(index * self.accelerator.num_processes + self.accelerator.process_index)
 
-    def _read(self, index: int) -> Batch:
-        index = self._global(index)
+    def _read(self, index: int) -> MicroBatch:
+        index, train = self._global(index), self.train
         indices = self.order.batch(index)
-        generator = seeded_generator(self.seed, "captions", index)
+        generator = seeded_generator(train.seed, "captions", index)
         drop = torch.rand(len(indices), generator=generator) < self.caption_dropout
-        return self.dataset.batch(indices, drop.tolist(), with_features=self.with_features)
+        batch = self.dataset.batch(indices, drop.tolist(), with_features=self.with_features)
+        generator = seeded_generator(train.seed, "noise", index)
+        latents = batch.tensors["latents"]
+        shift = train.timestep_shift or self.family.timestep_shift(latents)
+        sigmas = sample_sigmas(train.batch_size, train.timestep_sampling, shift, generator, self.family.sigma_range)
+        noise = torch.randn(latents.shape, generator=generator)
+        drawn = MicroBatch(batch.clips, batch.tensors, noise, sigmas, batch.features, batch.teacher_grid)
+        return drawn.pinned(self.family.read_on_cpu) if self.accelerator.device.type == "cuda" else drawn

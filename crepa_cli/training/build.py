@@ -19,6 +19,7 @@ from crepa_cli.profile import LayerSyncSettings, Profile, TrainSettings, step_co
 from crepa_cli.training.adapter import make_trainable
 from crepa_cli.training.aligned import AlignedTransformer, BlockPair
 from crepa_cli.training.placement.recompute import recompute_finely
+from crepa_cli.training.placement.runner import block_runner
 
 PRODIGY = {"use_bias_correction": True, "safeguard_warmup": True}
 """Recommended by its authors for diffusion models."""
@@ -28,6 +29,11 @@ def frozen_dtype(profile: Profile) -> torch.dtype:
     """The dtype that the transformer is loaded in."""
     # What is trained is kept in float32: steps of 1e-5 of a weight are lost in bfloat16.
     return torch.float32 if profile.adapter.kind == "full" else torch_dtype(profile.model.dtype)
+
+
+def frozen_in_int8(profile: Profile) -> bool:
+    """Whether the transformer is loaded with linear layers in int8."""
+    return profile.memory.quantize_base == "int8"
 
 
 def build_model(
@@ -44,7 +50,7 @@ def build_model(
     settings = profile.crepa
     make_trainable(transformer, profile.adapter)
     if profile.train.activation_checkpointing:
-        transformer.enable_gradient_checkpointing()
+        transformer.enable_gradient_checkpointing(block_runner(profile.memory))
     blocks = family.blocks(transformer)
     if profile.memory.finer_recompute:
         recompute_finely(family, blocks)
@@ -104,8 +110,16 @@ def coefficient_schedule(profile: Profile) -> CoefficientSchedule:
     )
 
 
-def make_optimizer(train: TrainSettings, groups: list[list[nn.Parameter]]) -> torch.optim.Optimizer:
-    """The optimizer of the settings over groups of parameters, of which some may be empty."""
+def make_optimizer(
+    train: TrainSettings, groups: list[list[nn.Parameter]], device: torch.device
+) -> torch.optim.Optimizer:
+    """The optimizer of the settings.
+
+    Args:
+        train: the settings.
+        groups: of parameters; some may be empty.
+        device: that trains.
+    """
     parameters = [{"params": group} for group in groups]
     common: dict[str, Any] = {"lr": train.learning_rate, "weight_decay": train.weight_decay}
     if train.optimizer == "adafactor":
@@ -114,7 +128,8 @@ def make_optimizer(train: TrainSettings, groups: list[list[nn.Parameter]]) -> to
         return adafactor
     common |= {"betas": (train.beta1, train.beta2), "eps": train.eps}
     if train.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **common)
+        # In one kernel, without the temporary copies that updating all parameters at once takes.
+        return torch.optim.AdamW(parameters, fused=device.type == "cuda", **common)
     # runs.checks has made sure that its package is installed.
     if train.optimizer == "prodigy":
         with redirect_stdout(None):  # it prints a line

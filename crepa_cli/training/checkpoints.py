@@ -20,7 +20,6 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
-    set_model_state_dict,
     set_optimizer_state_dict,
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -167,13 +166,21 @@ def load_checkpoint(
             f"{tuple(found[name]) if name in found else 'missing'} there and {tuple(wanted[name])} here; resume with "
             "the settings of the run, or start a new one"
         )
-    set_model_state_dict(model, weights, options=OPTIONS)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in wanted:
+                parameter.copy_(_like(weights[name], parameter))
     state: dict[str, Any] = {}
     saved = _read_state(path)
     for key, value in {**load_file(path / "optimizer.safetensors"), **saved.get("optimizer", {})}.items():
         *tables, name = key.split(SEPARATOR)
         functools.reduce(lambda table, part: table.setdefault(part, {}), tables, state)[name] = value
-    set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": saved["param_groups"]}, options=OPTIONS)
+    groups = [
+        # How the update is computed depends on the device, which may be another one than that of the saved run.
+        group | {name: present[name] for name in ("foreach", "fused") if name in present}
+        for group, present in zip(saved["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups}, options=OPTIONS)
     _unmap(optimizer)
     if average is not None:
         averages = load_file(path / "average.safetensors")

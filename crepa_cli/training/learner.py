@@ -13,7 +13,8 @@ import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from crepa_cli.alignment import CoefficientSchedule
@@ -26,19 +27,21 @@ from crepa_cli.training.build import (
     build_model,
     coefficient_schedule,
     frozen_dtype,
+    frozen_in_int8,
     make_optimizer,
     trainable,
     with_floor,
 )
 from crepa_cli.training.checkpoints import Snapshot, holds_projector, load_checkpoint, take_snapshot
 from crepa_cli.training.parallel import replicated, shard
+from crepa_cli.training.placement.streaming import stream
 
 
 class GradientNorms(NamedTuple):
-    """L2 norms before clipping; `projector` is None without one."""
+    """L2 norms before clipping, 0-d tensors; `projector` is None without one."""
 
-    adapter: float
-    projector: float | None
+    adapter: Tensor
+    projector: Tensor | None
 
 
 @dataclass
@@ -92,8 +95,9 @@ class Learner:
         projector = trainable(self.aligned.crepa) if self.aligned.crepa else []
         return GradientNorms(self._clip(self.trained), self._clip(projector) if projector else None)
 
-    def _clip(self, parameters: list[nn.Parameter]) -> float:
-        return float(self.accelerator.clip_grad_norm_(parameters, self.max_grad_norm or math.inf))
+    def _clip(self, parameters: list[nn.Parameter]) -> Tensor:
+        norm: Tensor = self.accelerator.clip_grad_norm_(parameters, self.max_grad_norm or math.inf)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def update(self, similarity: float | None) -> None:
         """Take an optimizer step with the accumulated gradients, known to be finite, and advance all schedules."""
@@ -191,15 +195,17 @@ def build_learner(
     saved = checkpoint is not None and holds_projector(checkpoint)
     aligns = profile.crepa.enabled and (saved or not schedule.finished(progress.get("step", 0)))
     torch.manual_seed(train.seed)
-    transformer = family.load_transformer(frozen_dtype(profile))
+    transformer = family.load_transformer(frozen_dtype(profile), int8=frozen_in_int8(profile))
     aligned = build_model(profile, family, transformer, teacher_size if aligns else None)
     if checkpoint is None and profile.adapter.init_from:
         start_from(transformer, family, profile.adapter)
     if train.sharding:
         shard(aligned, family.blocks(transformer), accelerator)
+    if profile.memory.stream_weights:
+        aligned.on_host = stream(family.blocks(transformer), accelerator.device)
     model = replicated(aligned, accelerator)
     groups = [trainable(module) if module else [] for module in (transformer, aligned.crepa)]
-    optimizer = make_optimizer(train, groups)
+    optimizer = make_optimizer(train, groups, accelerator.device)
     lr_scheduler = get_scheduler(
         train.lr_scheduler, optimizer, num_warmup_steps=train.lr_warmup_steps, num_training_steps=train.steps
     )

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from crepa_cli.errors import RunError, UserError
 from crepa_cli.training.aligned import AlignedTransformer
+from crepa_cli.training.placement.streaming import move
 
 
 def shard(aligned: AlignedTransformer, blocks: nn.ModuleList, accelerator: Accelerator) -> None:
@@ -43,12 +44,17 @@ def describe_share(aligned: AlignedTransformer) -> str:
 def replicated(aligned: AlignedTransformer, accelerator: Accelerator) -> nn.Module:
     """The aligned transformer on its device, as it is called: with several processes, a copy in each.
 
+    Its parameters that are `on_host` stay there.
+
     A sharded one is returned as it is.
     """
     if isinstance(aligned.transformer, FSDPModule):
         return aligned
-    aligned.to(accelerator.device)
+    move(aligned, accelerator.device, aligned.on_host)
     if accelerator.num_processes == 1:
         return aligned
+    # Every process reads the weights on its host by itself.
+    own = [name for name, parameter in aligned.named_parameters() if parameter in aligned.on_host]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(aligned, own)
     devices = None if accelerator.device.type == "cpu" else [accelerator.local_process_index]
     return DistributedDataParallel(aligned, device_ids=devices)

@@ -10,9 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
-from crepa_cli.data.dataset import Batch
 from crepa_cli.data.online import OnlineTeacher
 from crepa_cli.data.video import DECODING_VERSION
 from crepa_cli.errors import RunError
@@ -32,13 +30,13 @@ from crepa_cli.processes import from_all
 from crepa_cli.profile import Profile
 from crepa_cli.runs.folder import RunFolder
 from crepa_cli.runs.header import file_header
-from crepa_cli.training.batches import Batches
+from crepa_cli.training.batches import Batches, MicroBatch
 from crepa_cli.training.build import trainable
 from crepa_cli.training.checkpointer import Checkpointer
 from crepa_cli.training.checkpoints import trained_weights
 from crepa_cli.training.export import export_weights
-from crepa_cli.training.flow import sample_sigmas, seeded_generator
-from crepa_cli.training.learner import Learner
+from crepa_cli.training.flow import seeded_generator
+from crepa_cli.training.learner import GradientNorms, Learner
 from crepa_cli.training.parallel import describe_share
 from crepa_cli.training.peak import PeakMemory
 from crepa_cli.training.skipped import SkippedSteps
@@ -151,7 +149,9 @@ class Trainer:
             yield self.validator.sample(self.learner, self.done, should_stop)
             self.peak.restart()
 
-    def _step(self, step: int, batches: Iterator[Batch], should_stop: StopRequest) -> StepDone | StepSkipped | None:
+    def _step(
+        self, step: int, batches: Iterator[MicroBatch], should_stop: StopRequest
+    ) -> StepDone | StepSkipped | None:
         """One optimizer step; None if the run is to stop before it is complete, which changes nothing."""
         started = time.perf_counter()
         learner, accumulation = self.learner, self.batches.accumulation
@@ -167,9 +167,8 @@ class Trainer:
             with nullcontext() if last else self.accelerator.no_sync(learner.model):
                 losses.append(self._backward(batch, self.batches.index(step, micro), coefficient))
             clips.append(batch.clips)
-        norms = learner.clip_gradients()
-        means = self._means(losses)
-        if not all(math.isfinite(value) for value in (*means.values(), norms.adapter, norms.projector or 0.0)):
+        means, norms = self._read(losses, learner.clip_gradients())
+        if not all(math.isfinite(value) for value in (*means.values(), *norms)):
             return self._skip(step, losses, clips)
         similarity, crepa = means.get("similarity"), means.get("crepa")
         cut_off = not learner.aligns or learner.schedule.cut_off
@@ -191,40 +190,39 @@ class Trainer:
             crepa_coefficient=coefficient,
             crepa_cutoff=cut_off,
             learning_rate=learning_rate,
-            grad_norm=norms.adapter,
-            projector_grad_norm=norms.projector,
+            grad_norm=norms[0],
+            projector_grad_norm=norms[1] if norms[1:] else None,
             step_seconds=seconds,
             samples_per_second=self.batches.samples_per_step / seconds,
             peak_memory_bytes=self.peak.read(),
         )
 
-    def _backward(self, batch: Batch, index: int, coefficient: float) -> Tensors:
+    def _backward(self, batch: MicroBatch, index: int, coefficient: float) -> Tensors:
         """Accumulate the gradients of the micro-batch with this index of the run, and return its losses by name."""
-        train, device = self.profile.train, self.accelerator.device
+        train = self.profile.train
         torch.manual_seed(seeded_generator(train.seed, "dropout", index).initial_seed())
-        generator = seeded_generator(train.seed, "noise", index)
-        latents = batch.tensors["latents"]
-        shift = train.timestep_shift or self.family.timestep_shift(latents)
-        bounds = self.family.sigma_range
-        sigmas = sample_sigmas(train.batch_size, train.timestep_sampling, shift, generator, bounds).to(device)
-        noise = torch.randn(latents.shape, generator=generator).to(device)
-        tensors = {name: tensor.to(device) for name, tensor in batch.tensors.items()}
-        teaching = self._teaching(batch, tensors["latents"], coefficient)
+        batch = batch.to(self.accelerator.device, self.family.read_on_cpu)
+        if self.online_teacher is not None:
+            teaching = Teaching(*self.online_teacher.features(batch.tensors["latents"]), coefficient)
+        else:
+            teaching = Teaching(batch.features, batch.teacher_grid, coefficient)
         with self.accelerator.autocast():
-            losses = step_losses(self.learner.model, self.family, self.profile, tensors, noise, sigmas, teaching)
+            losses = step_losses(
+                self.learner.model, self.family, self.profile, batch.tensors, batch.noise, batch.sigmas, teaching
+            )
         self.accelerator.backward(losses.total / train.gradient_accumulation)
         return {name: loss.detach() for name, loss in losses._asdict().items() if loss is not None}
 
-    def _teaching(self, batch: Batch, latents: Tensor, coefficient: float) -> Teaching:
-        if self.online_teacher is not None:
-            return Teaching(*self.online_teacher.features(latents), coefficient)
-        features = batch.features
-        return Teaching(None if features is None else features.to(latents.device), batch.teacher_grid, coefficient)
+    def _read(self, losses: list[Tensors], norms: GradientNorms) -> tuple[dict[str, float], list[float]]:
+        """The means of the losses over the micro-batches of this step and all processes, and the gradient norms.
 
-    def _means(self, losses: list[Tensors]) -> dict[str, float]:
-        """The means of the losses over the micro-batches of this step and all processes."""
+        This is the one place in a step where the CPU waits for the GPU.
+        """
         means = torch.stack([torch.stack(list(part.values())) for part in losses]).mean(0)
-        return dict(zip(losses[0], self.accelerator.reduce(means, "mean").tolist(), strict=True))
+        means = self.accelerator.reduce(means, "mean")
+        found = [norm for norm in norms if norm is not None]
+        values = torch.cat([means, torch.stack(found)]).tolist()
+        return dict(zip(losses[0], values, strict=False)), values[len(means) :]
 
     def _skip(self, step: int, losses: list[Tensors], clips: list[tuple[str, ...]]) -> StepSkipped:
         """Change nothing, and name the term and the clips that were not finite."""
@@ -268,6 +266,7 @@ class Trainer:
             "skipped": self.skipped.state_dict(),
             "revisions": {"model": self.profile.model.revision, "encoder": self.profile.crepa.encoder_revision},
             "decoding": DECODING_VERSION,
+            "quantize_base": self.profile.memory.quantize_base,
         }
         event = self.checkpointer.save(self.learner, progress)
         self.saved = self.done

@@ -24,6 +24,7 @@ from crepa_cli.profile import Profile
 from crepa_cli.runs.folder import RunFolder
 from crepa_cli.runs.prompts import Prompts
 from crepa_cli.training.learner import Learner
+from crepa_cli.training.placement.streaming import move, stream
 
 
 class Validator:
@@ -48,6 +49,7 @@ class Validator:
         accelerator: Accelerator,
     ) -> None:
         self.validation = profile.validation
+        self.streams = profile.memory.stream_weights
         self.seed = profile.train.seed
         self.family = family
         self.prompts = prompts
@@ -79,10 +81,13 @@ class Validator:
 
     def _load_pipeline(self, transformer: nn.Module) -> DiffusionPipeline:
         pipeline = self.family.load_sampling_pipeline(transformer)
+        device = self.accelerator.device
         for component in pipeline.components.values():
             # The transformer is in its place already, and its weights cannot be moved when they are sharded.
             if isinstance(component, nn.Module) and component is not transformer:
-                component.to(self.accelerator.device)
+                expert = isinstance(component, type(transformer))
+                staying = stream(self.family.blocks(component), device) if expert and self.streams else ()
+                move(component, device, staying)
         return pipeline
 
     def _sample_share(

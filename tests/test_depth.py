@@ -1,0 +1,69 @@
+"""Predictions that are extended from a few blocks compared with those of all blocks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from conftest import OpenTiny
+from test_memory import GPU, settings, small_clips
+
+from crepa_cli.data.buckets import Bucket
+from crepa_cli.memory.depth import Excerpt
+from crepa_cli.memory.shapes import Clips, clips_of
+from crepa_cli.memory.step import predict_training
+from crepa_cli.models import load_family
+from crepa_cli.models.family import Family
+from crepa_cli.profile import Profile
+
+Tables = dict[str, dict[str, object]]
+FULL: Tables = {"adapter": {"kind": "full"}, "train": {"activation_checkpointing": False, "max_grad_norm": 0.0}}
+LORA: Tables = {"model": {"dtype": "bfloat16"}, "train": {"activation_checkpointing": True}}
+BACKBONE: Tables = {"crepa": {"block_index": 1, "use_backbone_features": True, "teacher_block_index": 4}}
+ADAFACTOR: Tables = {"adapter": {"kind": "full"}, "train": {"optimizer": "adafactor", "ema": 0.9}}
+
+
+def of_all_blocks(profile: Profile, family: Family, clips: Clips, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    with monkeypatch.context() as patch:
+        patch.setattr(Excerpt, "of", lambda *_: None)
+        return predict_training(profile, family, clips, GPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "tables"),
+    [
+        ("ltxvideo", 7, FULL | {"crepa": {"block_index": 3}}),
+        pytest.param("wan", 10, LORA | BACKBONE, marks=pytest.mark.slow),
+        pytest.param("sanavideo", 8, ADAFACTOR | {"crepa": {"block_index": 6}}, marks=pytest.mark.slow),
+        pytest.param("kandinsky5_video", 6, LORA | {"crepa": {"block_index": 0}}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_few_blocks_tell_the_memory_of_all(
+    name: str, blocks: int, tables: Tables, open_tiny: OpenTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = open_tiny(name, "t2v").with_blocks(blocks)
+    profile = settings(family, **tables)
+    assert Excerpt.of(profile, family) is not None
+    clips = small_clips(family, profile)
+    if profile.crepa.use_backbone_features:
+        clips = replace(clips, teacher=None, feature_size=family.hidden_size)
+    extended = predict_training(profile, family, clips, GPU)
+    assert extended == of_all_blocks(profile, family, clips, monkeypatch)
+
+
+@pytest.mark.slow
+def test_a_few_blocks_tell_the_memory_of_a_published_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    family = load_family("ltxvideo")("Lightricks/LTX-Video-0.9.5", "t2v")
+    profile = settings(family, model={"dtype": "bfloat16"}, crepa={"block_index": 8})
+    clips = clips_of(profile, family, Bucket(25, 256, 256))
+    extended = predict_training(profile, family, clips, GPU)
+    assert extended == of_all_blocks(profile, family, clips, monkeypatch)
+
+
+def test_blocks_that_differ_are_all_run(open_tiny: OpenTiny) -> None:
+    family = open_tiny("wan", "t2v")
+    assert Excerpt.of(settings(family), family) == Excerpt(12, (0, 1, 2, 3, 11), 3)
+    one_layer: dict[str, object] = {"target_modules": ["blocks.3.attn1.to_q"]}
+    assert Excerpt.of(settings(family, adapter=one_layer), family) is None
+    assert Excerpt.of(settings(family), family.with_blocks(6)) is None

@@ -1,0 +1,248 @@
+"""Streamed weights and offloaded activations: the same bits as without them, in far less memory of the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from copy import copy
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from conftest import OpenTiny
+from torch import Tensor
+
+from crepa_cli.alignment import TokenGrid
+from crepa_cli.data.buckets import Bucket
+from crepa_cli.memory.live_bytes import LiveBytes
+from crepa_cli.memory.shapes import Clips, encoded_clip
+from crepa_cli.memory.step import predict_training
+from crepa_cli.models import FAMILIES
+from crepa_cli.models.dtypes import torch_dtype
+from crepa_cli.models.family import Family
+from crepa_cli.processes import PRECISION
+from crepa_cli.profile import Profile
+from crepa_cli.runs.checks import memory_mistakes
+from crepa_cli.training.build import build_model, trainable
+from crepa_cli.training.learner import Learner, build_learner
+from crepa_cli.training.placement.streaming import stream
+from crepa_cli.training.step import Teaching, step_losses
+
+CPU = torch.device("cpu")
+FEATURES = 24
+TEACHER = TokenGrid(3, 4, 4)
+TOKENS = 8
+TOKENS_OF_WAN = (3, 8, 8)
+STREAM: dict[str, object] = {"stream_weights": True}
+OFFLOAD: dict[str, object] = {"offload_activations": True}
+Tables = dict[str, dict[str, object]]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate() -> Iterator[None]:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def of_depth(family: Family, blocks: int) -> Family:
+    """The family with this many blocks, whose weights are random."""
+    family = copy(family)
+    depth = "num_visual_blocks" if "num_visual_blocks" in family.config else "num_layers"
+    family.config = family.config | {depth: blocks}
+    vars(family)["load_transformer"] = family.empty_transformer
+    return family
+
+
+def settings(family: Family, tables: Tables) -> Profile:
+    base: Tables = {
+        "model": {"family": family.name, "checkpoint": family.base.name, "dtype": "float32", "task": family.task},
+        "memory": {},
+        "adapter": {**family.settings["adapter"], "rank": 4, "alpha": 4.0, "dropout": 0.1},
+        "data": {"width": 96, "height": 96, "frames": 33, "fps": 16.0},
+        "train": {"learning_rate": 1e-2, "gradient_accumulation": 2, "ema": 0.9},
+        "crepa": {"block_index": 1},
+        "validation": {"every": 0, "guidance_scale": 5.0},
+    }
+    return Profile.model_validate({table: values | tables.get(table, {}) for table, values in base.items()})
+
+
+def clips_of(family: Family, profile: Profile, side: int = 64) -> Clips:
+    """Clips of three latent frames with a caption of eight tokens."""
+    bucket = Bucket(1 + 2 * family.frame_multiple, side, side)
+    with torch.device("meta"):
+        prompt = family.longest_prompt(torch_dtype(profile.model.dtype))
+    short = {name: one[:TOKENS] if one.ndim else one.clamp(max=TOKENS) for name, one in prompt.items()}
+    if "pooled_embeds" in prompt:
+        short["pooled_embeds"] = prompt["pooled_embeds"]
+    with torch.device("meta"):
+        return Clips({**encoded_clip(family, bucket), "fps": torch.empty(()), **short}, TEACHER, FEATURES)
+
+
+def filled(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """A batch of one clip with content in place of a tensor without."""
+    if not tensor.is_meta:
+        return tensor[None]
+    if not tensor.is_floating_point():
+        return torch.ones(1, *tensor.shape, dtype=tensor.dtype)
+    return torch.randn(1, *tensor.shape, generator=generator).to(tensor.dtype)
+
+
+class Training:
+    """A run without clips: the learner, and steps on noise."""
+
+    def __init__(self, family: Family, profile: Profile, clips: Clips) -> None:
+        self.family, self.profile, self.clips = family, profile, clips
+        self.generator = torch.Generator().manual_seed(0)
+        accelerator = Accelerator(cpu=True, mixed_precision=PRECISION[profile.model.dtype])
+        self.learner: Learner = build_learner(profile, family, clips.feature_size, accelerator, None, {})
+        self.losses: list[float] = []
+
+    def step(self) -> None:
+        learner, accelerator = self.learner, self.learner.accelerator
+        for _ in range(self.profile.train.gradient_accumulation):
+            batch = {name: filled(tensor, self.generator) for name, tensor in self.clips.tensors.items()}
+            noise = torch.randn(batch["latents"].shape, generator=self.generator)
+            shape = 1, TEACHER.frames, TEACHER.tokens, self.clips.feature_size
+            features = torch.randn(shape, generator=self.generator)
+            teaching = Teaching(features if self.profile.crepa.encoder_teaches else None, TEACHER, 1.0)
+            torch.manual_seed(len(self.losses))
+            with accelerator.autocast():
+                sigmas = torch.full((1,), 0.5)
+                losses = step_losses(learner.model, self.family, self.profile, batch, noise, sigmas, teaching)
+            accelerator.backward(losses.total)
+            self.losses.append(losses.total.detach().item())
+        learner.clip_gradients()
+        learner.update(None)
+
+
+def result(family: Family, tables: Tables, steps: int) -> tuple[list[float], dict[str, Tensor]]:
+    """The losses and the weights, frozen ones and the moving average included, after some steps."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    profile = settings(family, tables)
+    training = Training(family, profile, clips_of(family, profile))
+    for _ in range(steps):
+        training.step()
+    weights = dict(training.learner.aligned.named_parameters())
+    average = training.learner.average
+    assert average is not None
+    return training.losses, weights | {str(i): one for i, one in enumerate(average.shadow_params)}
+
+
+def assert_same_bits(family: Family, tables: Tables, *placements: dict[str, object], steps: int) -> None:
+    losses, weights = result(family, tables, steps)
+    assert losses[0] != losses[-1]
+    for memory in placements:
+        found_losses, found = result(family, tables | {"memory": memory}, steps)
+        assert found_losses == losses, memory
+        assert found.keys() == weights.keys()
+        assert [name for name, one in found.items() if not torch.equal(one, weights[name])] == []
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_placement_changes_no_bit(name: str, open_tiny: OpenTiny) -> None:
+    assert_same_bits(of_depth(open_tiny(name, "t2v"), 3), {}, STREAM | OFFLOAD, steps=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["t2v", "i2v"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_placement_changes_no_bit_in_twenty_steps(name: str, task: str, open_tiny: OpenTiny) -> None:
+    tables: Tables = {"model": {"dtype": "bfloat16"}, "crepa": {"block_index": 2}}
+    family = of_depth(open_tiny(name, task), 5)
+    assert_same_bits(family, tables, STREAM, OFFLOAD, STREAM | OFFLOAD, steps=20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "tables",
+    [
+        {"crepa": {"use_backbone_features": True, "teacher_block_index": 3}},
+        {"layersync": {"enabled": True, "student_block": 0, "teacher_block": 3}, "crepa": {"enabled": False}},
+        {"adapter": {"target_modules": ["to_q"]}, "train": {"optimizer": "adafactor"}},
+    ],
+    ids=["a block teaches", "layersync", "few layers"],
+)
+def test_placement_changes_no_bit_of_other_ways_to_train(tables: Tables, open_tiny: OpenTiny) -> None:
+    assert_same_bits(of_depth(open_tiny("wan", "t2v"), 4), tables, STREAM | OFFLOAD, steps=3)
+
+
+@pytest.mark.slow
+def test_placement_changes_no_bit_of_compiled_blocks(open_tiny: OpenTiny) -> None:
+    family = of_depth(open_tiny("wan", "t2v"), 3)
+    assert_same_bits(family, {"train": {"compile": True}, "adapter": {"dropout": 0.0}}, STREAM | OFFLOAD, steps=2)
+
+
+def test_offloading_changes_no_bit_of_full_tuning(open_tiny: OpenTiny) -> None:
+    assert_same_bits(of_depth(open_tiny("ltxvideo", "t2v"), 3), {"adapter": {"kind": "full"}}, OFFLOAD, steps=2)
+
+
+PREDICTED = [(name, memory) for name in FAMILIES for memory in (STREAM, OFFLOAD, STREAM | OFFLOAD)]
+
+
+@pytest.mark.parametrize(
+    ("name", "memory"),
+    [pytest.param(*one, marks=() if one == ("ltxvideo", STREAM | OFFLOAD) else pytest.mark.slow) for one in PREDICTED],
+)
+def test_predicted_and_measured_agree(name: str, memory: dict[str, object], open_tiny: OpenTiny) -> None:
+    family = of_depth(open_tiny(name, "t2v"), 4)
+    profile = settings(family, {"memory": memory, "train": {"gradient_accumulation": 1}})
+    predicted = predict_training(profile, family, clips_of(family, profile, side=128), CPU)
+    assert sum(predicted.values()) == pytest.approx(measured(family, profile).peak, rel=0.01)
+
+
+def measured(family: Family, profile: Profile) -> LiveBytes:
+    """The counter of live bytes, whose peak is that of a real step."""
+    clips = clips_of(family, profile, side=128)
+    with LiveBytes() as live:
+        training = Training(family, profile, clips)
+        training.step()
+        live.reset_peak()
+        training.step()
+    return live
+
+
+def test_memory_of_the_device_does_not_grow_with_depth(open_tiny: OpenTiny) -> None:
+    """All that each block adds is its adapter, with gradients, optimizer state and average."""
+    shallow, deep = (of_depth(open_tiny("wan", "t2v"), blocks) for blocks in (3, 5))
+    profile = settings(shallow, {"memory": STREAM | OFFLOAD})
+    first, second = measured(shallow, profile), measured(deep, profile)
+    adapter = sum(
+        one.nbytes for one in trainable(build_model(profile, deep, deep.load_transformer(torch.float32), None))
+    )
+    states = 4 * math.prod(TOKENS_OF_WAN) * shallow.hidden_size
+    assert second.peak - first.peak < 5 * adapter * 2 / 5 + 0.1 * states
+    assert second.host - first.host > 2 * states
+
+
+def test_two_blocks_are_on_the_device(open_tiny: OpenTiny) -> None:
+    family = of_depth(open_tiny("wan", "t2v"), 5)
+    transformer = family.load_transformer(torch.bfloat16)
+    blocks = family.blocks(transformer)
+    expected = {name: one.clone() for name, one in transformer.named_parameters()}
+    with LiveBytes() as live:
+        staying = stream(blocks, CPU)
+    largest = max(sum(-(-one.nbytes // 256) * 256 for one in block.parameters()) for block in blocks)
+    assert live.live == pytest.approx(2 * largest, abs=512)
+    assert live.host == pytest.approx(5 * largest, rel=0.01)
+    assert staying == {one for block in blocks for one in block.parameters()}
+    assert all(torch.equal(one, expected[name]) for name, one in transformer.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("tables", "words"),
+    [
+        ({"memory": STREAM, "adapter": {"kind": "full"}}, ["memory.stream_weights", "adapter.kind = 'full'"]),
+        ({"memory": STREAM, "train": {"sharding": True}}, ["memory.stream_weights", "train.sharding"]),
+        (
+            {"memory": STREAM | OFFLOAD, "train": {"activation_checkpointing": False}},
+            ["memory.stream_weights", "memory.offload_activations", "train.activation_checkpointing = true"],
+        ),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused_by_name(
+    tables: Tables, words: list[str], open_tiny: OpenTiny
+) -> None:
+    mistakes = "\n".join(memory_mistakes(settings(open_tiny("wan", "t2v"), tables)))
+    assert [word for word in words if word not in mistakes] == []
