@@ -23,6 +23,8 @@ BACKBONE: Tables = {"crepa": {"block_index": 1, "use_backbone_features": True, "
 ON_HOST: Tables = {"memory": {"stream_weights": True, "offload_activations": True}}
 ADAFACTOR: Tables = {"adapter": {"kind": "full"}, "train": {"optimizer": "adafactor", "ema": 0.9}}
 
+pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+
 
 def of_all_blocks(profile: Profile, family: Family, clips: Clips, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     with monkeypatch.context() as patch:

@@ -65,6 +65,7 @@ def test_two_processes_learn_what_one_does_and_go_on_after_the_cutoff(
     assert run_crepa(*flags, "--output", one, "--set", "train.gradient_accumulation=2") == 0
     cache = tmp_path / "cache"
     others = ["train.ema=0.9", "memory.stream_weights=true", "memory.offload_activations=true", f"data.cache={cache}"]
+    others += ["memory.finer_recompute=true"]
     sets = [word for setting in others for word in ("--set", setting)]
     crepa(demo, *flags, "--output", two, "--processes", "2", *sets)
 
@@ -92,7 +93,7 @@ def test_sharded_processes_save_what_one_process_does(demo: Path, tmp_path: Path
     crepa(demo, *DEMO, "--steps", "4", *sets, "--set", "train.gradient_accumulation=4", "--output", one)
     sharding = ["--set", "train.sharding=true", "--set", "train.gradient_accumulation=2"]
     sharding += ["--set", "validation.every=3", "--set", "validation.steps=2"]
-    sharding += ["--set", "memory.offload_activations=true"]
+    sharding += ["--set", "memory.offload_activations=true", "--set", "memory.finer_recompute=true"]
     told = crepa(demo, *DEMO, "--steps", "4", *sets, *sharding, "--output", two, launcher=TORCHRUN)
 
     here, total = (int(number.replace(",", "")) for number in _share(told))

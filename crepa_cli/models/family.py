@@ -65,6 +65,10 @@ class Family(ABC):
     blocks_attribute: ClassVar[str]
     depth_setting: ClassVar[str] = "num_layers"
     """The number of blocks in the transformer's configuration."""
+    attention_parts: ClassVar[tuple[str, ...]] = ("attn1", "attn2")
+    """The modules of a block that attend."""
+    token_parts: ClassVar[tuple[str, ...]] = ()
+    """Those that see each token alone, if recomputing them in chunks lowers the peak: wide feed-forwards."""
     pipelines: ClassVar[Mapping[str, str]]
     """The diffusers pipeline that generates each task."""
     checkpoints: ClassVar[Mapping[str, str]]

@@ -18,6 +18,7 @@ from crepa_cli.models.family import Family
 from crepa_cli.profile import LayerSyncSettings, Profile, TrainSettings, step_count
 from crepa_cli.training.adapter import make_trainable
 from crepa_cli.training.aligned import AlignedTransformer, BlockPair
+from crepa_cli.training.placement.recompute import recompute_finely
 from crepa_cli.training.placement.runner import block_runner
 
 PRODIGY = {"use_bias_correction": True, "safeguard_warmup": True}
@@ -51,6 +52,8 @@ def build_model(
     if profile.train.activation_checkpointing:
         transformer.enable_gradient_checkpointing(block_runner(profile.memory))
     blocks = family.blocks(transformer)
+    if profile.memory.finer_recompute:
+        recompute_finely(family, blocks)
     if profile.train.compile:
         for block in blocks:
             # Not block.compile(): that would compile the capturing hooks too.

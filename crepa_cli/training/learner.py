@@ -212,7 +212,9 @@ def build_learner(
     lr_scheduler.lr_lambdas = [
         with_floor(multiplier, train.lr_floor, train.lr_warmup_steps) for multiplier in lr_scheduler.lr_lambdas
     ]
-    average = EMAModel(groups[0], decay=train.ema) if train.ema else None
+    # All weights at once: their temporary copies would be too large in full tuning, and shares cannot be copied so.
+    foreach = profile.adapter.kind == "lora" and not train.sharding
+    average = EMAModel(groups[0], decay=train.ema, foreach=foreach) if train.ema else None
     learner = Learner(aligned, model, optimizer, lr_scheduler, schedule, average, accelerator, train.max_grad_norm)
     if checkpoint is not None:
         learner.load(checkpoint, progress)
