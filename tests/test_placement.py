@@ -169,8 +169,9 @@ def test_each_placement_changes_no_bit_of_image_to_video(name: str, open_tiny: O
         {"crepa": {"use_backbone_features": True, "teacher_block_index": 3}},
         {"layersync": {"enabled": True, "student_block": 0, "teacher_block": 3}, "crepa": {"enabled": False}},
         {"adapter": {"target_modules": ["to_q"]}, "train": {"optimizer": "adafactor"}},
+        {"memory": {"finer_recompute": True}},
     ],
-    ids=["a block teaches", "layersync", "few layers"],
+    ids=["a block teaches", "layersync", "few layers", "finer recomputation"],
 )
 def test_placement_changes_no_bit_of_other_ways_to_train(tables: Tables, open_tiny: OpenTiny) -> None:
     assert_same_bits(of_depth(open_tiny("wan", "t2v"), 4), tables, STREAM | OFFLOAD, steps=3)
