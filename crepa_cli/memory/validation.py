@@ -11,7 +11,7 @@ from crepa_cli.memory.shapes import Clips
 from crepa_cli.memory.step import fake_autocast, fake_batch, fake_training, make_fake
 from crepa_cli.models.family import Family
 from crepa_cli.models.precision import compute_in_own_dtype
-from crepa_cli.models.streaming import stream
+from crepa_cli.models.streaming import place
 from crepa_cli.profile import Profile
 from crepa_cli.training.build import frozen_dtype, frozen_in_int8, trainable
 
@@ -42,9 +42,8 @@ def predict_validation(profile: Profile, family: Family, clip: Clips, device: to
             training.average.store(trainable(trained))
         for module in filter(None, (pipeline.vae, image_encoder, *experts)):
             make_fake(module)
-        if profile.memory.stream_weights:
-            for expert in experts:
-                stream(family.blocks(expert), torch.device("cpu"))
+        for expert in experts:
+            place(expert, torch.device("cpu"), streamed=profile.memory.stream_weights)
         tensors = fake_batch(batch)
         # Autocast keeps the casts of weights until it ends: those of the sampler are there during the decoding.
         with fake_autocast(profile):
