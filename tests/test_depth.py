@@ -22,6 +22,8 @@ LORA: Tables = {"model": {"dtype": "bfloat16"}, "train": {"activation_checkpoint
 BACKBONE: Tables = {"crepa": {"block_index": 1, "use_backbone_features": True, "teacher_block_index": 4}}
 ADAFACTOR: Tables = {"adapter": {"kind": "full"}, "train": {"optimizer": "adafactor", "ema": 0.9}}
 
+pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+
 
 def of_all_blocks(profile: Profile, family: Family, clips: Clips, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     with monkeypatch.context() as patch:

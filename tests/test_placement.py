@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from copy import copy
+from typing import Any
 
 import pytest
 import torch
@@ -16,17 +17,18 @@ from torch import Tensor
 from crepa_cli.alignment import TokenGrid
 from crepa_cli.data.buckets import Bucket
 from crepa_cli.memory.live_bytes import LiveBytes
+from crepa_cli.memory.preparation import text_encoders_peak
 from crepa_cli.memory.shapes import Clips, encoded_clip
 from crepa_cli.memory.step import predict_training
 from crepa_cli.models import FAMILIES
 from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
+from crepa_cli.models.streaming import place, stream
 from crepa_cli.processes import PRECISION
 from crepa_cli.profile import Profile
 from crepa_cli.runs.checks import memory_mistakes
 from crepa_cli.training.build import build_model, trainable
 from crepa_cli.training.learner import Learner, build_learner
-from crepa_cli.training.placement.streaming import stream
 from crepa_cli.training.step import Teaching, step_losses
 
 CPU = torch.device("cpu")
@@ -203,6 +205,7 @@ def measured(family: Family, profile: Profile) -> LiveBytes:
     return live
 
 
+@pytest.mark.slow
 def test_memory_of_the_device_does_not_grow_with_depth(open_tiny: OpenTiny) -> None:
     """All that each block adds is its adapter, with gradients, optimizer state and average."""
     shallow, deep = (of_depth(open_tiny("wan", "t2v"), blocks) for blocks in (3, 5))
@@ -246,3 +249,33 @@ def test_settings_that_do_not_go_together_are_refused_by_name(
 ) -> None:
     mistakes = "\n".join(memory_mistakes(settings(open_tiny("wan", "t2v"), tables)))
     assert [word for word in words if word not in mistakes] == []
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "name", [name if name == "ltxvideo" else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
+def test_a_streamed_text_encoder_changes_no_bit(name: str, open_tiny: OpenTiny) -> None:
+    family = open_tiny(name, "t2v")
+    pipelines = [family.load_text_pipeline(torch.float32) for _ in range(2)]
+    with LiveBytes() as live:
+        for encoder in family.text_encoders:
+            place(getattr(pipelines[1], encoder), CPU, streamed=True)
+    assert live.host > 0
+    for caption in ("a red disc", "a blue square moves"):
+        expected, found = (family.encode_prompt(pipeline, caption) for pipeline in pipelines)
+        assert [key for key, one in expected.items() if not torch.equal(one, found[key])] == []
+
+
+@torch.no_grad()
+def test_a_streamed_text_encoder_is_predicted(open_tiny: OpenTiny) -> None:
+    family = copy(open_tiny("wan", "t2v"))
+    family.streams_text_encoders = True
+    encoder: Any = family.load_text_pipeline(torch.float32).text_encoder
+    with LiveBytes() as live:
+        encoder = type(encoder)(encoder.config).eval()
+        place(encoder, CPU, streamed=True)
+        live.reset_peak()
+        encoder(input_ids=torch.zeros(1, TOKENS, dtype=torch.int64))
+    clips = clips_of(family, settings(family, {}))
+    assert text_encoders_peak(family, clips, torch.float32) == pytest.approx(live.peak, rel=0.01)

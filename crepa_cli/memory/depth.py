@@ -168,7 +168,7 @@ def extended(excerpt: Excerpt, longer: Segments, shorter: Segments) -> Iterator[
     Args:
         excerpt: the blocks that were run.
         longer: the segments of a run of all kept blocks.
-        shorter: those of a run without the repeated one.
+        shorter: those of a run without the repeated one, and without a backward pass.
     """
     further = excerpt.count - len(excerpt.kept)
     longer, shorter = _comparable(longer, shorter)
@@ -179,7 +179,7 @@ def extended(excerpt: Excerpt, longer: Segments, shorter: Segments) -> Iterator[
             order = range(excerpt.count) if parts[0].block == 0 else reversed(range(excerpt.count))
             segments = [(Part(name, block), longer[Part(name, excerpt.stand_in(block))]) for block in order]
         else:
-            segments = [(part, _deeper(longer[part], shorter[part], further)) for part in parts]
+            segments = [(part, _deeper(longer[part], shorter.get(part, longer[part]), further)) for part in parts]
         for part, segment in segments:
             moved = _moved(segment, level or segment.start)
             level = moved.end
@@ -187,9 +187,9 @@ def extended(excerpt: Excerpt, longer: Segments, shorter: Segments) -> Iterator[
 
 
 def _comparable(longer: Segments, shorter: Segments) -> tuple[Segments, Segments]:
-    """Both with the same segments outside of the blocks: an optimizer may update all weights at once or one by one."""
-    outside = [[part for part in segments if part.block is None] for segments in (longer, shorter)]
-    return (longer, shorter) if outside[0] == outside[1] else (_joined(longer), _joined(shorter))
+    """Both with the same calls: some optimizers update all weights in one call, others take calls for each weight."""
+    calls = [[part for part in segments if part.call] for segments in (longer, shorter)]
+    return (longer, shorter) if calls[0] == calls[1] else (_joined(longer), _joined(shorter))
 
 
 def _joined(segments: Segments) -> Segments:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from crepa_cli.training.placement.host import allocates_on_host
+from crepa_cli.models.host import allocates_on_host
 
 HOST = "host"
 """The part of buffers on the host, which take no memory of the device."""

@@ -14,6 +14,7 @@ from crepa_cli.memory.shapes import Clips
 from crepa_cli.memory.step import fake_memory, make_fake
 from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
+from crepa_cli.models.streaming import place
 from crepa_cli.profile import CrepaSettings, Profile
 from crepa_cli.teachers.dinov2 import Dinov2Teacher, encoder_dtype
 
@@ -34,7 +35,7 @@ def predict_preparation(
         UserError: if a configuration cannot be read.
     """
     peaks = {
-        "text encoder": _text_encoders_peak(family, clips, torch_dtype(profile.model.dtype)),
+        "text encoder": text_encoders_peak(family, clips, torch_dtype(profile.model.dtype)),
         "VAE": vae_peak(family, bucket),
     }
     if clips.teacher is not None:
@@ -43,13 +44,15 @@ def predict_preparation(
 
 
 @torch.no_grad()
-def _text_encoders_peak(family: Family, clips: Clips, dtype: torch.dtype) -> int:
+def text_encoders_peak(family: Family, clips: Clips, dtype: torch.dtype) -> int:
     """The text encoders on the longest caption; instructions that some pipelines add take a few MB more."""
     encoders = [family.base.empty_model(name, dtype) for name in family.text_encoders]
     caption = len(clips.tensors["prompt_embeds"])
     with fake_memory() as live:
         for encoder in encoders:
             make_fake(encoder)
+            place(encoder, torch.device("cpu"), streamed=family.streams_text_encoders)
+        live.reset_peak()
         for encoder in encoders:
             limit = getattr(encoder.config.get_text_config(), "max_position_embeddings", caption)
             encoder(input_ids=torch.zeros(1, min(caption, limit), dtype=torch.int64))

@@ -17,17 +17,17 @@ from typing import Any, NamedTuple
 import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from crepa_cli.alignment import Alignment, TokenGrid
 from crepa_cli.memory.depth import END, START, EachCall, Excerpt, Part, Segments, Timeline, extended, with_blocks
+from crepa_cli.memory.fake import QuickFakeMode
 from crepa_cli.memory.live_bytes import LiveBytes
 from crepa_cli.memory.shapes import Clips
 from crepa_cli.models.family import Family, Tensors
+from crepa_cli.models.streaming import stream
 from crepa_cli.profile import Profile
 from crepa_cli.training.aligned import AlignedTransformer
 from crepa_cli.training.build import build_model, frozen_dtype, frozen_in_int8, make_optimizer, trainable
-from crepa_cli.training.placement.streaming import stream
 from crepa_cli.training.step import Teaching, step_losses
 
 WEIGHTS, ADAPTER, GRADIENTS, OPTIMIZER = "weights", "adapter", "gradients", "optimizer"
@@ -49,22 +49,22 @@ def predict_training(profile: Profile, family: Family, clips: Clips, device: tor
     if excerpt is None:
         segments = list(_segments(profile, family, clips, device).items())
     else:
-        longer, shorter = (
-            _segments(*with_blocks(profile, family, kept), clips, device)
-            for kept in (excerpt.kept, excerpt.without_repeated())
-        )
+        longer = _segments(*with_blocks(profile, family, excerpt.kept), clips, device)
+        shorter = _segments(*with_blocks(profile, family, excerpt.without_repeated()), clips, device, backward=False)
         segments = list(extended(excerpt, longer, shorter))
     peak = max((segment.peak for part, segment in segments if part != START), key=Counter.total)
     return {part: peak[part] for part in PARTS}
 
 
-def _segments(profile: Profile, family: Family, clips: Clips, device: torch.device) -> Segments:
-    """The segments of one step at its own depth."""
+def _segments(
+    profile: Profile, family: Family, clips: Clips, device: torch.device, *, backward: bool = True
+) -> Segments:
+    """The segments of one step at its own depth, with or without a backward pass."""
     batch = {name: torch.stack([tensor] * profile.train.batch_size) for name, tensor in clips.tensors.items()}
     with fake_training(profile, family, clips.feature_size, device) as training:
         timeline = Timeline(training.live)
         timeline.watch(family.blocks(training.model.transformer))
-        _step(profile, family, training, timeline, batch, clips)
+        _step(profile, family, training, timeline, batch, clips, backward=backward)
         return timeline.segments
 
 
@@ -113,9 +113,7 @@ def _optimizer_with_state(profile: Profile, model: AlignedTransformer, device: t
     runs = train.optimizer in ("adamw", "adafactor")
     groups = [trainable(model.transformer), trainable(model.crepa) if model.crepa else []]
     optimizer = make_optimizer(train if runs else train.model_copy(update={"optimizer": "adamw"}), groups, device)
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
+    _add_gradients(model)
     optimizer.step()
     optimizer.zero_grad()
     if train.optimizer == "prodigy":
@@ -124,10 +122,22 @@ def _optimizer_with_state(profile: Profile, model: AlignedTransformer, device: t
     return optimizer
 
 
+def _add_gradients(model: AlignedTransformer) -> None:
+    for parameter in trainable(model):
+        parameter.grad = torch.empty_like(parameter)
+
+
 def _step(
-    profile: Profile, family: Family, training: FakeTraining, timeline: Timeline, batch: Tensors, clips: Clips
+    profile: Profile,
+    family: Family,
+    training: FakeTraining,
+    timeline: Timeline,
+    batch: Tensors,
+    clips: Clips,
+    *,
+    backward: bool,
 ) -> None:
-    """One optimizer step of the trainer."""
+    """One optimizer step of the trainer; gradients without content take the place of a backward pass."""
     model, optimizer, live = training.model, training.optimizer, training.live
     timeline.begin(Part("inputs"))
     live.part = ACTIVATIONS
@@ -137,8 +147,13 @@ def _step(
         teaching = Teaching(*_features(clips, profile.train.batch_size), coefficient=1.0)
     with fake_autocast(profile):
         losses = step_losses(model, family, profile, tensors, noise, sigmas, teaching)
-    timeline.begin(Part("losses"))
-    losses.total.backward()
+    if backward:
+        timeline.begin(Part("losses"))
+        losses.total.backward()
+    else:
+        timeline.begin(Part("gradients"))
+        with live.belonging_to(GRADIENTS):
+            _add_gradients(model)
     live.part = OPTIMIZER
     timeline.begin(Part("clipping"))
     nn.utils.clip_grad_norm_(trainable(model), profile.train.max_grad_norm or math.inf)
@@ -198,7 +213,7 @@ def fake_memory() -> Iterator[LiveBytes]:
     collecting = gc.isenabled()
     gc.disable()
     try:
-        with FakeTensorMode(), LiveBytes() as live:
+        with QuickFakeMode(), LiveBytes() as live:
             yield live
     finally:
         if collecting:

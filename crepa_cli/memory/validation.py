@@ -11,9 +11,9 @@ from crepa_cli.memory.shapes import Clips
 from crepa_cli.memory.step import fake_autocast, fake_batch, fake_training, make_fake
 from crepa_cli.models.family import Family
 from crepa_cli.models.precision import compute_in_own_dtype
+from crepa_cli.models.streaming import stream
 from crepa_cli.profile import Profile
 from crepa_cli.training.build import frozen_dtype, frozen_in_int8, trainable
-from crepa_cli.training.placement.streaming import stream
 
 
 @torch.no_grad()

@@ -86,6 +86,8 @@ class Family(ABC):
     vae_dtype: torch.dtype = torch.float32
     vae_tiling: bool = False
     """Whether the VAE works on overlapping tiles of the frames, as the family's own code does; a setting too."""
+    streams_text_encoders: bool = False
+    """Whether the layers of the text encoders stay on the host while others compute; a setting too."""
     samples_posterior: ClassVar[bool] = False
     """Whether it is trained on samples of the VAE's posterior, rather than on the mode."""
     negative_prompt: ClassVar[str]

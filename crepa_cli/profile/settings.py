@@ -65,7 +65,8 @@ class MemorySettings(Table):
     stream_weights: bool = Field(
         default=False,
         description="Keep the frozen blocks in the host's memory and copy each to the GPU while the one before it "
-        "computes: two blocks are on the GPU in place of all. For a LoRA with activation checkpointing.",
+        "computes: two blocks are on the GPU in place of all. The text encoder is streamed too. For a LoRA with "
+        "activation checkpointing.",
     )
     offload_activations: bool = Field(
         default=False,

@@ -131,6 +131,7 @@ def load_checkpoint(profile: Profile) -> Family:
     model = profile.model
     family = load_family(model.family)(model.checkpoint, model.task, model.revision, model.variant)
     family.vae_dtype = torch_dtype(model.vae_dtype)
+    family.streams_text_encoders = profile.memory.stream_weights
     if model.vae_tiling is not None:
         family.vae_tiling = model.vae_tiling
     return family

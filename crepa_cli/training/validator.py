@@ -19,12 +19,12 @@ from crepa_cli.data.video import write_video
 from crepa_cli.events import ValidationSampled
 from crepa_cli.heap import release_memory
 from crepa_cli.models.family import Family, Tensors
+from crepa_cli.models.streaming import move, stream
 from crepa_cli.processes import from_all
 from crepa_cli.profile import Profile
 from crepa_cli.runs.folder import RunFolder
 from crepa_cli.runs.prompts import Prompts
 from crepa_cli.training.learner import Learner
-from crepa_cli.training.placement.streaming import move, stream
 
 
 class Validator:

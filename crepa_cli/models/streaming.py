@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from crepa_cli.training.placement.host import host_buffer
+from crepa_cli.models.host import host_buffer
 
 ALIGNMENT = 256
 """Bytes to which the start of each parameter is rounded up, as the allocators of devices do."""
@@ -31,6 +31,30 @@ def stream(blocks: nn.ModuleList, device: torch.device) -> frozenset[nn.Paramete
     for index, block in enumerate(blocks):
         block.register_forward_pre_hook(streamed.visiting(index))
     return streamed.parameters
+
+
+def place(model: nn.Module, device: torch.device, *, streamed: bool) -> None:
+    """Move a model that is not trained, such as a text encoder, to the device that runs it.
+
+    Args:
+        model: on the CPU.
+        device: the device that computes.
+        streamed: whether its layers, which are its lists of modules of one class, stay on the host.
+
+    Raises:
+        UserError: if the host's memory cannot be pinned.
+    """
+    model.requires_grad_(False)
+    layers = _lists_of_layers(model) if streamed else ()
+    move(model, device, {parameter for one in layers for parameter in stream(one, device)})
+
+
+def _lists_of_layers(module: nn.Module) -> Iterator[nn.ModuleList]:
+    for child in module.children():
+        if isinstance(child, nn.ModuleList) and len({type(layer) for layer in child}) == 1:
+            yield child
+        else:
+            yield from _lists_of_layers(child)
 
 
 def move(module: nn.Module, device: torch.device, staying: Collection[nn.Parameter] = ()) -> None:
