@@ -24,6 +24,7 @@ Tables = dict[str, dict[str, object]]
 FULL: Tables = {"adapter": {"kind": "full"}, "train": {"activation_checkpointing": False, "max_grad_norm": 0.0}}
 LORA: Tables = {"model": {"dtype": "bfloat16"}, "train": {"activation_checkpointing": True}}
 BACKBONE: Tables = {"crepa": {"block_index": 1, "use_backbone_features": True, "teacher_block_index": 4}}
+ON_HOST: Tables = {"memory": {"stream_weights": True, "offload_activations": True}}
 ADAFACTOR: Tables = {"adapter": {"kind": "full"}, "train": {"optimizer": "adafactor", "ema": 0.9}}
 
 pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
@@ -39,7 +40,7 @@ def of_all_blocks(profile: Profile, family: Family, clips: Clips, monkeypatch: p
     ("name", "blocks", "tables"),
     [
         ("ltxvideo", 7, FULL | {"crepa": {"block_index": 3}}),
-        pytest.param("wan", 10, LORA | BACKBONE, marks=pytest.mark.slow),
+        pytest.param("wan", 10, LORA | BACKBONE | ON_HOST, marks=pytest.mark.slow),
         pytest.param("sanavideo", 8, ADAFACTOR | {"crepa": {"block_index": 6}}, marks=pytest.mark.slow),
         pytest.param("kandinsky5_video", 6, LORA | {"crepa": {"block_index": 0}}, marks=pytest.mark.slow),
     ],

@@ -10,6 +10,7 @@ import torch
 from conftest import OpenTiny, RunCrepa
 from safetensors.torch import load_file
 from test_memory import CPU, FEATURES, TEACHER, filled, measured_step, settings, shallow, small_clips
+from test_placement import OFFLOAD, STREAM, of_depth, result
 from torch import Tensor, nn
 
 from crepa_cli.memory.savings import with_setting
@@ -113,6 +114,18 @@ def test_compiled_blocks_recompute_finely_too(open_tiny: OpenTiny, monkeypatch: 
     monkeypatch.setattr(torch, "compile", lambda function: compiler(function, backend="aot_eager"))
     compiled = settings(family, train={"compile": True})
     assert_equal(gradients(family, finer(compiled)), gradients(family, settings(family)), 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_placement_changes_no_bit_of_it(name: str, open_tiny: OpenTiny) -> None:
+    family = of_depth(open_tiny(name, "t2v"), 3)
+    recompute: dict[str, object] = {"finer_recompute": True}
+    (losses, weights), (found_losses, found) = (
+        result(family, {"memory": recompute | placed}, steps=2) for placed in ({}, STREAM | OFFLOAD)
+    )
+    assert found_losses == losses
+    assert all(torch.equal(found[name], one) for name, one in weights.items())
 
 
 @pytest.mark.slow
