@@ -23,6 +23,9 @@ from crepa_cli.profile import Profile
 Tables = dict[str, dict[str, object]]
 FULL: Tables = {"adapter": {"kind": "full"}, "train": {"activation_checkpointing": False, "max_grad_norm": 0.0}}
 LORA: Tables = {"model": {"dtype": "bfloat16"}, "train": {"activation_checkpointing": True}}
+EVERYTHING: Tables = {
+    "memory": {"stream_weights": True, "offload_activations": True, "finer_recompute": True, "quantize_base": "int8"}
+}
 BACKBONE: Tables = {"crepa": {"block_index": 1, "use_backbone_features": True, "teacher_block_index": 4}}
 ON_HOST: Tables = {"memory": {"stream_weights": True, "offload_activations": True}}
 ADAFACTOR: Tables = {"adapter": {"kind": "full"}, "train": {"optimizer": "adafactor", "ema": 0.9}}
@@ -89,3 +92,24 @@ def test_tiles_of_one_shape_run_once() -> None:
 
     (before, five), (after, two) = peak(once=False), peak(once=True)
     assert (before, five, two) == (after, 5, 2)
+
+
+def test_live_bytes_are_those_of_torchs_own_tracker() -> None:
+    tracking = pytest.importorskip("torch.distributed._tools.mem_tracker", reason="built without torch.distributed")
+    tracker = tracking.MemTracker()
+    with LiveBytes() as live:
+        model = nn.Sequential(nn.Linear(48, 96), nn.GELU(), nn.LayerNorm(96), nn.Linear(96, 48))
+        optimizer, inputs = torch.optim.AdamW(model.parameters()), torch.ones(32, 48)
+
+        def step() -> None:
+            model(inputs).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        step()
+        tracker.track_external(model, optimizer, inputs)
+        live.reset_peak()
+        with tracker:
+            step()
+    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    assert live.peak == peak

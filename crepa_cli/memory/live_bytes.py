@@ -17,6 +17,8 @@ from crepa_cli.models.host import allocates_on_host
 HOST = "host"
 """The part of buffers on the host, which take no memory of the device."""
 READ_DEVICE = torch.ops.prim.device.default
+LIFT = torch.ops.aten.lift_fresh.default
+"""What `torch.tensor` returns its new tensor through."""
 
 
 class Segment(NamedTuple):
@@ -94,7 +96,8 @@ class LiveBytes(TorchDispatchMode):
         new = {tensor.untyped_storage()._cdata: tensor for tensor in _tensors(result)}
         new = {key: tensor for key, tensor in new.items() if key not in self._owners}
         if new:
-            given = {tensor.untyped_storage()._cdata for tensor in _tensors([*args, *(kwargs or {}).values()])}
+            arguments = [] if func is LIFT else [*args, *(kwargs or {}).values()]
+            given = {tensor.untyped_storage()._cdata for tensor in _tensors(arguments)}
             for key in new.keys() - given:
                 self._count(new[key].untyped_storage())
         return result
