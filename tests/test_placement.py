@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from copy import copy
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import OpenTiny
+from test_wan import two_experts
 from torch import Tensor
 
 from crepa_cli.alignment import TokenGrid
@@ -24,6 +26,7 @@ from crepa_cli.models import FAMILIES
 from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
 from crepa_cli.models.streaming import place, stream
+from crepa_cli.models.wan import Wan
 from crepa_cli.processes import PRECISION
 from crepa_cli.profile import Profile
 from crepa_cli.runs.checks import memory_mistakes
@@ -293,6 +296,23 @@ def test_a_streamed_text_encoder_changes_no_bit(name: str, open_tiny: OpenTiny) 
     for caption in ("a red disc", "a blue square moves"):
         expected, found = (family.encode_prompt(pipeline, caption) for pipeline in pipelines)
         assert [key for key, one in expected.items() if not torch.equal(one, found[key])] == []
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_another_expert_is_streamed_as_it_is_loaded(open_tiny: OpenTiny, checkpoints: Path) -> None:
+    family = Wan(two_experts(open_tiny, checkpoints, "t2v"), "t2v")
+    profile = settings(family, {})
+    clips = clips_of(family, profile)
+    transformer = family.load_transformer(torch.float32)
+    resident, streamed = (family.load_sampling_pipeline(transformer).transformer_2 for _ in range(2))
+    with LiveBytes() as live:
+        place(streamed, CPU, streamed=True)
+    assert live.host > 3 * live.live > 0
+    batch = {name: filled(tensor, torch.Generator().manual_seed(0)) for name, tensor in clips.tensors.items()}
+    inputs = family.step(batch, batch["latents"], torch.full((1,), 0.5)).inputs
+    for _ in range(2):
+        assert torch.equal(streamed(**inputs).sample, resident(**inputs).sample)
 
 
 @torch.no_grad()

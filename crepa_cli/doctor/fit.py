@@ -114,7 +114,7 @@ def longest_that_fits(
 
     step = family.frame_multiple
     lengths = range(bucket.frames + step, 4 * bucket.frames, step)
-    # A few lengths are enough for advice, and each takes seconds.
+    # A few lengths are enough for advice, and each takes a few seconds.
     return last_that_holds(lengths[:: max(1, len(lengths) // 7)], fits)
 
 

@@ -71,8 +71,8 @@ def memory_advice(
 ) -> tuple[dict[str, int], list[Saving]]:
     """The memory of training by part, and the settings that reduce it most, largest saving first.
 
-    Each saving is predicted by running a step on fake tensors with one setting changed. A setting takes about ten
-    seconds the first time; predictions are stored.
+    Each saving is predicted by running a step on fake tensors with one setting changed. A setting takes a second or two
+    the first time; predictions are stored.
 
     Args:
         profile: the resolved settings.
@@ -226,11 +226,14 @@ def smaller_sizes(size: Size, multiple: int) -> list[Size]:
 
 def last_that_holds(items: Sequence[Item], holds: Callable[[Item], bool]) -> Item | None:
     """The last item that holds, by bisection; None if none does. No item may hold after one that does not."""
-    low, high = 0, len(items)
+    # Often none does: the weights alone may be too much.
+    if not items or not holds(items[0]):
+        return None
+    low, high = 1, len(items)
     while low < high:
         middle = (low + high) // 2
         if holds(items[middle]):
             low = middle + 1
         else:
             high = middle
-    return items[low - 1] if low else None
+    return items[low - 1]
