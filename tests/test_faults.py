@@ -295,6 +295,7 @@ def test_out_of_memory_says_what_is_held_and_what_would_lower_it(
     advice = [float(saved) for saved in re.findall(r"--set \S+ saves ([\d.]+) [kM]B", message)]
     assert "--set train.activation_checkpointing=true saves" in message
     assert len(advice) >= 3
+    assert "cost the least time: --set train.activation_checkpointing=true" in " ".join(message.split())
     checkpoint, _ = newest_checkpoint(tmp_path / "run/checkpoints")
     assert checkpoint is not None
     assert f"A checkpoint was saved first: {checkpoint}" in message

@@ -19,7 +19,7 @@ from crepa_cli.doctor.findings import Plan as DoctorPlan
 from crepa_cli.doctor.fit import Target, check_fit
 from crepa_cli.memory.fit import INT8, Fit, Work, _cheapest_first, cheapest_fit, lightest
 from crepa_cli.memory.prediction import preparation_memory, training_memory, validation_memory
-from crepa_cli.memory.savings import Setting, with_setting, with_settings
+from crepa_cli.memory.savings import Setting, lossless_settings, with_setting, with_settings
 from crepa_cli.memory.shapes import form_bucket
 from crepa_cli.models.family import Family
 from crepa_cli.profile import Profile
@@ -102,17 +102,15 @@ def test_what_costs_less_is_tried_first_and_int8_last(plan: Plan) -> None:
 
 def test_nothing_that_is_invalid_is_tried(plan: Plan) -> None:
     """Full tuning cannot stream, and the CPU has no other memory to move anything to."""
-    profile, family, bucket = opened(plan)
+    profile = plan.profile()
     for tried in (with_setting(profile, "adapter", "kind", "full"), with_setting(profile, "train", "sharding", True)):
         assert not memory_mistakes(lightest(tried, GPU))
         assert not lightest(tried, GPU).memory.stream_weights
         assert lightest(tried, GPU).memory.offload_activations
-    lines: list[str] = []
-    assert cheapest_fit(profile, family, bucket, torch.device("cpu"), 10**5, lines.append) is None
-    assert not any("stream" in line or "offload" in line for line in lines)
+    assert lossless_settings(profile, torch.device("cpu")) == [CHECKPOINTING, FINER]
 
 
-def test_tiles_are_added_for_the_vae_and_validations_left_out_last(plan: Plan) -> None:
+def test_tiles_are_added_for_the_vae(plan: Plan) -> None:
     profile, family, _ = opened(plan)
     light = with_settings(profile, [CHECKPOINTING, Setting("train", "batch_size", 1)])
     bucket = Bucket(9, 544, 544)
@@ -126,6 +124,7 @@ def test_tiles_are_added_for_the_vae_and_validations_left_out_last(plan: Plan) -
     assert fit.to_json() == {"settings": {"model.vae_tiling": True}, "peak_bytes": after, "limit_bytes": after}
 
 
+@pytest.mark.slow
 def test_validations_are_turned_off_only_if_nothing_else_makes_them_fit(plan: Plan) -> None:
     profile, family, bucket = opened(plan)
     light = lightest(
@@ -162,7 +161,7 @@ def project(open_tiny: OpenTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("crepa_cli.doctor.plan.check_fit", Found())
     checkpoint = open_tiny("ltxvideo", "t2v").base.name
     model = f"[model] # the model\nfamily = 'ltxvideo'\ncheckpoint = '{checkpoint}'\n"
-    text = f"# mine\n{model}\n[crepa]\nlambda = 0.3 # low\n"
+    text = f"# mine\npreset = 't2v'\n{model}\n[crepa]\nlambda = 0.3 # low\n"
     (tmp_path / "crepa.toml").write_text(text, encoding="utf-8")
     return tmp_path / "crepa.toml"
 
@@ -242,7 +241,7 @@ def test_doctor_says_what_fits_and_what_remains_if_nothing_does(plan: Plan) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("setting", [(), (CHECKPOINTING,), (CHECKPOINTING, OFFLOADING, STREAMING)])
+@pytest.mark.parametrize("setting", [(), (CHECKPOINTING, OFFLOADING, STREAMING)])
 def test_what_fits_trains_below_the_limit(setting: tuple[Setting, ...], plan: Plan, tmp_path: Path) -> None:
     """The bytes of tensors outside the host's buffers, counted in steps of the trainer."""
     profile, family, bucket = opened(plan)

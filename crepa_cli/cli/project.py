@@ -47,7 +47,7 @@ def write_settings(path: Path, family: str, values: Mapping[str, object]) -> Non
     from crepa_cli.files import write_whole
     from crepa_cli.profile.describe import shown
     from crepa_cli.profile.edit import with_value
-    from crepa_cli.profile.files import parse_toml, read_text
+    from crepa_cli.profile.files import parse_toml, read_text, without_preset
     from crepa_cli.profile.layers import Setting, check_settings, known_settings
 
     text = read_text(path, str(path))
@@ -55,7 +55,7 @@ def write_settings(path: Path, family: str, values: Mapping[str, object]) -> Non
         table, key = name.split(".")
         text = with_value(text, str(path), table, key, value)
     mistakes: list[str] = []
-    settings = [*known_settings(parse_toml(text, str(path)), str(path), mistakes)]
+    settings = [*known_settings(without_preset(parse_toml(text, str(path))), str(path), mistakes)]
     check_settings([*settings, Setting("model", "family", family, "FAMILY")], mistakes)
     write_whole(path, text.encode())
     for name, value in values.items():
