@@ -38,6 +38,7 @@ TOKENS = 8
 TOKENS_OF_WAN = (3, 8, 8)
 STREAM: dict[str, object] = {"stream_weights": True}
 OFFLOAD: dict[str, object] = {"offload_activations": True}
+KEEP: dict[str, object] = {"keep": "attention"}
 Tables = dict[str, dict[str, object]]
 
 
@@ -176,11 +177,22 @@ def test_placement_changes_no_bit_of_compiled_blocks(open_tiny: OpenTiny) -> Non
     assert_same_bits(family, {"train": {"compile": True}, "adapter": {"dropout": 0.0}}, STREAM | OFFLOAD, steps=2)
 
 
+# Kandinsky normalizes queries and keys in float32, with weights in bfloat16.
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
+@pytest.mark.parametrize(
+    "name", [name if name == "wan" else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
+def test_what_is_kept_changes_no_bit(name: str, open_tiny: OpenTiny) -> None:
+    tables: Tables = {"model": {"dtype": "bfloat16"}}
+    family = of_depth(open_tiny(name, "t2v"), 3)
+    assert_same_bits(family, tables, KEEP, {"keep": "all"}, KEEP | STREAM | OFFLOAD, steps=2)
+
+
 def test_offloading_changes_no_bit_of_full_tuning(open_tiny: OpenTiny) -> None:
     assert_same_bits(of_depth(open_tiny("ltxvideo", "t2v"), 3), {"adapter": {"kind": "full"}}, OFFLOAD, steps=2)
 
 
-PREDICTED = [(name, memory) for name in FAMILIES for memory in (STREAM, OFFLOAD, STREAM | OFFLOAD)]
+PREDICTED = [(name, memory) for name in FAMILIES for memory in (STREAM, OFFLOAD, STREAM | OFFLOAD, KEEP)]
 
 
 @pytest.mark.parametrize(
@@ -242,6 +254,8 @@ def test_two_blocks_are_on_the_device(open_tiny: OpenTiny) -> None:
             {"memory": STREAM | OFFLOAD, "train": {"activation_checkpointing": False}},
             ["memory.stream_weights", "memory.offload_activations", "train.activation_checkpointing = true"],
         ),
+        ({"memory": STREAM | {"keep": "all"}}, ["memory.stream_weights", "memory.keep other than 'all'"]),
+        ({"memory": KEEP | {"finer_recompute": True}}, ["memory.keep", "memory.finer_recompute"]),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused_by_name(
