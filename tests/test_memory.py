@@ -294,6 +294,7 @@ def test_lighter_settings_are_those_that_differ(open_tiny: OpenTiny) -> None:
     assert tried == {
         "data.frames": 13,
         "train.batch_size": 1,
+        "memory.quantize_base": "int8",
         "model.dtype": "bfloat16",
         "adapter.rank": 4,
         "train.ema": 0.0,

@@ -8,7 +8,7 @@ takes for each block. The result is exact, as far as blocks do the same.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -162,7 +162,30 @@ def with_blocks(profile: Profile, family: Family, kept: Sequence[int]) -> tuple[
     return profile.model_copy(update=tables), family.with_blocks(len(kept))
 
 
-def extended(excerpt: Excerpt, longer: Segments, shorter: Segments) -> Iterator[tuple[Part, Segment]]:
+def segments_of_all_blocks(
+    profile: Profile, family: Family, run: Callable[[Profile, Family, bool], Segments]
+) -> list[tuple[Part, Segment]]:
+    """The segments of the work of a transformer, in order, from runs of some of its blocks.
+
+    Args:
+        profile: the resolved settings.
+        family: of the checkpoint.
+        run: does the work on the transformer of a family. It is told whether its blocks have to pass backward.
+    """
+    excerpt = Excerpt.of(profile, family)
+    if excerpt is None:
+        return list(run(profile, family, True).items())
+    longer = run(*with_blocks(profile, family, excerpt.kept), True)
+    shorter = run(*with_blocks(profile, family, excerpt.without_repeated()), False)
+    return list(_extended(excerpt, longer, shorter))
+
+
+def highest(segments: Iterable[tuple[Part, Segment]]) -> Bytes:
+    """The bytes by part at the peak of the work, without that of building the models."""
+    return max((segment.peak for part, segment in segments if part != START), key=Counter.total)
+
+
+def _extended(excerpt: Excerpt, longer: Segments, shorter: Segments) -> Iterator[tuple[Part, Segment]]:
     """The segments of a step of the whole transformer, in order.
 
     Args:

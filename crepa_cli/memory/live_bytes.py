@@ -53,6 +53,13 @@ class LiveBytes(TorchDispatchMode):
         self.peak = self.live
         self.peak_parts = Counter(self._parts)
 
+    def rise(self, size: int) -> None:
+        """Count bytes that are held for a moment."""
+        if self.live + size > self.peak:
+            self.reset_peak()
+            self.peak += size
+            self.peak_parts[self.part] += size
+
     def cut(self) -> Segment:
         """End a segment of time, return it, and begin the next; it measures the peak anew."""
         segment = Segment(self._start, self.peak_parts, Counter(self._parts))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import math
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from crepa_cli.alignment import Alignment, TokenGrid
-from crepa_cli.memory.depth import END, START, EachCall, Excerpt, Part, Segments, Timeline, extended, with_blocks
+from crepa_cli.memory.depth import END, EachCall, Part, Segments, Timeline, highest, segments_of_all_blocks
 from crepa_cli.memory.fake import QuickFakeMode
 from crepa_cli.memory.live_bytes import LiveBytes
 from crepa_cli.memory.shapes import Clips
@@ -45,20 +44,15 @@ def predict_training(profile: Profile, family: Family, clips: Clips, device: tor
         clips: the clips of a batch.
         device: the device that trains.
     """
-    excerpt = Excerpt.of(profile, family)
-    if excerpt is None:
-        segments = list(_segments(profile, family, clips, device).items())
-    else:
-        longer = _segments(*with_blocks(profile, family, excerpt.kept), clips, device)
-        shorter = _segments(*with_blocks(profile, family, excerpt.without_repeated()), clips, device, backward=False)
-        segments = list(extended(excerpt, longer, shorter))
-    peak = max((segment.peak for part, segment in segments if part != START), key=Counter.total)
+
+    def run(profile: Profile, family: Family, backward: bool) -> Segments:
+        return _segments(profile, family, clips, device, backward=backward)
+
+    peak = highest(segments_of_all_blocks(profile, family, run))
     return {part: peak[part] for part in PARTS}
 
 
-def _segments(
-    profile: Profile, family: Family, clips: Clips, device: torch.device, *, backward: bool = True
-) -> Segments:
+def _segments(profile: Profile, family: Family, clips: Clips, device: torch.device, *, backward: bool) -> Segments:
     """The segments of one step at its own depth, with or without a backward pass."""
     batch = {name: torch.stack([tensor] * profile.train.batch_size) for name, tensor in clips.tensors.items()}
     with fake_training(profile, family, clips.feature_size, device) as training:

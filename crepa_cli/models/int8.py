@@ -22,6 +22,8 @@ from crepa_cli.models.precision import is_kept_in_float32
 LOG = logging.getLogger(__name__)
 LARGEST = 127
 """Codes are from -127 to 127."""
+CHUNK = 2**17
+"""Numbers that are quantized at a time."""
 
 
 def quantize(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -31,11 +33,17 @@ def quantize(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         weight: `[out, in]`, in any floating dtype.
         dtype: of the scales, which are rounded to it before the codes are chosen.
     """
+    codes = torch.empty_like(weight, dtype=torch.int8)
+    if weight.is_meta:
+        return codes, weight.new_empty(len(weight), 1, dtype=dtype)
     largest = torch.maximum(weight.amax(1, keepdim=True), -weight.amin(1, keepdim=True))
     # A row of zeros must not be divided by zero.
     scale = (largest.float() / LARGEST).to(dtype).clamp_(min=torch.finfo(dtype).tiny)
-    # In place: one copy in float32 is the most that a layer takes while it is loaded.
-    return weight.to(torch.float32, copy=True).div_(scale).round_().to(torch.int8), scale
+    # A few rows at a time: no copy of the whole weight in float32 is made while a model is loaded.
+    rows = max(1, CHUNK // weight.shape[1])
+    for part, values, scales in zip(*(tensor.split(rows) for tensor in (codes, weight, scale)), strict=True):
+        part.copy_((values.float() / scales).round_())
+    return codes, scale
 
 
 class Int8Linear(nn.Linear):

@@ -104,7 +104,7 @@ def figures() -> Iterator[dict[str, Any]]:
             profile = settings(family, memory)
             clips, flops = clips_of(profile, family, form_bucket(profile, family)), step_flops(family, profile)
             whole = whole or flops
-            others = [memory] if memory.get("keep") == "all" else [memory, memory | ON_HOST]
+            others = [memory] if "keep" in memory else [memory, memory | ON_HOST]
             peaks = [sum(predict_training(settings(family, one), family, clips, GPU).values()) / 1e9 for one in others]
             yield {
                 "model": checkpoint.split("/")[1],
