@@ -40,6 +40,7 @@ TEACHER = TokenGrid(3, 4, 4)
 TOKENS = 8
 STREAM: dict[str, object] = {"stream_weights": True}
 OFFLOAD: dict[str, object] = {"offload_activations": True}
+KEEP: dict[str, object] = {"keep": "attention"}
 Tables = dict[str, dict[str, object]]
 
 
@@ -194,11 +195,22 @@ def test_placement_changes_no_bit_of_compiled_blocks(open_tiny: OpenTiny, monkey
     assert_same_bits(of_depth(open_tiny("ltxvideo", "t2v"), 3), tables, STREAM | OFFLOAD, steps=2)
 
 
+# Kandinsky normalizes queries and keys in float32, with weights in bfloat16.
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight:UserWarning")
+@pytest.mark.parametrize(
+    "name", [name if name == "wan" else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
+)
+def test_what_is_kept_changes_no_bit(name: str, open_tiny: OpenTiny) -> None:
+    tables: Tables = {"model": {"dtype": "bfloat16"}}
+    family = of_depth(open_tiny(name, "t2v"), 3)
+    assert_same_bits(family, tables, KEEP, {"keep": "all"}, KEEP | OFFLOAD, steps=2)
+
+
 def test_offloading_changes_no_bit_of_full_tuning(open_tiny: OpenTiny) -> None:
     assert_same_bits(of_depth(open_tiny("ltxvideo", "t2v"), 3), {"adapter": {"kind": "full"}}, OFFLOAD, steps=2)
 
 
-PREDICTED = [*((name, STREAM | OFFLOAD) for name in FAMILIES), ("wan", STREAM), ("wan", OFFLOAD)]
+PREDICTED = [*((name, STREAM | OFFLOAD) for name in FAMILIES), *(("wan", one) for one in (STREAM, OFFLOAD, KEEP))]
 
 
 @pytest.mark.parametrize(
@@ -273,6 +285,9 @@ def test_two_blocks_are_on_the_device_and_loading_takes_one_more(open_tiny: Open
             {"memory": STREAM | OFFLOAD, "train": {"activation_checkpointing": False}},
             ["memory.stream_weights", "memory.offload_activations", "train.activation_checkpointing = true"],
         ),
+        ({"memory": STREAM | {"keep": "all"}}, ["memory.stream_weights", "memory.keep other than 'all'"]),
+        ({"memory": STREAM | KEEP}, ["memory.stream_weights", "memory.keep = 'attention'"]),
+        ({"memory": KEEP | {"finer_recompute": True}}, ["memory.keep", "memory.finer_recompute"]),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused_by_name(

@@ -65,7 +65,7 @@ CREPA_DEFAULTS = {
 }
 KEYS = {
     "model": "family task checkpoint revision variant dtype vae_dtype vae_tiling",
-    "memory": "stream_weights offload_activations finer_recompute quantize_base",
+    "memory": "stream_weights offload_activations finer_recompute keep quantize_base",
     "adapter": "kind rank alpha dropout target_modules init_from export export_dtype",
     "data": "path width height frames fps repeats caption_dropout cache",
     "train": "steps batch_size gradient_accumulation learning_rate optimizer beta1 beta2 eps weight_decay "

@@ -105,6 +105,18 @@ def test_memory_is_predicted_and_less(name: str, open_tiny: OpenTiny) -> None:
     assert after < before
 
 
+def test_a_recomputed_part_keeps_nothing_for_each_block(open_tiny: OpenTiny) -> None:
+    family = open_tiny("ltxvideo", "t2v")  # it calls attention with keywords
+    profile = settings(family)
+    clips = small_clips(family, profile)
+    grown = [
+        sum(predict_training(one, family.with_blocks(9), clips, CPU).values())
+        - sum(predict_training(one, family.with_blocks(5), clips, CPU).values())
+        for one in (profile, finer(profile))
+    ]
+    assert grown[1] == pytest.approx(grown[0], rel=0.01)
+
+
 # Dynamo looks at .grad of every input of a graph.
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")

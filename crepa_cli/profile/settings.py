@@ -78,6 +78,11 @@ class MemorySettings(Table):
         description="Recompute attention and feed-forward each on their own in the backward: less memory for more "
         "time. The result changes by rounding alone.",
     )
+    keep: Literal["nothing", "attention", "all"] = Field(
+        default="nothing",
+        description="What activation checkpointing keeps in place of recomputing it, for speed: the results of "
+        "self-attention, or all, which is the same as turning it off.",
+    )
     quantize_base: Literal["none", "int8"] = Field(
         default="none",
         description="int8 rounds the frozen linear layers to 8 bits with a scale per row: half the memory of bfloat16, "
@@ -329,6 +334,11 @@ class Profile(Table):
     report: ReportSettings = ReportSettings()
     crepa: CrepaSettings
     layersync: LayerSyncSettings = LayerSyncSettings()
+
+    @property
+    def recomputes_blocks(self) -> bool:
+        """Whether the backward recomputes the blocks, all but what is kept of them."""
+        return self.train.activation_checkpointing and self.memory.keep != "all"
 
 
 TABLES = {name: cast("type[Table]", field.annotation) for name, field in Profile.model_fields.items()}

@@ -215,6 +215,7 @@ def memory_mistakes(profile: Profile) -> list[str]:
     """Settings of memory that do not go with the others."""
     memory, train = profile.memory, profile.train
     stream, offload = "memory.stream_weights", "memory.offload_activations"
+    recomputation = "train.activation_checkpointing = true and memory.keep other than 'all'"
     rules = {
         f"{stream}: it streams frozen weights, and adapter.kind = 'full' trains them all; use a LoRA": (
             memory.stream_weights and profile.adapter.kind == "full"
@@ -222,11 +223,17 @@ def memory_mistakes(profile: Profile) -> list[str]:
         f"{stream}: train.sharding keeps a share of the weights in every process already; turn one of them off": (
             memory.stream_weights and train.sharding
         ),
-        f"{stream}: it needs train.activation_checkpointing = true, without which the backward keeps all weights": (
-            memory.stream_weights and not train.activation_checkpointing
+        f"{stream}: it needs {recomputation}, without which the backward keeps all weights": (
+            memory.stream_weights and not profile.recomputes_blocks
         ),
-        f"{offload}: it needs train.activation_checkpointing = true, whose hidden states it offloads": (
-            memory.offload_activations and not train.activation_checkpointing
+        f"{offload}: it needs {recomputation}, whose hidden states it offloads": (
+            memory.offload_activations and not profile.recomputes_blocks
+        ),
+        f"{stream}: memory.keep = 'attention' would take its copies for a block's own work; turn one off": (
+            memory.stream_weights and memory.keep == "attention"
+        ),
+        "memory.keep: memory.finer_recompute recomputes what it would keep; turn one of them off": (
+            memory.keep != "nothing" and memory.finer_recompute
         ),
         "memory.quantize_base: adapter.kind = 'full' trains the weights, which it rounds to 8 bits; use a LoRA": (
             memory.quantize_base != "none" and profile.adapter.kind == "full"

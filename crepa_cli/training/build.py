@@ -49,7 +49,7 @@ def build_model(
     """
     settings = profile.crepa
     make_trainable(transformer, profile.adapter)
-    if profile.train.activation_checkpointing:
+    if profile.recomputes_blocks:
         transformer.enable_gradient_checkpointing(block_runner(profile.memory))
     blocks = family.blocks(transformer)
     if profile.memory.finer_recompute:

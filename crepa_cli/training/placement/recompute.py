@@ -41,7 +41,15 @@ def recomputed(part: nn.Module) -> Callable[..., Tensor]:
     def run(*arguments: Any, **keywords: Any) -> Tensor:
         if not torch.is_grad_enabled():
             return forward(*arguments, **keywords)
-        output: Tensor = checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=random, **keywords)
+        count, names = len(arguments), tuple(keywords)
+
+        def positional(*values: Any) -> Tensor:
+            return forward(*values[:count], **dict(zip(names, values[count:], strict=True)))
+
+        # Autograd saves positional arguments, which the block's checkpoint then drops; keywords would stay.
+        output: Tensor = checkpoint(
+            positional, *arguments, *keywords.values(), use_reentrant=False, preserve_rng_state=random
+        )
         return output
 
     return run
