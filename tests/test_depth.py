@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 from conftest import OpenTiny
 from test_memory import GPU, settings, small_clips
+from torch import nn
 
 from crepa_cli.data.buckets import Bucket
 from crepa_cli.memory.depth import Excerpt
+from crepa_cli.memory.live_bytes import LiveBytes
+from crepa_cli.memory.repeats import run_once_per_shape
 from crepa_cli.memory.shapes import Clips, clips_of
 from crepa_cli.memory.step import predict_training
 from crepa_cli.models import load_family
@@ -20,7 +24,10 @@ Tables = dict[str, dict[str, object]]
 FULL: Tables = {"adapter": {"kind": "full"}, "train": {"activation_checkpointing": False, "max_grad_norm": 0.0}}
 LORA: Tables = {"model": {"dtype": "bfloat16"}, "train": {"activation_checkpointing": True}}
 BACKBONE: Tables = {"crepa": {"block_index": 1, "use_backbone_features": True, "teacher_block_index": 4}}
+ON_HOST: Tables = {"memory": {"stream_weights": True, "offload_activations": True}}
 ADAFACTOR: Tables = {"adapter": {"kind": "full"}, "train": {"optimizer": "adafactor", "ema": 0.9}}
+
+pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 
 
 def of_all_blocks(profile: Profile, family: Family, clips: Clips, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
@@ -33,7 +40,7 @@ def of_all_blocks(profile: Profile, family: Family, clips: Clips, monkeypatch: p
     ("name", "blocks", "tables"),
     [
         ("ltxvideo", 7, FULL | {"crepa": {"block_index": 3}}),
-        pytest.param("wan", 10, LORA | BACKBONE, marks=pytest.mark.slow),
+        pytest.param("wan", 10, LORA | BACKBONE | ON_HOST, marks=pytest.mark.slow),
         pytest.param("sanavideo", 8, ADAFACTOR | {"crepa": {"block_index": 6}}, marks=pytest.mark.slow),
         pytest.param("kandinsky5_video", 6, LORA | {"crepa": {"block_index": 0}}, marks=pytest.mark.slow),
     ],
@@ -67,3 +74,18 @@ def test_blocks_that_differ_are_all_run(open_tiny: OpenTiny) -> None:
     one_layer: dict[str, object] = {"target_modules": ["blocks.3.attn1.to_q"]}
     assert Excerpt.of(settings(family, adapter=one_layer), family) is None
     assert Excerpt.of(settings(family), family.with_blocks(6)) is None
+
+
+def test_tiles_of_one_shape_run_once() -> None:
+    def peak(*, once: bool) -> tuple[int, int]:
+        layer, runs = nn.Sequential(nn.Linear(64, 256), nn.Linear(256, 64)), []
+        layer[0].register_forward_hook(lambda *_: runs.append(1))
+        with torch.no_grad(), LiveBytes() as live:
+            if once:
+                run_once_per_shape(layer, live)
+            tiles = [layer(torch.ones(rows, 64)) for rows in (100, 30, 100, 30, 100)]
+        assert [len(tile) for tile in tiles] == [100, 30, 100, 30, 100]
+        return live.peak, len(runs)
+
+    (before, five), (after, two) = peak(once=False), peak(once=True)
+    assert (before, five, two) == (after, 5, 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from crepa_cli.errors import UserError
-from crepa_cli.profile.edit import with_number
+from crepa_cli.profile.edit import with_value
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ from crepa_cli.profile.edit import with_number
     ],
 )
 def test_one_number_changes_and_all_else_stays(text: str, expected: str) -> None:
-    assert with_number(text, "crepa.toml", "crepa", "block_index", 5) == expected
+    assert with_value(text, "crepa.toml", "crepa", "block_index", 5) == expected
 
 
 @pytest.mark.parametrize(
@@ -30,4 +30,4 @@ def test_one_number_changes_and_all_else_stays(text: str, expected: str) -> None
 )
 def test_a_file_that_cannot_be_changed_safely(text: str) -> None:
     with pytest.raises(UserError, match="set block_index = 5 there by hand"):
-        with_number(text, "crepa.toml", "crepa", "block_index", 5)
+        with_value(text, "crepa.toml", "crepa", "block_index", 5)

@@ -54,9 +54,7 @@ def profile_of(tmp_path: Path) -> Callable[..., Profile]:
     def make(config: dict[str, Any], family: str | None = None) -> Profile:
         found = imported(config).settings
         flags = {"model.family": family}
-        contents = project_settings(
-            profile=None, vram=None, imported=found, flags=flags, folder=tmp_path, families=FAMILIES
-        )
+        contents = project_settings(profile=None, imported=found, flags=flags, folder=tmp_path, families=FAMILIES)
         return complete(contents, family_defaults)
 
     return make

@@ -24,9 +24,9 @@ from crepa_cli.cli.init import init
 from crepa_cli.cli.terminal import NOTEBOOK_VARIABLES
 from crepa_cli.errors import UserError
 from crepa_cli.models.flavours import FLAVOURS
-from crepa_cli.profile import ResolvedProfile, description, json_schema, known_keys, resolve_profile
+from crepa_cli.profile import Profile, ResolvedProfile, description, json_schema, known_keys, resolve_profile
 from crepa_cli.profile.layers import complete
-from crepa_cli.profile.project import commented_toml, memory_settings, project_settings
+from crepa_cli.profile.project import commented_toml, lighter_clips, project_settings
 from crepa_cli.profile.simpletuner import COUNTERPARTS, export_crepa, import_config, read_config
 
 DEFAULTS: dict[str, dict[str, object]] = {
@@ -42,7 +42,8 @@ import sys, typer
 from crepa_cli.cli.init import init
 from crepa_cli.profile.layers import complete
 checks = sys.modules["crepa_cli.cli.init"]
-checks._checked = lambda settings, vram: (complete(settings, lambda *_: {{'family wan': {DEFAULTS!r}}}), [])
+defaults = lambda *_: {{'family wan': {DEFAULTS!r}}}
+checks._checked = lambda settings, *_, **__: (settings, complete(settings, defaults), [])
 typer.run(init)
 """
 """The checks against the checkpoint, which load torch, have tests of their own."""
@@ -54,12 +55,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     return tmp_path
-
-
-@pytest.fixture
-def _no_predictions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The prediction has its own tests and would take half a minute in each of these."""
-    monkeypatch.setattr(sys.modules["crepa_cli.cli.init"], "_memory_notes", lambda *_: [])
 
 
 def run(*arguments: str) -> Result:
@@ -101,7 +96,7 @@ def imported(config: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], dict[st
     text = json.dumps({"model_family": "wan", **config})
     result = import_config(read_config(text, "config.json"), "config.json", FLAVOURS, lambda _: 21)
     settings = project_settings(
-        profile=None, vram=None, imported=result.settings, flags={}, folder=Path(), families=("wan", "ltxvideo")
+        profile=None, imported=result.settings, flags={}, folder=Path(), families=("wan", "ltxvideo")
     )
     return settings, result.without_counterpart
 
@@ -145,13 +140,35 @@ def test_the_task_chooses_the_preset(folder: Path):
     assert written(folder)["preset"] == "t2v"
 
 
-@pytest.mark.usefixtures("_no_predictions")
-def test_memory_lowers_frames_and_teacher(folder: Path):
-    succeed("--model", "wan", "--vram", "8")
+@pytest.fixture
+def _fits_with_streamed_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stands in for the prediction, which takes half a minute: some clips fit, with streamed weights."""
+    needed = {81: 20.0, 49: 10.0, 33: 6.0}
+
+    def fitted(settings: dict[str, Any], profile: Profile, _family: object, vram: float) -> tuple[Any, list[str]]:
+        if needed[profile.data.frames] > vram:
+            return None, ["These settings need more"]
+        return {**settings, "memory": {"stream_weights": True}}, ["For these GB: --set memory.stream_weights=true"]
+
+    monkeypatch.setattr(sys.modules["crepa_cli.cli.init"], "_fitted", fitted)
+
+
+@pytest.mark.usefixtures("_fits_with_streamed_weights")
+def test_settings_that_fit_the_gpu_are_written_and_clips_are_shortened_only_if_none_do(folder: Path):
+    flags = "--model", "wan", "--force", "--vram"
+    assert "For these GB: --set memory.stream_weights=true" in succeed(*flags, "24")
+    assert written(folder)["memory"] == {"stream_weights": True}
+    assert "data" not in written(folder)
+    succeed(*flags, "12")
+    assert written(folder)["data"] == {"frames": 49}
+    assert written(folder)["memory"] == {"stream_weights": True}
+    assert "These settings need more" in succeed(*flags, "5")
     assert written(folder)["data"] == {"frames": 33}
     assert written(folder)["crepa"]["encoder"] == "dinov2_vits14"
-    assert (memory_settings(80), memory_settings(24), memory_settings(float("nan"))) == ({}, {}, memory_settings(0))
-    assert memory_settings(16) == {"data": {"frames": 49}}
+    assert "memory" not in written(folder)
+    (folder / "config.json").write_text(json.dumps({"model_family": "wan", "crepa_enabled": True}))
+    assert "These settings need more" in succeed("--from", "config.json", "--force", "--vram", "12")
+    assert "data" not in written(folder), "it is converted for the length that it had"
 
 
 @pytest.mark.slow
@@ -159,12 +176,12 @@ def test_settings_that_do_not_fit_the_gpu_are_written_with_a_warning(
     open_tiny: OpenTiny, folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "predictions"))
-    (folder / "large.toml").write_text("[data]\nwidth = 3328\nheight = 1920\n")
+    (folder / "large.toml").write_text("[data]\nwidth = 3328\nheight = 1920\n[validation]\nevery = 0\n")
     flags = ["--model", "wan", "--profile", "large.toml", "--checkpoint", open_tiny("wan", "t2v").base.name]
-    assert "These settings need" not in succeed(*flags, "--vram", "1000")
+    assert "GPU memory" not in succeed(*flags, "--vram", "1000")
     output = succeed(*flags, "--vram", "1", "--force")
-    needed = r"These settings need [\d.]+ GB of GPU memory, and there are 1 GB. Settings that need less: "
-    assert re.search(rf"{needed}crepa doctor --vram 1\n", output)
+    needed = r"These settings need [\d.]+ GB of GPU memory, and there are 1 GB. What would fit: "
+    assert re.search(rf"{needed}crepa doctor --fit 1\n", output)
     assert written(folder)["model"]["checkpoint"] == flags[-1]
 
 
@@ -206,11 +223,12 @@ def test_help_lists_families_and_presets(
     assert "i2v, solid-background, t2v" in text
 
 
-def test_every_memory_setting_is_valid(folder: Path):
-    for memory in (4, 12, 16, 24, 80):
-        assert project_settings(
-            profile=None, vram=memory, imported=(), flags={"model.family": "wan"}, folder=folder, families=("wan",)
-        )
+def test_lighter_clips_are_valid_settings():
+    assert [lighter_clips(size) for size in (80.0, 24.0)] == [{}, {}]
+    assert lighter_clips(float("nan")) == lighter_clips(4)
+    for size in (4, 16):
+        tables = {"model": {"family": "wan"}, **lighter_clips(size)}
+        assert complete(tables, lambda *_: {"family wan": DEFAULTS}).data.frames < 81
 
 
 def test_nothing_is_overwritten_without_force(folder: Path):
@@ -313,7 +331,7 @@ def test_a_terminal_is_asked_again_after_a_wrong_answer_and_shows_the_gpu(folder
     assert code == 0, screen
     assert "Tiny GPU" in screen
     assert (written(folder)["preset"], written(folder)["model"]) == ("i2v", {"family": "wan"})
-    assert written(folder)["data"] == {"path": "my clips", "frames": 33}
+    assert written(folder)["data"] == {"path": "my clips"}
     assert written(folder)["validation"] == {"prompts": ["a fox, running"], "images": ["fox.png"]}
 
 

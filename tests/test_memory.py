@@ -89,7 +89,7 @@ def measured_step(family: Family, profile: Profile, clips: Clips) -> int:
     model = build_model(profile, family, _empty(family, profile), clips.feature_size)
     assert model.crepa is not None
     groups = [trainable(model.transformer), trainable(model.crepa)]
-    optimizer = make_optimizer(profile.train, groups)
+    optimizer = make_optimizer(profile.train, groups, accelerator.device)
     batch = {name: torch.stack([filled(tensor)] * 2) for name, tensor in clips.tensors.items()}
     features = torch.ones(2, TEACHER.frames, TEACHER.tokens, clips.feature_size, dtype=torch.float16)
 
@@ -294,6 +294,7 @@ def test_lighter_settings_are_those_that_differ(open_tiny: OpenTiny) -> None:
     assert tried == {
         "data.frames": 13,
         "train.batch_size": 1,
+        "memory.quantize_base": "int8",
         "model.dtype": "bfloat16",
         "adapter.rank": 4,
         "train.ema": 0.0,

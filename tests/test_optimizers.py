@@ -28,7 +28,7 @@ def built(name: str) -> tuple[nn.Linear, torch.optim.Optimizer]:
     torch.manual_seed(0)
     layer = nn.Linear(6, 8)
     train = TrainSettings.model_validate({"optimizer": name, **SETTINGS[name]})
-    return layer, make_optimizer(train, [trainable(layer), []])
+    return layer, make_optimizer(train, [trainable(layer), []], torch.device("cpu"))
 
 
 def train_steps(layer: nn.Linear, optimizer: torch.optim.Optimizer, steps: int) -> float:
@@ -60,6 +60,27 @@ def test_an_optimizer_learns_and_resumes_to_the_bit(
     assert torch.equal(resumed.weight, whole.weight)
     assert torch.equal(resumed.bias, whole.bias)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_adamw_goes_on_with_the_kernels_of_another_device(first: bool, tmp_path: Path) -> None:
+    """The CPU has the fused kernel too, but only a GPU gets it."""
+
+    def stepped(fused: bool, checkpoint: Path | None, steps: int) -> tuple[nn.Linear, torch.optim.Optimizer]:
+        layer, optimizer = built("adamw")
+        for group in optimizer.param_groups:
+            group["fused"] = fused
+        if checkpoint:
+            load_checkpoint(checkpoint, layer, optimizer, None)
+        assert [group["fused"] for group in optimizer.param_groups] == [fused, fused]
+        train_steps(layer, optimizer, steps)
+        return layer, optimizer
+
+    saved = tmp_path / "step-000030"
+    write_checkpoint(saved, take_snapshot(*stepped(first, None, 30), None, {}))
+    resumed, _ = stepped(not first, saved, 10)
+    expected, _ = stepped(first, saved, 10)
+    torch.testing.assert_close(resumed.weight, expected.weight)
 
 
 def test_betas_and_eps_reach_the_optimizer() -> None:

@@ -54,14 +54,20 @@ def largest_difference(ours: Path, theirs: Path) -> float:
 def test_two_processes_learn_what_one_does_and_go_on_after_the_cutoff(
     demo: Path, tmp_path: Path, run_crepa: RunCrepa, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One process that accumulates two micro-batches has the same global batch; two processes fill the cache."""
+    """One process that accumulates two micro-batches has the same global batch; two processes fill the cache.
+
+    The two keep frozen weights and hidden states on the host.
+    """
     cutoff = ["crepa.similarity_threshold=0.12", "crepa.similarity_ema_decay=0.5", "crepa.warmup_steps=2"]
     flags = [*DEMO, "--steps", "28", *(word for setting in cutoff for word in ("--set", setting))]
     monkeypatch.chdir(demo)
     one, two = tmp_path / "one", tmp_path / "two"
     assert run_crepa(*flags, "--output", one, "--set", "train.gradient_accumulation=2") == 0
     cache = tmp_path / "cache"
-    crepa(demo, *flags, "--output", two, "--processes", "2", "--set", f"data.cache={cache}", "--set", "train.ema=0.9")
+    others = ["train.ema=0.9", "memory.stream_weights=true", "memory.offload_activations=true", f"data.cache={cache}"]
+    others += ["memory.finer_recompute=true"]
+    sets = [word for setting in others for word in ("--set", setting)]
+    crepa(demo, *flags, "--output", two, "--processes", "2", *sets)
 
     assert losses(two) == pytest.approx(losses(one), abs=1e-5)
     first, second = (
@@ -87,6 +93,7 @@ def test_sharded_processes_save_what_one_process_does(demo: Path, tmp_path: Path
     crepa(demo, *DEMO, "--steps", "4", *sets, "--set", "train.gradient_accumulation=4", "--output", one)
     sharding = ["--set", "train.sharding=true", "--set", "train.gradient_accumulation=2"]
     sharding += ["--set", "validation.every=3", "--set", "validation.steps=2"]
+    sharding += ["--set", "memory.offload_activations=true", "--set", "memory.finer_recompute=true"]
     told = crepa(demo, *DEMO, "--steps", "4", *sets, *sharding, "--output", two, launcher=TORCHRUN)
 
     here, total = (int(number.replace(",", "")) for number in _share(told))
@@ -96,6 +103,7 @@ def test_sharded_processes_save_what_one_process_does(demo: Path, tmp_path: Path
 
     shutil.rmtree(two / "checkpoints/step-000004")
     alone = ["--set", "train.sharding=false", "--set", "train.gradient_accumulation=4"]
+    alone += ["--set", "memory.offload_activations=false"]
     crepa(demo, "train", "--resume", "--plain", "--output", two, *alone)
     assert largest_difference(one / FULL, two / FULL) < 1e-5
 

@@ -65,7 +65,7 @@ CREPA_DEFAULTS = {
 }
 KEYS = {
     "model": "family task checkpoint revision variant dtype vae_dtype vae_tiling",
-    "memory": "stream_weights offload_activations quantize_base",
+    "memory": "stream_weights offload_activations finer_recompute quantize_base",
     "adapter": "kind rank alpha dropout target_modules init_from export export_dtype",
     "data": "path width height frames fps repeats caption_dropout cache",
     "train": "steps batch_size gradient_accumulation learning_rate optimizer beta1 beta2 eps weight_decay "
@@ -365,7 +365,7 @@ def test_a_new_crepa_toml_has_only_what_differs_from_its_preset(folder: Path):
         Setting("crepa", "lambda", 0.5, "config.json"),
     ]
     written = project_settings(
-        profile="t2v", vram=None, imported=imported, flags={"model.family": "wan"}, folder=folder, families=["wan"]
+        profile="t2v", imported=imported, flags={"model.family": "wan"}, folder=folder, families=["wan"]
     )
     assert written == {
         "preset": "t2v",
@@ -573,9 +573,7 @@ def test_none_gives_the_default_of_every_family(folder: Path, family: str, task:
     assert resolved(profile="lower.toml") == expected
 
     imported = [Setting(table, key, None, "config.json") for table, key in family_keys()]
-    written = project_settings(
-        profile="lower.toml", vram=8, imported=imported, flags=flags, folder=folder, families=FAMILIES
-    )
+    written = project_settings(profile="lower.toml", imported=imported, flags=flags, folder=folder, families=FAMILIES)
     write_project(written, complete(written, real_defaults), folder)
     assert resolved(flags={}) == expected
 
@@ -587,7 +585,7 @@ def test_none_in_a_json_configuration_gives_the_default_of_the_family(folder: Pa
     assert "crepa.block_index" in names
     config = {"model_family": "wan", **{by_setting[name]: none for name in names}}
     imported = import_config(config, "config.json", FLAVOURS, lambda _: 21).settings
-    written = project_settings(profile=None, vram=None, imported=imported, flags={}, folder=folder, families=FAMILIES)
+    written = project_settings(profile=None, imported=imported, flags={}, folder=folder, families=FAMILIES)
     write_project(written, complete(written, real_defaults), folder)
     found = values_and_sources(resolve(folder, flags={}, family_defaults=real_defaults))
     del found["model.checkpoint"]  # The import names the checkpoint: SimpleTuner's default need not be ours.

@@ -129,7 +129,10 @@ SHORT = [
 def test_a_killed_run_goes_on_and_ends_with_the_same_weights(
     demo: Path, run_crepa: RunCrepa, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bitwise equality, with dropout, accumulation, the average of the weights, and a cutoff by similarity."""
+    """Bitwise equality, with dropout, accumulation, the average of the weights, and a cutoff by similarity.
+
+    The runs that are resumed keep weights and hidden states elsewhere than before.
+    """
     monkeypatch.chdir(demo)
     assert run_crepa("train", *SHORT, "--output", "runs/whole") == 0
     killed = demo / "runs" / "killed"
@@ -143,7 +146,8 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(
     process.wait()
     assert [path.name for path in (killed / "checkpoints").iterdir()] == ["step-000005"]
 
-    assert run_crepa("train", "--resume", "--output", killed, "--plain") == 0
+    on_host = ["--set", "memory.stream_weights=true", "--set", "memory.offload_activations=true"]
+    assert run_crepa("train", "--resume", "--output", killed, "--plain", *on_host) == 0
 
     whole = demo / "runs" / "whole"
     assert_same_tensors(killed / WEIGHTS, whole / WEIGHTS)

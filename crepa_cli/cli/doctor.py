@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from crepa_cli.cli.flags import CheckpointFlag, DataFlag, ModelFlag, ProfileFlag, SetFlag, TaskFlag, one_folder
+from crepa_cli.cli.project import project_file, write_settings
 from crepa_cli.cli.terminal import interactive
+from crepa_cli.errors import UserError
 
 if TYPE_CHECKING:
     from crepa_cli.doctor.findings import Report
@@ -32,6 +34,11 @@ def doctor(
     vram: Annotated[
         float | None, Flag(help="Memory of the GPU to plan for, in GB (10^9 bytes); default: this machine's.", min=0)
     ] = None,
+    fit: Annotated[
+        float | None,
+        Flag(metavar="GB", help="Find the settings that cost the least time and fit a GPU of this size.", min=0),
+    ] = None,
+    write: Annotated[bool, Flag("--write", help="Write the settings that --fit finds to crepa.toml.")] = False,
     demo: Annotated[bool, Flag("--demo", help="Check a tiny model and generated clips; downloads nothing.")] = False,
     sets: SetFlag = None,
     as_json: Annotated[bool, Flag("--json", help="Print one JSON object, for scripts.")] = False,
@@ -50,12 +57,20 @@ def doctor(
     flags = {"model.family": model, "model.checkpoint": checkpoint, "model.task": task, "data.path": one_folder(data)}
     given = any([profile, *flags.values(), demo, sets]) or find_project_file(Path()) is not None
     settings = (lambda: resolve(profile, flags, sets or [], demo=demo)) if given else None
+    if write and fit is None:
+        raise UserError("--write needs --fit GB, which finds what is written")
+    if fit is not None and settings is None:
+        raise UserError("--fit: there are no settings to fit; name a family with --model, or run crepa init first")
+    project = project_file(model) if write else None
     with _progress() as listener:
-        report = _examine(settings, demo, vram, listener)
+        report = _examine(settings, demo, vram, fit, listener)
     if as_json:
         typer.echo(json.dumps(report.to_json(), indent=2))
     else:
         report.show(Console())
+    if project and report.plan and report.plan.fit and report.plan.profile:
+        found = {one.name: one.value for one in report.plan.fit.settings}
+        write_settings(project, report.plan.profile["model"]["family"], found)
     raise typer.Exit(report.exit_code)
 
 
@@ -77,7 +92,11 @@ def _progress() -> Iterator[Listener]:
 
 
 def _examine(
-    resolve: Callable[[], ResolvedProfile] | None, demo: bool, vram: float | None, listener: Listener
+    resolve: Callable[[], ResolvedProfile] | None,
+    demo: bool,
+    vram: float | None,
+    fit: float | None,
+    listener: Listener,
 ) -> Report:
     """Check the machine, and the plan if there are settings and the libraries can be imported."""
     from crepa_cli.cli.view import silence_libraries
@@ -95,10 +114,12 @@ def _examine(
     def report(work: str) -> None:
         listener(Progress("checking", 0, 1, work))
 
-    target = training_target(None if vram is None else round(vram * 10**9))
+    size = vram if fit is None else fit
+    target = training_target(None if size is None else round(size * 10**9))
     if resolve is None:
         return _overview(machine, target, report)
-    return Report(machine.environment, check_plan(resolve, demo=demo, target=target, listener=listener, report=report))
+    plan = check_plan(resolve, demo=demo, target=target, fit=fit is not None, listener=listener, report=report)
+    return Report(machine.environment, plan)
 
 
 def _overview(machine: Report, target: Target, report: Callable[[str], None]) -> Report:

@@ -113,7 +113,6 @@ def _create(choices: _Choices, from_json: Path | None, *, force: bool) -> None:
         choices.profile = choices.task if choices.task in presets() else "t2v"
     settings = project_settings(
         profile=choices.profile,
-        vram=choices.vram,
         imported=imported.settings if imported else (),
         flags={
             "model.family": choices.model,
@@ -127,7 +126,7 @@ def _create(choices: _Choices, from_json: Path | None, *, force: bool) -> None:
         families=family_names(),
     )
     with Console(stderr=True).status("checking the settings"):
-        planned, notes = _checked(settings, choices.vram)
+        settings, planned, notes = _checked(settings, choices.vram, may_shorten=imported is None)
     write_project(settings, planned, folder)
     typer.echo(f"Wrote crepa.toml and {SCHEMA_FILE}.")
     for note in imported.notes if imported else ():
@@ -144,8 +143,15 @@ def _create(choices: _Choices, from_json: Path | None, *, force: bool) -> None:
     typer.echo("Next: crepa doctor, then crepa train.")
 
 
-def _checked(settings: Mapping[str, object], vram: float | None) -> tuple[Profile, list[str]]:
-    """The profile that the settings describe, and what to say about its checkpoint and its memory.
+def _checked(
+    settings: dict[str, Any], vram: float | None, *, may_shorten: bool
+) -> tuple[dict[str, Any], Profile, list[str]]:
+    """The settings that fit the GPU, the profile that they describe, and what to say about them.
+
+    Args:
+        settings: by table and key, with the name of a preset.
+        vram: memory of the GPU in GB; None to leave the settings as they are.
+        may_shorten: whether shorter clips are an answer; another trainer's configuration is converted for its own.
 
     Raises:
         UserError: if the checkpoint can be read, and the settings are not for it.
@@ -153,41 +159,64 @@ def _checked(settings: Mapping[str, object], vram: float | None) -> tuple[Profil
     from crepa_cli.cli.view import silence_libraries
     from crepa_cli.models import family_defaults
     from crepa_cli.profile.layers import complete
+    from crepa_cli.profile.project import lighter_clips
 
     silence_libraries()
     from crepa_cli.runs.checks import family_mistakes, image_mistakes, load_checkpoint
 
+    candidates = [settings]
+    if vram is not None and may_shorten:
+        candidates.append(_completed(settings, lighter_clips(vram)))
     profile = complete(settings, family_defaults)
     try:
         family = load_checkpoint(profile)
     except UserError as error:
-        return profile, [f"Blocks and sizes were not checked: {error}"]
+        settings = candidates[-1]
+        return settings, complete(settings, family_defaults), [f"Blocks and sizes were not checked: {error}"]
     # An imported configuration may name prompts, but no images that crepa could read.
     open_ = image_mistakes(profile.validation, profile.model.task)
     if mistakes := [one for one in family_mistakes(family, profile) if one not in open_]:
         raise UserError("\n".join(mistakes))
     notes = [f"Before training: {mistake}" for mistake in open_]
-    return profile, notes if vram is None else [*notes, *_memory_notes(profile, family, vram)]
+    if vram is None:
+        return settings, profile, notes
+    for settings in candidates:
+        profile = complete(settings, family_defaults)
+        fitted, said = _fitted(settings, profile, family, vram)
+        if fitted is not None:
+            return fitted, complete(fitted, family_defaults), [*notes, *said]
+    return settings, profile, [*notes, *said]
 
 
-def _memory_notes(profile: Profile, family: Family, vram: float) -> list[str]:
-    """Whether the settings fit the GPU, if they do not."""
+def _completed(settings: Mapping[str, Any], further: Mapping[str, Mapping[str, object]]) -> dict[str, Any]:
+    """The settings with those of `further` that they do not have."""
+    return {**settings, **{table: {**values, **settings.get(table, {})} for table, values in further.items()}}
+
+
+def _fitted(
+    settings: Mapping[str, Any], profile: Profile, family: Family, vram: float
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """The settings with those that the GPU needs, if any make them fit, and what to say about that."""
     import torch
     from rich.filesize import decimal
 
+    from crepa_cli.memory.fit import cheapest_fit
     from crepa_cli.memory.prediction import predict
     from crepa_cli.memory.shapes import form_bucket
 
+    device, bucket = torch.device("cuda"), form_bucket(profile, family)
     try:
-        prediction = predict(profile, family, form_bucket(profile, family), torch.device("cuda"))
+        fit = cheapest_fit(profile, family, bucket, device, round(vram * 10**9))
+        if fit is None:
+            peak = predict(profile, family, bucket, device).peak
+            needed = f"These settings need {decimal(peak)} of GPU memory, and there are {vram:g} GB"
+            return None, [f"{needed}. What would fit: crepa doctor --fit {vram:g}"]
     except UserError as error:
-        return [f"The memory was not predicted: {error}"]
-    if prediction.peak <= vram * 10**9:
-        return []
-    return [
-        f"These settings need {decimal(prediction.peak)} of GPU memory, and there are {vram:g} GB. Settings that need "
-        f"less: crepa doctor --vram {vram:g}"
-    ]
+        return {**settings}, [f"The memory was not predicted: {error}"]
+    found: dict[str, Any] = {**settings}
+    for table, key, value in fit.settings:
+        found[table] = {**found.get(table, {}), key: value}
+    return found, [f"For {vram:g} GB of GPU memory: {fit}"] if fit.settings else []
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -202,7 +231,6 @@ def _imported(config: Mapping[str, Any], label: str, choices: _Choices) -> Impor
     from crepa_cli.models import family_defaults
     from crepa_cli.models.flavours import FLAVOURS
     from crepa_cli.profile.layers import complete
-    from crepa_cli.profile.project import memory_settings
     from crepa_cli.profile.simpletuner import import_config
 
     flags = {"family": choices.model, "task": choices.task, "checkpoint": choices.checkpoint}
@@ -213,9 +241,8 @@ def _imported(config: Mapping[str, Any], label: str, choices: _Choices) -> Impor
         model |= {name: value for name, value in flags.items() if value is not None}
         without_checkpoint = {name: value for name, value in model.items() if name != "checkpoint"}
         for stated in (model, without_checkpoint):
-            contents = {"model": stated, **(memory_settings(choices.vram) if choices.vram else {})}
             try:
-                return _latent_frames(complete(contents, family_defaults))
+                return _latent_frames(complete({"model": stated}, family_defaults))
             except UserError:  # an unknown family, which the check of all settings refuses, or an unknown checkpoint
                 continue
         return 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,6 +13,7 @@ import typer
 
 from crepa_cli.cli.completion import family_names
 from crepa_cli.cli.flags import FAMILY_HELP, CheckpointFlag, DataFlag, ProfileFlag, SetFlag, TaskFlag, one_folder
+from crepa_cli.cli.project import project_file, write_settings
 from crepa_cli.cli.terminal import interactive
 from crepa_cli.errors import UserError
 
@@ -56,7 +56,7 @@ def probe_blocks(
     measured = demo or folder is not None
     if (write or plot) and not measured:
         raise UserError(f"{'--write' if write else '--plot'} needs a measurement: add --data DIR or --demo")
-    project = _project_file(family) if write else None
+    project = project_file(family) if write else None
     silence_libraries()
     flags = {"model.family": family, "model.checkpoint": checkpoint, "model.task": task, "data.path": folder}
     try:
@@ -75,7 +75,7 @@ def probe_blocks(
 
         show(answer, Console())
     if project and answer.recommended:
-        _write_block(project, family, answer.recommended.block)
+        write_settings(project, family, {"crepa.block_index": answer.recommended.block})
 
 
 def _answer(profile: Profile, *, measured: bool, demo: bool) -> Answer:
@@ -147,36 +147,3 @@ def _progress() -> Iterator[Callable[[Event], None]]:
                 bars.update(stages[event.stage], completed=event.done, description=what)
 
         yield listen
-
-
-def _project_file(family: str) -> Path:
-    """The crepa.toml that runs in this folder read.
-
-    Raises:
-        UserError: if there is none, or it is for another family.
-    """
-    from crepa_cli.profile.files import find_project_file, parse_toml, read_text
-
-    path = find_project_file(Path())
-    if path is None:
-        raise UserError("--write: there is no crepa.toml here; create one with crepa init")
-    path = Path(os.path.relpath(path))
-    model = parse_toml(read_text(path, str(path)), str(path)).get("model")
-    named = model.get("family", family) if isinstance(model, dict) else family
-    if named != family:
-        raise UserError(f"--write: {path} is for the family {named!r}, but you are probing {family}")
-    return path
-
-
-def _write_block(path: Path, family: str, block: int) -> None:
-    from crepa_cli.files import write_whole
-    from crepa_cli.profile.edit import with_number
-    from crepa_cli.profile.files import parse_toml, read_text
-    from crepa_cli.profile.layers import Setting, check_settings, known_settings
-
-    text = with_number(read_text(path, str(path)), str(path), "crepa", "block_index", block)
-    mistakes: list[str] = []
-    settings = [*known_settings(parse_toml(text, str(path)), str(path), mistakes)]
-    check_settings([*settings, Setting("model", "family", family, "FAMILY")], mistakes)
-    write_whole(path, text.encode())
-    typer.echo(f"Wrote crepa.block_index = {block} to {path}.", err=True)

@@ -28,6 +28,7 @@ from crepa_cli.heap import release_memory
 from crepa_cli.hub.download import Need, fetch
 from crepa_cli.hub.read import fingerprint, read_config
 from crepa_cli.models.family import Family
+from crepa_cli.models.streaming import place
 from crepa_cli.processes import from_main
 from crepa_cli.profile import CrepaSettings, DataSettings
 from crepa_cli.teachers.dinov2 import ENCODERS, Dinov2Teacher, input_size
@@ -254,7 +255,9 @@ def _encode_missing(
     family: Family, keys: dict[Prompt, str], cache: Cache, device: torch.device, dtype: torch.dtype
 ) -> Generator[Event, None, dict[Prompt, str]]:
     yield Progress("prompts", 0, len(share(keys)), "loading the text encoder")
-    pipeline = family.load_text_pipeline(dtype).to(device)
+    pipeline = family.load_text_pipeline(dtype)
+    for name in family.text_encoders:
+        place(getattr(pipeline, name), device, streamed=family.streams_text_encoders)
 
     def encode(prompt: Prompt) -> tuple[Prompt, str] | None:
         encode_text = family.encode_negative_prompt if prompt.negative else family.encode_prompt

@@ -8,7 +8,7 @@ import torch
 
 from crepa_cli.data.buckets import Bucket
 from crepa_cli.data.prepare import encoder_config
-from crepa_cli.memory.shapes import ClipSize, measure_clip, teacher_grid, total_bytes
+from crepa_cli.memory.shapes import encoded_clip, teacher_grid, total_bytes
 from crepa_cli.models.family import Family
 from crepa_cli.profile import CrepaSettings
 
@@ -27,18 +27,17 @@ def cache_bytes(
         dtype: of the text encoder.
         crepa: the encoder's settings; None if no features are stored.
     """
-    size = measure_clip(family)
     return {
-        "latents": sum(size.bytes(bucket) for bucket in buckets),
+        "latents": sum(total_bytes(encoded_clip(family, bucket)) for bucket in buckets),
         "prompts": texts * _prompt_bytes(family, dtype),
-        "features": sum(_feature_bytes(family, size, bucket, crepa) for bucket in buckets) if crepa else 0,
+        "features": sum(_feature_bytes(family, bucket, crepa) for bucket in buckets) if crepa else 0,
     }
 
 
-def _feature_bytes(family: Family, size: ClipSize, bucket: Bucket, crepa: CrepaSettings) -> int:
+def _feature_bytes(family: Family, bucket: Bucket, crepa: CrepaSettings) -> int:
     """Bytes of one clip's teacher features."""
     encoder = encoder_config(crepa)
-    grid = teacher_grid(family, size.empty_latents(family, bucket), bucket, crepa, encoder["patch_size"])
+    grid = teacher_grid(family, encoded_clip(family, bucket)["latents"], bucket, crepa, encoder["patch_size"])
     return int(grid.frames * grid.tokens * encoder["hidden_size"] * FEATURE_BYTES)
 
 

@@ -14,6 +14,7 @@ from rich.text import Text
 from crepa_cli.errors import UserError
 
 if TYPE_CHECKING:
+    from crepa_cli.memory.fit import Fit
     from crepa_cli.memory.savings import Fitting, Saving
 
 Status = Literal["fine", "warning", "failure"]
@@ -114,6 +115,8 @@ class Plan:
         skipped: the reason for each skipped clip, by its name.
         cache_bytes: predicted size of the cache by part: latents, prompts and features.
         memory: predicted memory of training.
+        fit_asked: whether settings that fit a GPU were searched for.
+        fit: those settings; None if there are none.
     """
 
     checks: list[Check] = field(default_factory=list)
@@ -122,6 +125,8 @@ class Plan:
     skipped: dict[str, str] = field(default_factory=dict)
     cache_bytes: dict[str, int] | None = None
     memory: Memory | None = None
+    fit_asked: bool = False
+    fit: Fit | None = None
 
     def add(self, name: str, status: Status, message: str, advice: str = "") -> None:
         """Add a check."""
@@ -156,9 +161,12 @@ class Report:
         checks = [*self.environment, *(self.plan.checks if self.plan else [])]
         plan = asdict(self.plan) if self.plan else None
         if plan:
-            del plan["checks"]
+            del plan["checks"], plan["fit"], plan["fit_asked"]
         families = [asdict(family) for family in self.families]
-        return {"checks": [asdict(check) for check in checks], "plan": plan, "families": families}
+        contents = {"checks": [asdict(check) for check in checks], "plan": plan, "families": families}
+        if self.plan and self.plan.fit_asked:
+            contents["fit"] = self.plan.fit.to_json() if self.plan.fit else None
+        return contents
 
     def show(self, console: Console) -> None:
         """Print the report as tables."""

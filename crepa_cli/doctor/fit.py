@@ -12,11 +12,13 @@ from rich.filesize import decimal
 
 from crepa_cli.data.buckets import Bucket
 from crepa_cli.doctor.findings import BucketCount, Memory, Plan
+from crepa_cli.memory.fit import cheapest_fit, lightest
 from crepa_cli.memory.prediction import Prediction, predict
 from crepa_cli.memory.savings import Fitting, Saving, largest_that_fits, last_that_holds, savings
 from crepa_cli.memory.shapes import form_bucket
 from crepa_cli.models.family import Family
 from crepa_cli.profile import Profile
+from crepa_cli.runs.checks import configured
 
 
 class Target(NamedTuple):
@@ -64,6 +66,34 @@ def check_memory(plan: Plan, family: Family, profile: Profile, target: Target, r
     plan.add("memory", "fine" if fits else "failure", message, _advice(prediction, limit, saved, fitting))
 
 
+def check_fit(plan: Plan, family: Family, profile: Profile, target: Target, report: Callable[[str], None]) -> None:
+    """Search for the settings that cost the least time and fit the device, whose size is known; see `check_memory`."""
+    plan.attempt("memory", lambda: _add_fit(plan, family, profile, target, report))
+
+
+def _add_fit(plan: Plan, family: Family, profile: Profile, target: Target, report: Callable[[str], None]) -> None:
+    bucket, device, limit = largest_bucket(plan.buckets) or form_bucket(profile, family), target.device, target.free
+    assert limit is not None, "it is given"
+    fit = cheapest_fit(profile, family, bucket, device, limit, lambda tried: report(f"predicting memory with {tried}"))
+    chosen = fit.profile if fit else lightest(profile, device)
+    family = configured(family, chosen)
+    prediction = predict(chosen, family, bucket, device)
+    message, fitting = _message(prediction, bucket, limit), None
+    if fit is None:
+        fitting = largest_that_fits(
+            chosen, family, bucket, device, limit, lambda shape: report(f"searching for what fits: {shape}")
+        )
+        advice = _advice(prediction, limit, [], fitting)
+        plan.add("memory", "failure", f"{message}, with all settings that reduce it", advice)
+    elif not fit.settings:
+        plan.add("memory", "fine", f"{message}, with the settings as they are")
+    else:
+        longer = f"takes about {fit.slowdown - 1:.0%} longer" if fit.slowdown >= 1.01 else "takes about as long"
+        plan.add("memory", "fine", f"{message}, with {fit}; a step {longer}")
+    plan.fit = fit
+    plan.memory = Memory(**asdict(prediction), peak=prediction.peak, limit=limit, savings=[], fitting=fitting)
+
+
 def longest_that_fits(
     profile: Profile, family: Family, bucket: Bucket, target: Target, report: Callable[[str], None]
 ) -> int | None:
@@ -84,7 +114,7 @@ def longest_that_fits(
 
     step = family.frame_multiple
     lengths = range(bucket.frames + step, 4 * bucket.frames, step)
-    # A few lengths are enough for advice, and each takes seconds.
+    # A few lengths are enough for advice, and each takes a few seconds.
     return last_that_holds(lengths[:: max(1, len(lengths) // 7)], fits)
 
 

@@ -15,7 +15,7 @@ from crepa_cli.doctor.cache_size import cache_bytes
 from crepa_cli.doctor.clips import describe_buckets, enlarged
 from crepa_cli.doctor.disk import check_folder
 from crepa_cli.doctor.findings import BucketCount, Plan
-from crepa_cli.doctor.fit import Target, check_memory
+from crepa_cli.doctor.fit import Target, check_fit, check_memory
 from crepa_cli.doctor.hub import check_hub, check_need
 from crepa_cli.errors import counted
 from crepa_cli.events import ClipSkipped, Event, Notice, drained
@@ -36,6 +36,7 @@ def check_plan(
     *,
     demo: bool,
     target: Target,
+    fit: bool = False,
     listener: Listener,
     report: Callable[[str], None],
 ) -> Plan:
@@ -45,10 +46,11 @@ def check_plan(
         resolve: returns the settings.
         demo: write the demo's files first.
         target: the device that trains.
+        fit: search for settings with which the run fits it.
         listener: receives the events of scanning the clips.
         report: receives a line of text on what is being predicted.
     """
-    plan = Plan()
+    plan = Plan(fit_asked=fit)
     resolved = plan.attempt("profile", resolve)
     if resolved is None:
         return plan
@@ -72,7 +74,7 @@ def check_plan(
     if family and teacher_known and clips and cache_known:
         _check_cache(plan, family, profile, clips)
     if family and teacher_known and optimizer_known:
-        check_memory(plan, family, profile, target, report)
+        (check_fit if fit else check_memory)(plan, family, profile, target, report)
     return plan
 
 

@@ -8,7 +8,7 @@ takes for each block. The result is exact, as far as blocks do the same.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -162,13 +162,36 @@ def with_blocks(profile: Profile, family: Family, kept: Sequence[int]) -> tuple[
     return profile.model_copy(update=tables), family.with_blocks(len(kept))
 
 
-def extended(excerpt: Excerpt, longer: Segments, shorter: Segments) -> Iterator[tuple[Part, Segment]]:
+def segments_of_all_blocks(
+    profile: Profile, family: Family, run: Callable[[Profile, Family, bool], Segments]
+) -> list[tuple[Part, Segment]]:
+    """The segments of the work of a transformer, in order, from runs of some of its blocks.
+
+    Args:
+        profile: the resolved settings.
+        family: of the checkpoint.
+        run: does the work on the transformer of a family. It is told whether its blocks have to pass backward.
+    """
+    excerpt = Excerpt.of(profile, family)
+    if excerpt is None:
+        return list(run(profile, family, True).items())
+    longer = run(*with_blocks(profile, family, excerpt.kept), True)
+    shorter = run(*with_blocks(profile, family, excerpt.without_repeated()), False)
+    return list(_extended(excerpt, longer, shorter))
+
+
+def highest(segments: Iterable[tuple[Part, Segment]]) -> Bytes:
+    """The bytes by part at the peak of the work, without that of building the models."""
+    return max((segment.peak for part, segment in segments if part != START), key=Counter.total)
+
+
+def _extended(excerpt: Excerpt, longer: Segments, shorter: Segments) -> Iterator[tuple[Part, Segment]]:
     """The segments of a step of the whole transformer, in order.
 
     Args:
         excerpt: the blocks that were run.
         longer: the segments of a run of all kept blocks.
-        shorter: those of a run without the repeated one.
+        shorter: those of a run without the repeated one, and without a backward pass.
     """
     further = excerpt.count - len(excerpt.kept)
     longer, shorter = _comparable(longer, shorter)
@@ -179,7 +202,7 @@ def extended(excerpt: Excerpt, longer: Segments, shorter: Segments) -> Iterator[
             order = range(excerpt.count) if parts[0].block == 0 else reversed(range(excerpt.count))
             segments = [(Part(name, block), longer[Part(name, excerpt.stand_in(block))]) for block in order]
         else:
-            segments = [(part, _deeper(longer[part], shorter[part], further)) for part in parts]
+            segments = [(part, _deeper(longer[part], shorter.get(part, longer[part]), further)) for part in parts]
         for part, segment in segments:
             moved = _moved(segment, level or segment.start)
             level = moved.end
@@ -187,9 +210,9 @@ def extended(excerpt: Excerpt, longer: Segments, shorter: Segments) -> Iterator[
 
 
 def _comparable(longer: Segments, shorter: Segments) -> tuple[Segments, Segments]:
-    """Both with the same segments outside of the blocks: an optimizer may update all weights at once or one by one."""
-    outside = [[part for part in segments if part.block is None] for segments in (longer, shorter)]
-    return (longer, shorter) if outside[0] == outside[1] else (_joined(longer), _joined(shorter))
+    """Both with the same calls: some optimizers update all weights in one call, others take calls for each weight."""
+    calls = [[part for part in segments if part.call] for segments in (longer, shorter)]
+    return (longer, shorter) if calls[0] == calls[1] else (_joined(longer), _joined(shorter))
 
 
 def _joined(segments: Segments) -> Segments:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from crepa_cli.training.placement.host import allocates_on_host
+from crepa_cli.models.host import allocates_on_host
 
 HOST = "host"
 """The part of buffers on the host, which take no memory of the device."""
@@ -52,6 +52,13 @@ class LiveBytes(TorchDispatchMode):
         """Measure the peak from now on."""
         self.peak = self.live
         self.peak_parts = Counter(self._parts)
+
+    def rise(self, size: int) -> None:
+        """Count bytes that are held for a moment."""
+        if self.live + size > self.peak:
+            self.reset_peak()
+            self.peak += size
+            self.peak_parts[self.part] += size
 
     def cut(self) -> Segment:
         """End a segment of time, return it, and begin the next; it measures the peak anew."""

@@ -5,15 +5,20 @@ from __future__ import annotations
 import torch
 from rich.filesize import decimal
 
+from crepa_cli.memory.fit import cheapest_fit
 from crepa_cli.memory.prediction import validation_memory
 from crepa_cli.memory.savings import memory_advice
 from crepa_cli.memory.shapes import form_bucket
 from crepa_cli.models.family import Family
 from crepa_cli.profile import Profile
+from crepa_cli.training.peak import device_memory
+
+LESS = 0.9
+"""Share of what ran out of memory that is tried next."""
 
 
 def out_of_memory_message(error: BaseException, profile: Profile, family: Family, device: torch.device) -> str:
-    """The allocator's error, the predicted memory by part, and the settings that reduce it most, largest saving first.
+    """The allocator's error, the predicted memory by part, and what reduces it: single settings, and a combination.
 
     Args:
         error: raised by the allocator.
@@ -27,6 +32,10 @@ def out_of_memory_message(error: BaseException, profile: Profile, family: Family
     advice = [f"  --set {saving.setting} saves {decimal(saving.saved)}" for saving in savings]
     validation = validation_memory(profile, family, device)
     larger = validation > sum(parts.values())
+    # The device may have had less than all of its memory free: look for what needs less than this run did.
+    limit = min(device_memory(device), int(LESS * max(sum(parts.values()), validation)))
+    fit = cheapest_fit(profile, family, bucket, device, limit)
+    combination = f"The settings that need less than {decimal(limit)} and cost the least time: {fit}"
     return "\n".join(
         [
             f"out of memory: {str(error).splitlines()[0]}",
@@ -34,6 +43,7 @@ def out_of_memory_message(error: BaseException, profile: Profile, family: Family
             *held,
             "Settings that reduce it most:" if advice else "No single setting reduces it: use a smaller checkpoint.",
             *advice,
+            *([combination] if fit else []),
             *([f"A validation needs {decimal(validation)}: --set validation.every=0 turns it off."] if larger else []),
             "Then train again; a run that had begun to train resumes with --resume.",
         ]

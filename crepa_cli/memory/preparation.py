@@ -10,10 +10,12 @@ from transformers import AutoConfig, AutoModel
 from crepa_cli.alignment import TokenGrid
 from crepa_cli.data.buckets import Bucket
 from crepa_cli.data.prepare import encoder_config
+from crepa_cli.memory.repeats import run_once_per_shape
 from crepa_cli.memory.shapes import Clips
 from crepa_cli.memory.step import fake_memory, make_fake
 from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
+from crepa_cli.models.streaming import place
 from crepa_cli.profile import CrepaSettings, Profile
 from crepa_cli.teachers.dinov2 import Dinov2Teacher, encoder_dtype
 
@@ -34,7 +36,7 @@ def predict_preparation(
         UserError: if a configuration cannot be read.
     """
     peaks = {
-        "text encoder": _text_encoders_peak(family, clips, torch_dtype(profile.model.dtype)),
+        "text encoder": text_encoders_peak(family, clips, torch_dtype(profile.model.dtype)),
         "VAE": vae_peak(family, bucket),
     }
     if clips.teacher is not None:
@@ -43,13 +45,15 @@ def predict_preparation(
 
 
 @torch.no_grad()
-def _text_encoders_peak(family: Family, clips: Clips, dtype: torch.dtype) -> int:
+def text_encoders_peak(family: Family, clips: Clips, dtype: torch.dtype) -> int:
     """The text encoders on the longest caption; instructions that some pipelines add take a few MB more."""
     encoders = [family.base.empty_model(name, dtype) for name in family.text_encoders]
     caption = len(clips.tensors["prompt_embeds"])
     with fake_memory() as live:
         for encoder in encoders:
             make_fake(encoder)
+            place(encoder, torch.device("cpu"), streamed=family.streams_text_encoders)
+        live.reset_peak()
         for encoder in encoders:
             limit = getattr(encoder.config.get_text_config(), "max_position_embeddings", caption)
             encoder(input_ids=torch.zeros(1, min(caption, limit), dtype=torch.int64))
@@ -64,6 +68,7 @@ def vae_peak(family: Family, bucket: Bucket) -> int:
     image_encoder = family.base.empty_model(family.image_encoder, family.vae_dtype) if family.image_encoder else None
     with fake_memory() as live:
         make_fake(pipeline.vae)
+        run_once_per_shape(pipeline.vae.encoder, live)
         if image_encoder is not None:
             make_fake(image_encoder)
             side = image_encoder.config.image_size

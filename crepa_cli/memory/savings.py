@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -14,6 +14,7 @@ from crepa_cli.memory.prediction import preparation_memory, training_memory, val
 from crepa_cli.memory.shapes import validation_bucket
 from crepa_cli.models.family import Family
 from crepa_cli.profile import Profile
+from crepa_cli.runs.checks import memory_mistakes
 from crepa_cli.teachers.dinov2 import ENCODERS
 
 Item = TypeVar("Item")
@@ -21,6 +22,23 @@ Item = TypeVar("Item")
 LIGHT_ENCODER = "dinov2_vits14"
 LIGHT_IMAGE_SIZE = 224
 SMALLEST_RANK = 4
+
+
+class Setting(NamedTuple):
+    """A value for a setting."""
+
+    table: str
+    key: str
+    value: object
+
+    @property
+    def name(self) -> str:
+        """Table and key."""
+        return f"{self.table}.{self.key}"
+
+    def __str__(self) -> str:
+        """In the form that `--set` takes."""
+        return f"{self.name}={str(self.value).lower() if isinstance(self.value, bool) else self.value}"
 
 
 @dataclass(frozen=True)
@@ -53,8 +71,8 @@ def memory_advice(
 ) -> tuple[dict[str, int], list[Saving]]:
     """The memory of training by part, and the settings that reduce it most, largest saving first.
 
-    Each saving is predicted by running a step on fake tensors with one setting changed. A setting takes about ten
-    seconds the first time; predictions are stored.
+    Each saving is predicted by running a step on fake tensors with one setting changed. A setting takes a second or two
+    the first time; predictions are stored.
 
     Args:
         profile: the resolved settings.
@@ -83,21 +101,37 @@ def savings(
     """
     before = sum(training_memory(profile, family, bucket, device).values())
     found = []
-    for table, key, value in lighter_settings(profile, family):
-        setting = f"{table}.{key}={_shown(value)}"
-        report(setting)
-        lighter = with_setting(profile, table, key, value)
-        frames = value if key == "frames" and isinstance(value, int) else bucket.frames
+    for setting in [*lossless_settings(profile, device), *lighter_settings(profile, family)]:
+        report(str(setting))
+        lighter = with_setting(profile, *setting)
+        if memory_mistakes(lighter):  # it needs another setting
+            continue
+        frames = setting.value if setting.key == "frames" and isinstance(setting.value, int) else bucket.frames
         try:
             after = training_memory(lighter, family, Bucket(frames, bucket.height, bucket.width), device)
         except HubError:  # a mere suggestion, whose configuration cannot be read
             continue
-        found.append(Saving(setting, before - sum(after.values())))
+        found.append(Saving(str(setting), before - sum(after.values())))
     return sorted((one for one in found if one.saved > 0), key=lambda one: -one.saved)
 
 
-def lighter_settings(profile: Profile, family: Family) -> list[tuple[str, str, object]]:
-    """Table, key and value of the settings that may save memory and that the profile does not have yet."""
+def lossless_settings(profile: Profile, device: torch.device) -> list[Setting]:
+    """Settings that may reduce the memory of training and change its result by no more than rounding.
+
+    Those that the profile has are left out, and on the CPU those that move tensors to its memory.
+    """
+    settings = [
+        Setting("train", "activation_checkpointing", True),
+        Setting("memory", "offload_activations", True),
+        Setting("memory", "stream_weights", True),
+        Setting("memory", "finer_recompute", True),
+    ]
+    moving = ("offload_activations", "stream_weights") if device.type == "cpu" else ()
+    return [one for one in settings if one.key not in moving and not getattr(getattr(profile, one.table), one.key)]
+
+
+def lighter_settings(profile: Profile, family: Family) -> list[Setting]:
+    """Settings that may reduce the memory of training and change its result; those of the profile are left out."""
     crepa, train, adapter = profile.crepa, profile.train, profile.adapter
     # A local encoder was chosen for a reason, and finding another needs the network.
     heavy_encoder = crepa.encoder_teaches and crepa.encoder in ENCODERS and crepa.encoder != LIGHT_ENCODER
@@ -105,9 +139,9 @@ def lighter_settings(profile: Profile, family: Family) -> list[tuple[str, str, o
     step = family.frame_multiple
     half = (frames // 2 - 1) // step * step + 1
     candidates: list[tuple[bool, str, str, object]] = [
-        (not train.activation_checkpointing, "train", "activation_checkpointing", True),
         (half > step, "data", "frames", half),
         (train.batch_size > 1, "train", "batch_size", 1),
+        (profile.memory.quantize_base == "none", "memory", "quantize_base", "int8"),
         (profile.model.dtype == "float32", "model", "dtype", "bfloat16"),
         (adapter.kind == "full", "adapter", "kind", "lora"),
         (adapter.kind == "lora" and rank > SMALLEST_RANK, "adapter", "rank", rank // 2),
@@ -121,13 +155,19 @@ def lighter_settings(profile: Profile, family: Family) -> list[tuple[str, str, o
             LIGHT_IMAGE_SIZE,
         ),
     ]
-    return [(table, key, value) for applies, table, key, value in candidates if applies]
+    return [Setting(table, key, value) for applies, table, key, value in candidates if applies]
 
 
 def with_setting(profile: Profile, table: str, key: str, value: object) -> Profile:
     """The profile with one setting replaced."""
+    return with_settings(profile, [Setting(table, key, value)])
+
+
+def with_settings(profile: Profile, settings: Iterable[Setting]) -> Profile:
+    """The profile with some settings replaced."""
     tables = profile.model_dump(by_alias=True)
-    tables[table][key] = value
+    for table, key, value in settings:
+        tables[table][key] = value
     return Profile.model_validate(tables)
 
 
@@ -186,15 +226,14 @@ def smaller_sizes(size: Size, multiple: int) -> list[Size]:
 
 def last_that_holds(items: Sequence[Item], holds: Callable[[Item], bool]) -> Item | None:
     """The last item that holds, by bisection; None if none does. No item may hold after one that does not."""
-    low, high = 0, len(items)
+    # Often none does: the weights alone may be too much.
+    if not items or not holds(items[0]):
+        return None
+    low, high = 1, len(items)
     while low < high:
         middle = (low + high) // 2
         if holds(items[middle]):
             low = middle + 1
         else:
             high = middle
-    return items[low - 1] if low else None
-
-
-def _shown(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return items[low - 1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -60,53 +60,6 @@ def clips_of(profile: Profile, family: Family, bucket: Bucket) -> Clips:
     return Clips(tensors, grid, encoder["hidden_size"])
 
 
-@dataclass(frozen=True)
-class ClipSize:
-    """The size of a clip's tensors: a part for the first frame, and a part for each further frame.
-
-    Attributes:
-        first: bytes per pixel of the first frame.
-        further: bytes per pixel of each further frame.
-        image: bytes of the first frame's embedding; 0 if the checkpoint has no image encoder.
-        channels: of the latents.
-        pixels: side of a latent in pixels.
-    """
-
-    first: float
-    further: float
-    image: int
-    channels: int
-    pixels: int
-
-    def bytes(self, bucket: Bucket) -> int:
-        """Bytes of one clip's latents and of the tensors stored with them."""
-        area = bucket.height * bucket.width
-        return round(area * (self.first + (bucket.frames - 1) * self.further)) + self.image
-
-    def empty_latents(self, family: Family, bucket: Bucket) -> Tensor:
-        """Latents `[C, T, h, w]` of one clip on the meta device."""
-        frames = (bucket.frames - 1) // family.frame_multiple + 1
-        shape = self.channels, frames, bucket.height // self.pixels, bucket.width // self.pixels
-        return torch.empty(shape, device="meta")
-
-
-def measure_clip(family: Family) -> ClipSize:
-    """Measure the family's encoding of two small clips without content, on torch's meta device."""
-    side, step = 2 * family.size_multiple, family.frame_multiple
-    short, long = (encoded_clip(family, Bucket(frames, side, side)) for frames in (1 + step, 1 + 2 * step))
-    further = (total_bytes(long) - total_bytes(short)) / (step * side**2)
-    latents = short["latents"]
-    with torch.device("meta"):
-        image = total_bytes(family.empty_image_embedding())
-    return ClipSize(
-        first=(total_bytes(short) - image) / side**2 - step * further,
-        further=further,
-        image=image,
-        channels=latents.shape[0],
-        pixels=side // latents.shape[-1],
-    )
-
-
 def teacher_grid(family: Family, latents: Tensor, bucket: Bucket, crepa: CrepaSettings, patch_size: int) -> TokenGrid:
     """The grid of one clip's features.
 
@@ -123,16 +76,34 @@ def teacher_grid(family: Family, latents: Tensor, bucket: Bucket, crepa: CrepaSe
     return TokenGrid(frames, height // patch_size, width // patch_size)
 
 
-# It takes seconds for long clips, and most of the settings tried leave the shape as it is.
+def encoded_clip(family: Family, bucket: Bucket) -> Tensors:
+    """The tensors that the family encodes a clip to, without content, on the meta device.
+
+    Their sizes grow linearly with the clip's length, height and width. So small clips are encoded, in place of a large
+    one, which takes seconds.
+    """
+    step, side = family.frame_multiple, family.size_multiple
+    small = Bucket(1 + step, 2 * side, 2 * side)
+    shapes = {name: list(tensor.shape) for name, tensor in _encoded(family, small).items()}
+    for field, growth in ("frames", step), ("height", side), ("width", side):
+        before = getattr(small, field)
+        times = (getattr(bucket, field) - before) / growth
+        larger = _encoded(family, replace(small, **{field: before + growth}))
+        for name, tensor in _encoded(family, small).items():
+            for axis, (size, grown) in enumerate(zip(tensor.shape, larger[name].shape, strict=True)):
+                shapes[name][axis] += round((grown - size) * times)
+    with torch.device("meta"):
+        tensors = {name: torch.empty(shapes[name], dtype=one.dtype) for name, one in _encoded(family, small).items()}
+        return tensors | family.empty_image_embedding()
+
+
 @cache
 @torch.no_grad()
-def encoded_clip(family: Family, bucket: Bucket) -> Tensors:
-    """The tensors that the family encodes a clip to, without content, on the meta device."""
+def _encoded(family: Family, bucket: Bucket) -> Tensors:
     with torch.device("meta"):
         video = torch.empty(3, bucket.frames, bucket.height, bucket.width)
         # The image encoder needs pixels; the shape of its result is in its configuration.
-        tensors = family.without_image_encoder().encode_clip(family.empty_vae_pipeline(), video)
-        return tensors | family.empty_image_embedding()
+        return family.without_image_encoder().encode_clip(family.empty_vae_pipeline(), video)
 
 
 def total_bytes(tensors: dict[str, Tensor]) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import math
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -17,17 +16,17 @@ from typing import Any, NamedTuple
 import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from crepa_cli.alignment import Alignment, TokenGrid
-from crepa_cli.memory.depth import END, START, EachCall, Excerpt, Part, Segments, Timeline, extended, with_blocks
+from crepa_cli.memory.depth import END, EachCall, Part, Segments, Timeline, highest, segments_of_all_blocks
+from crepa_cli.memory.fake import QuickFakeMode
 from crepa_cli.memory.live_bytes import LiveBytes
 from crepa_cli.memory.shapes import Clips
 from crepa_cli.models.family import Family, Tensors
+from crepa_cli.models.streaming import stream
 from crepa_cli.profile import Profile
 from crepa_cli.training.aligned import AlignedTransformer
 from crepa_cli.training.build import build_model, frozen_dtype, frozen_in_int8, make_optimizer, trainable
-from crepa_cli.training.placement.streaming import stream
 from crepa_cli.training.step import Teaching, step_losses
 
 WEIGHTS, ADAPTER, GRADIENTS, OPTIMIZER = "weights", "adapter", "gradients", "optimizer"
@@ -43,28 +42,23 @@ def predict_training(profile: Profile, family: Family, clips: Clips, device: tor
         profile: the resolved settings.
         family: of the checkpoint, of which only the configuration is read.
         clips: the clips of a batch.
-        device: the device that trains; a GPU's optimizer updates all parameters at once.
+        device: the device that trains.
     """
-    excerpt = Excerpt.of(profile, family)
-    if excerpt is None:
-        segments = list(_segments(profile, family, clips, device).items())
-    else:
-        longer, shorter = (
-            _segments(*with_blocks(profile, family, kept), clips, device)
-            for kept in (excerpt.kept, excerpt.without_repeated())
-        )
-        segments = list(extended(excerpt, longer, shorter))
-    peak = max((segment.peak for part, segment in segments if part != START), key=Counter.total)
+
+    def run(profile: Profile, family: Family, backward: bool) -> Segments:
+        return _segments(profile, family, clips, device, backward=backward)
+
+    peak = highest(segments_of_all_blocks(profile, family, run))
     return {part: peak[part] for part in PARTS}
 
 
-def _segments(profile: Profile, family: Family, clips: Clips, device: torch.device) -> Segments:
-    """The segments of one step at its own depth."""
+def _segments(profile: Profile, family: Family, clips: Clips, device: torch.device, *, backward: bool) -> Segments:
+    """The segments of one step at its own depth, with or without a backward pass."""
     batch = {name: torch.stack([tensor] * profile.train.batch_size) for name, tensor in clips.tensors.items()}
     with fake_training(profile, family, clips.feature_size, device) as training:
         timeline = Timeline(training.live)
         timeline.watch(family.blocks(training.model.transformer))
-        _step(profile, family, training, timeline, batch, clips)
+        _step(profile, family, training, timeline, batch, clips, backward=backward)
         return timeline.segments
 
 
@@ -112,12 +106,8 @@ def _optimizer_with_state(profile: Profile, model: AlignedTransformer, device: t
     # bitsandbytes, which takes less than AdamW, and Prodigy, which takes twice as much, do not run on fake tensors.
     runs = train.optimizer in ("adamw", "adafactor")
     groups = [trainable(model.transformer), trainable(model.crepa) if model.crepa else []]
-    optimizer = make_optimizer(train if runs else train.model_copy(update={"optimizer": "adamw"}), groups)
-    for group in optimizer.param_groups:
-        if "foreach" in group:
-            group["foreach"] = device.type == "cuda"
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
+    optimizer = make_optimizer(train if runs else train.model_copy(update={"optimizer": "adamw"}), groups, device)
+    _add_gradients(model)
     optimizer.step()
     optimizer.zero_grad()
     if train.optimizer == "prodigy":
@@ -126,10 +116,22 @@ def _optimizer_with_state(profile: Profile, model: AlignedTransformer, device: t
     return optimizer
 
 
+def _add_gradients(model: AlignedTransformer) -> None:
+    for parameter in trainable(model):
+        parameter.grad = torch.empty_like(parameter)
+
+
 def _step(
-    profile: Profile, family: Family, training: FakeTraining, timeline: Timeline, batch: Tensors, clips: Clips
+    profile: Profile,
+    family: Family,
+    training: FakeTraining,
+    timeline: Timeline,
+    batch: Tensors,
+    clips: Clips,
+    *,
+    backward: bool,
 ) -> None:
-    """One optimizer step of the trainer."""
+    """One optimizer step of the trainer; gradients without content take the place of a backward pass."""
     model, optimizer, live = training.model, training.optimizer, training.live
     timeline.begin(Part("inputs"))
     live.part = ACTIVATIONS
@@ -139,8 +141,13 @@ def _step(
         teaching = Teaching(*_features(clips, profile.train.batch_size), coefficient=1.0)
     with fake_autocast(profile):
         losses = step_losses(model, family, profile, tensors, noise, sigmas, teaching)
-    timeline.begin(Part("losses"))
-    losses.total.backward()
+    if backward:
+        timeline.begin(Part("losses"))
+        losses.total.backward()
+    else:
+        timeline.begin(Part("gradients"))
+        with live.belonging_to(GRADIENTS):
+            _add_gradients(model)
     live.part = OPTIMIZER
     timeline.begin(Part("clipping"))
     nn.utils.clip_grad_norm_(trainable(model), profile.train.max_grad_norm or math.inf)
@@ -200,7 +207,7 @@ def fake_memory() -> Iterator[LiveBytes]:
     collecting = gc.isenabled()
     gc.disable()
     try:
-        with FakeTensorMode(), LiveBytes() as live:
+        with QuickFakeMode(), LiveBytes() as live:
             yield live
     finally:
         if collecting:

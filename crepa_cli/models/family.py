@@ -65,6 +65,10 @@ class Family(ABC):
     blocks_attribute: ClassVar[str]
     depth_setting: ClassVar[str] = "num_layers"
     """The number of blocks in the transformer's configuration."""
+    attention_parts: ClassVar[tuple[str, ...]] = ("attn1", "attn2")
+    """The modules of a block that attend."""
+    token_parts: ClassVar[tuple[str, ...]] = ()
+    """Those that see each token alone, if recomputing them in chunks lowers the peak: wide feed-forwards."""
     pipelines: ClassVar[Mapping[str, str]]
     """The diffusers pipeline that generates each task."""
     checkpoints: ClassVar[Mapping[str, str]]
@@ -82,6 +86,8 @@ class Family(ABC):
     vae_dtype: torch.dtype = torch.float32
     vae_tiling: bool = False
     """Whether the VAE works on overlapping tiles of the frames, as the family's own code does; a setting too."""
+    streams_text_encoders: bool = False
+    """Whether the layers of the text encoders stay on the host while others compute; a setting too."""
     samples_posterior: ClassVar[bool] = False
     """Whether it is trained on samples of the VAE's posterior, rather than on the mode."""
     negative_prompt: ClassVar[str]

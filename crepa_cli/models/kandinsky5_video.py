@@ -92,6 +92,8 @@ class Kandinsky5Video(Family):
     transformer_class = "Kandinsky5Transformer3DModel"
     blocks_attribute = "visual_transformer_blocks"
     depth_setting = "num_visual_blocks"
+    attention_parts = ("self_attention", "cross_attention")
+    token_parts = ("feed_forward",)
     pipelines = {"t2v": "Kandinsky5T2VPipeline", "i2v": "Kandinsky5I2VPipeline"}
     checkpoints = {
         "t2v": "kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s-Diffusers",

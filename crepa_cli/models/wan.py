@@ -34,6 +34,7 @@ class Wan(Family):
     name = "wan"
     transformer_class = "WanTransformer3DModel"
     blocks_attribute = "blocks"
+    token_parts = ("ffn",)
     pipelines = {"t2v": "WanPipeline", "i2v": "WanImageToVideoPipeline"}
     checkpoints = {"t2v": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "i2v": "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"}
     settings = {

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 
+import tomli_w
+
 from crepa_cli.errors import UserError
 from crepa_cli.profile.files import parse_toml
 
 
-def with_number(text: str, label: str, table: str, key: str, value: int) -> str:
+def with_value(text: str, label: str, table: str, key: str, value: object) -> str:
     """The text of a TOML file with `key = value` in its `[table]`.
 
     Args:
@@ -16,7 +18,7 @@ def with_number(text: str, label: str, table: str, key: str, value: int) -> str:
         label: its name in messages.
         table: is appended to the file if it is missing.
         key: is inserted at the top of the table if it is missing.
-        value: the new value.
+        value: the new value: a number, a boolean or a word.
 
     Raises:
         UserError: if the text is not valid TOML, or does not write the table as `[table]`.
@@ -24,27 +26,31 @@ def with_number(text: str, label: str, table: str, key: str, value: int) -> str:
     expected = parse_toml(text, label)
     settings = expected.setdefault(table, {})
     newline = "\r\n" if "\r\n" in text else "\n"
+    line = tomli_w.dumps({key: value}).rstrip()
     header = re.search(rf"^[ \t]*\[[ \t]*{table}[ \t]*\][^\r\n]*", text, re.MULTILINE)
     if header is None:
         separator = newline if text.endswith("\n") else 2 * newline
-        changed = f"{text}{separator}[{table}]{newline}{key} = {value}{newline}"
+        changed = f"{text}{separator}[{table}]{newline}{line}{newline}"
     else:
-        changed = text[: header.end()] + _in_table(text[header.end() :], key, value, newline)
+        changed = text[: header.end()] + _in_table(text[header.end() :], line, newline)
     if isinstance(settings, dict):
         settings[key] = value
     if not _says(changed, expected):
         raise UserError(
-            f"{label}: [{table}] is written in a form that cannot be edited safely; set {key} = {value} there by hand"
+            f"{label}: [{table}] is written in a form that cannot be edited safely; set {line} there by hand"
         )
     return changed
 
 
-def _in_table(rest: str, key: str, value: int, newline: str) -> str:
-    """The text after a table's header, with the key changed or added."""
+def _in_table(rest: str, line: str, newline: str) -> str:
+    """The text after a table's header, with the key of the line changed or added."""
+    key, _, value = line.partition(" = ")
     end = re.search(r"^[ \t]*\[", rest, re.MULTILINE)
     body, others = (rest[: end.start()], rest[end.start() :]) if end else (rest, "")
-    body, count = re.subn(rf"^([ \t]*{key}[ \t]*=[ \t]*)[^\s#]+", rf"\g<1>{value}", body, count=1, flags=re.MULTILINE)
-    return body + others if count else f"{newline}{key} = {value}{body}{others}"
+    body, count = re.subn(
+        rf"^([ \t]*{key}[ \t]*=[ \t]*)[^\s#]+", lambda found: found[1] + value, body, count=1, flags=re.MULTILINE
+    )
+    return body + others if count else f"{newline}{line}{body}{others}"
 
 
 def _says(text: str, expected: dict[str, object]) -> bool:

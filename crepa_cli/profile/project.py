@@ -50,30 +50,29 @@ KNOBS = {
     "crepa": ("block_index", "lambda", "encoder"),
 }
 """Settings that are changed most often, by table."""
-MEMORY_SETTINGS: tuple[tuple[float, dict[str, dict[str, object]]], ...] = (
+LIGHTER_CLIPS: tuple[tuple[float, dict[str, dict[str, object]]], ...] = (
     (24, {}),
     (12, {"data": {"frames": 49}}),
     (0, {"data": {"frames": 33}, "crepa": {"encoder": "dinov2_vits14", "encoder_image_size": 224}}),
 )
-"""Smallest GPU memory in GB, and the settings for it that differ from the defaults; the first that fits is used."""
+"""Smallest GPU memory in GB, and settings that differ from the defaults; the first of a GPU's size is used."""
 
 
-def memory_settings(gigabytes: float) -> Mapping[str, Mapping[str, object]]:
-    """A first guess at settings that fit a GPU; `crepa doctor` checks them.
+def lighter_clips(gigabytes: float) -> Mapping[str, Mapping[str, object]]:
+    """Shorter clips and a smaller teacher for a GPU on which those of the defaults do not fit.
 
     | GPU memory      | settings                                           |
     | --------------- | -------------------------------------------------- |
-    | 24 GB and more  | the defaults, which checkpoint activations         |
+    | 24 GB and more  | none                                               |
     | 12 to 24 GB     | 49 frames                                          |
     | below 12 GB     | 33 frames, dinov2_vits14 at 224 pixels as teacher  |
     """
-    return next((settings for limit, settings in MEMORY_SETTINGS if gigabytes >= limit), MEMORY_SETTINGS[-1][1])
+    return next((settings for limit, settings in LIGHTER_CLIPS if gigabytes >= limit), LIGHTER_CLIPS[-1][1])
 
 
 def project_settings(
     *,
     profile: str | None,
-    vram: float | None,
     imported: Sequence[Setting],
     flags: Mapping[str, object],
     folder: Path,
@@ -81,7 +80,7 @@ def project_settings(
 ) -> dict[str, Any]:
     """The contents of a new crepa.toml: the name of its preset, if any, and the settings that differ from it.
 
-    The layers are a preset or TOML file, settings for the GPU's memory, imported settings and flags.
+    The layers are a preset or TOML file, imported settings and flags.
 
     Raises:
         UserError: lists all mistakes.
@@ -90,8 +89,6 @@ def project_settings(
     tables, label = _read_profile(profile, folder)
     preset = list(known_settings(preset_tables(tables, label) or {}, label, mistakes))
     settings = list(known_settings(without_preset(tables), label, mistakes))
-    if vram is not None:
-        settings += known_settings(memory_settings(vram), "--vram", mistakes)
     settings += [*imported, *flag_settings(flags, mistakes)]
     named = [one for one in (*preset, *settings) if one.name == FAMILY]
     if not named:

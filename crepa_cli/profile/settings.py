@@ -60,17 +60,23 @@ class ModelSettings(Table):
 
 
 class MemorySettings(Table):
-    """Ways to train with less memory on the GPU; none but `quantize_base` changes the result."""
+    """Ways to train with less memory on the GPU: all but `quantize_base` leave the result as it is, up to rounding."""
 
     stream_weights: bool = Field(
         default=False,
         description="Keep the frozen blocks in the host's memory and copy each to the GPU while the one before it "
-        "computes: two blocks are on the GPU in place of all. For a LoRA with activation checkpointing.",
+        "computes: two blocks are on the GPU in place of all. The text encoder is streamed too. For a LoRA with "
+        "activation checkpointing.",
     )
     offload_activations: bool = Field(
         default=False,
         description="Let the hidden states between blocks wait for the backward in the host's memory. It needs "
         "activation checkpointing.",
+    )
+    finer_recompute: bool = Field(
+        default=False,
+        description="Recompute attention and feed-forward each on their own in the backward: less memory for more "
+        "time. The result changes by rounding alone.",
     )
     quantize_base: Literal["none", "int8"] = Field(
         default="none",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from importlib.util import find_spec
 from typing import TypeVar
 
@@ -130,9 +131,21 @@ def load_checkpoint(profile: Profile) -> Family:
     """
     model = profile.model
     family = load_family(model.family)(model.checkpoint, model.task, model.revision, model.variant)
-    family.vae_dtype = torch_dtype(model.vae_dtype)
-    if model.vae_tiling is not None:
-        family.vae_tiling = model.vae_tiling
+    return configured(family, profile)
+
+
+def configured(family: Family, profile: Profile) -> Family:
+    """The family with the settings that say how its models run; the same object if it has them already."""
+    model = profile.model
+    wanted = {
+        "vae_dtype": torch_dtype(model.vae_dtype),
+        "vae_tiling": family.vae_tiling if model.vae_tiling is None else model.vae_tiling,
+        "streams_text_encoders": profile.memory.stream_weights,
+    }
+    if all(getattr(family, name) == value for name, value in wanted.items()):
+        return family
+    family = copy(family)
+    vars(family).update(wanted)
     return family
 
 

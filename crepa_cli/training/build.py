@@ -18,6 +18,7 @@ from crepa_cli.models.family import Family
 from crepa_cli.profile import LayerSyncSettings, Profile, TrainSettings, step_count
 from crepa_cli.training.adapter import make_trainable
 from crepa_cli.training.aligned import AlignedTransformer, BlockPair
+from crepa_cli.training.placement.recompute import recompute_finely
 from crepa_cli.training.placement.runner import block_runner
 
 PRODIGY = {"use_bias_correction": True, "safeguard_warmup": True}
@@ -51,6 +52,8 @@ def build_model(
     if profile.train.activation_checkpointing:
         transformer.enable_gradient_checkpointing(block_runner(profile.memory))
     blocks = family.blocks(transformer)
+    if profile.memory.finer_recompute:
+        recompute_finely(family, blocks)
     if profile.train.compile:
         for block in blocks:
             # Not block.compile(): that would compile the capturing hooks too.
@@ -107,8 +110,16 @@ def coefficient_schedule(profile: Profile) -> CoefficientSchedule:
     )
 
 
-def make_optimizer(train: TrainSettings, groups: list[list[nn.Parameter]]) -> torch.optim.Optimizer:
-    """The optimizer of the settings over groups of parameters, of which some may be empty."""
+def make_optimizer(
+    train: TrainSettings, groups: list[list[nn.Parameter]], device: torch.device
+) -> torch.optim.Optimizer:
+    """The optimizer of the settings.
+
+    Args:
+        train: the settings.
+        groups: of parameters; some may be empty.
+        device: that trains.
+    """
     parameters = [{"params": group} for group in groups]
     common: dict[str, Any] = {"lr": train.learning_rate, "weight_decay": train.weight_decay}
     if train.optimizer == "adafactor":
@@ -117,7 +128,8 @@ def make_optimizer(train: TrainSettings, groups: list[list[nn.Parameter]]) -> to
         return adafactor
     common |= {"betas": (train.beta1, train.beta2), "eps": train.eps}
     if train.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **common)
+        # In one kernel, without the temporary copies that updating all parameters at once takes.
+        return torch.optim.AdamW(parameters, fused=device.type == "cuda", **common)
     # runs.checks has made sure that its package is installed.
     if train.optimizer == "prodigy":
         with redirect_stdout(None):  # it prints a line

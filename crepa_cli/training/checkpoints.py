@@ -175,7 +175,12 @@ def load_checkpoint(
     for key, value in {**load_file(path / "optimizer.safetensors"), **saved.get("optimizer", {})}.items():
         *tables, name = key.split(SEPARATOR)
         functools.reduce(lambda table, part: table.setdefault(part, {}), tables, state)[name] = value
-    set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": saved["param_groups"]}, options=OPTIONS)
+    groups = [
+        # How the update is computed depends on the device, which may be another one than that of the saved run.
+        group | {name: present[name] for name in ("foreach", "fused") if name in present}
+        for group, present in zip(saved["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups}, options=OPTIONS)
     _unmap(optimizer)
     if average is not None:
         averages = load_file(path / "average.safetensors")

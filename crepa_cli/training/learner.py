@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from crepa_cli.alignment import CoefficientSchedule
 from crepa_cli.heap import release_memory
 from crepa_cli.models.family import Family
+from crepa_cli.models.streaming import stream
 from crepa_cli.profile import Profile
 from crepa_cli.training.adapter import start_from
 from crepa_cli.training.aligned import AlignedTransformer
@@ -34,7 +35,6 @@ from crepa_cli.training.build import (
 )
 from crepa_cli.training.checkpoints import Snapshot, holds_projector, load_checkpoint, take_snapshot
 from crepa_cli.training.parallel import replicated, shard
-from crepa_cli.training.placement.streaming import stream
 
 
 class GradientNorms(NamedTuple):
@@ -205,14 +205,16 @@ def build_learner(
         aligned.on_host = stream(family.blocks(transformer), accelerator.device)
     model = replicated(aligned, accelerator)
     groups = [trainable(module) if module else [] for module in (transformer, aligned.crepa)]
-    optimizer = make_optimizer(train, groups)
+    optimizer = make_optimizer(train, groups, accelerator.device)
     lr_scheduler = get_scheduler(
         train.lr_scheduler, optimizer, num_warmup_steps=train.lr_warmup_steps, num_training_steps=train.steps
     )
     lr_scheduler.lr_lambdas = [
         with_floor(multiplier, train.lr_floor, train.lr_warmup_steps) for multiplier in lr_scheduler.lr_lambdas
     ]
-    average = EMAModel(groups[0], decay=train.ema) if train.ema else None
+    # All weights at once: their temporary copies would be too large in full tuning, and shares cannot be copied so.
+    foreach = profile.adapter.kind == "lora" and not train.sharding
+    average = EMAModel(groups[0], decay=train.ema, foreach=foreach) if train.ema else None
     learner = Learner(aligned, model, optimizer, lr_scheduler, schedule, average, accelerator, train.max_grad_norm)
     if checkpoint is not None:
         learner.load(checkpoint, progress)

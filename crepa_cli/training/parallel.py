@@ -10,8 +10,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from crepa_cli.errors import RunError, UserError
+from crepa_cli.models.streaming import move
 from crepa_cli.training.aligned import AlignedTransformer
-from crepa_cli.training.placement.streaming import move
 
 
 def shard(aligned: AlignedTransformer, blocks: nn.ModuleList, accelerator: Accelerator) -> None:

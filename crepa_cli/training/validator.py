@@ -19,12 +19,12 @@ from crepa_cli.data.video import write_video
 from crepa_cli.events import ValidationSampled
 from crepa_cli.heap import release_memory
 from crepa_cli.models.family import Family, Tensors
+from crepa_cli.models.streaming import place
 from crepa_cli.processes import from_all
 from crepa_cli.profile import Profile
 from crepa_cli.runs.folder import RunFolder
 from crepa_cli.runs.prompts import Prompts
 from crepa_cli.training.learner import Learner
-from crepa_cli.training.placement.streaming import move, stream
 
 
 class Validator:
@@ -85,9 +85,8 @@ class Validator:
         for component in pipeline.components.values():
             # The transformer is in its place already, and its weights cannot be moved when they are sharded.
             if isinstance(component, nn.Module) and component is not transformer:
-                expert = isinstance(component, type(transformer))
-                staying = stream(self.family.blocks(component), device) if expert and self.streams else ()
-                move(component, device, staying)
+                another_expert = isinstance(component, type(transformer))
+                place(component, device, streamed=self.streams and another_expert)
         return pipeline
 
     def _sample_share(

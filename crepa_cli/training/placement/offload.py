@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from crepa_cli.training.placement.host import host_buffer
+from crepa_cli.models.host import host_buffer
 
 
 class OffloadedStates:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from crepa_cli.training.placement.host import host_buffer
+from crepa_cli.models.host import host_buffer
 
 ALIGNMENT = 256
 """Bytes to which the start of each parameter is rounded up, as the allocators of devices do."""
@@ -31,6 +31,30 @@ def stream(blocks: nn.ModuleList, device: torch.device) -> frozenset[nn.Paramete
     for index, block in enumerate(blocks):
         block.register_forward_pre_hook(streamed.visiting(index))
     return streamed.parameters
+
+
+def place(model: nn.Module, device: torch.device, *, streamed: bool) -> None:
+    """Move a model that is not trained, such as a text encoder, to the device that runs it.
+
+    Args:
+        model: on the CPU.
+        device: the device that computes.
+        streamed: whether its layers, which are its lists of modules of one class, stay on the host.
+
+    Raises:
+        UserError: if the host's memory cannot be pinned.
+    """
+    model.requires_grad_(False)
+    layers = _lists_of_layers(model) if streamed else ()
+    move(model, device, {parameter for one in layers for parameter in stream(one, device)})
+
+
+def _lists_of_layers(module: nn.Module) -> Iterator[nn.ModuleList]:
+    for child in module.children():
+        if isinstance(child, nn.ModuleList) and len({type(layer) for layer in child}) == 1:
+            yield child
+        else:
+            yield from _lists_of_layers(child)
 
 
 def move(module: nn.Module, device: torch.device, staying: Collection[nn.Parameter] = ()) -> None:
@@ -70,7 +94,7 @@ class _StreamedBlocks:
     @property
     def parameters(self) -> frozenset[nn.Parameter]:
         """The parameters that stay on the host."""
-        return frozenset(place.parameter for block in self._blocks for place in block.places)
+        return frozenset(span.parameter for block in self._blocks for span in block.spans)
 
     def visiting(self, index: int) -> Any:
         """The hook to call before the block with this index runs."""
@@ -85,6 +109,9 @@ class _StreamedBlocks:
         slot = self._load(index)
         if slot.copied is not None:
             torch.cuda.current_stream(self.device).wait_event(slot.copied)
+        if not slot.shown:
+            self._blocks[index].show(slot.buffer)
+            slot.shown = True
         self._visited = slot
         following = self._following(index)
         if following is not None:
@@ -105,7 +132,7 @@ class _StreamedBlocks:
             if slot.index == index:
                 return slot
         slot = next((slot for slot in self._slots if slot is not self._visited), self._visited)
-        if slot.index is not None:
+        if slot.index is not None and slot.shown:
             self._blocks[slot.index].show(self._blocks[slot.index].buffer)
         block = self._blocks[index]
         if self._stream is None:
@@ -116,21 +143,21 @@ class _StreamedBlocks:
             with torch.cuda.stream(self._stream):
                 block.copy_to(slot.buffer)
                 slot.copied = self._stream.record_event()
-        block.show(slot.buffer)
-        slot.index = index
+        slot.index, slot.shown = index, False
         return slot
 
 
 class _Slot:
-    """A buffer on the device, the index of the block in it, and the event after which it is there."""
+    """A buffer on the device, the index of the block in it, the event after which it is there, and whether it shows."""
 
     def __init__(self, buffer: Tensor) -> None:
         self.buffer = buffer
         self.index: int | None = None
         self.copied: torch.cuda.Event | None = None
+        self.shown = False
 
 
-class _Place(NamedTuple):
+class _Span(NamedTuple):
     """A parameter and its bytes within a block's buffer."""
 
     parameter: nn.Parameter
@@ -142,16 +169,16 @@ class _HostBlock:
     """The frozen parameters of a block in one buffer on the host."""
 
     def __init__(self, block: nn.Module, device: torch.device) -> None:
-        self.places = list(_places(block))
-        self.buffer = host_buffer(self.places[-1].end if self.places else 0, device)
-        for place in self.places:
-            _view(self.buffer, place).copy_(place.parameter.data)
+        self.spans = list(_spans(block))
+        self.buffer = host_buffer(self.spans[-1].end if self.spans else 0, device)
+        for span in self.spans:
+            _view(self.buffer, span).copy_(span.parameter.data)
         self.show(self.buffer)
 
     def show(self, buffer: Tensor) -> None:
         """Let the parameters be those that a buffer holds."""
-        for place in self.places:
-            place.parameter.data = _view(buffer, place)
+        for span in self.spans:
+            span.parameter.data = _view(buffer, span)
 
     def copy_to(self, buffer: Tensor) -> None:
         """Copy the parameters into a buffer, on the stream of this moment."""
@@ -159,13 +186,13 @@ class _HostBlock:
         buffer[:size].copy_(self.buffer, non_blocking=True)
 
 
-def _places(block: nn.Module) -> Iterator[_Place]:
+def _spans(block: nn.Module) -> Iterator[_Span]:
     start = 0
     for parameter in block.parameters():
         if not parameter.requires_grad:
-            yield _Place(parameter, start, start + parameter.nbytes)
+            yield _Span(parameter, start, start + parameter.nbytes)
             start += -(-parameter.nbytes // ALIGNMENT) * ALIGNMENT
 
 
-def _view(buffer: Tensor, place: _Place) -> Tensor:
-    return buffer[place.start : place.end].view(place.parameter.dtype).view(place.parameter.shape)
+def _view(buffer: Tensor, span: _Span) -> Tensor:
+    return buffer[span.start : span.end].view(span.parameter.dtype).view(span.parameter.shape)

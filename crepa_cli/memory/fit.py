@@ -1,0 +1,185 @@
+"""The cheapest settings with which a run fits a device, by the time that they cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+
+from crepa_cli.data.buckets import Bucket
+from crepa_cli.memory.prediction import preparation_memory, training_memory, validation_memory
+from crepa_cli.memory.savings import Setting, lossless_settings, with_settings
+from crepa_cli.memory.shapes import encoded_clip
+from crepa_cli.memory.step import WEIGHTS
+from crepa_cli.models.family import Family
+from crepa_cli.profile import Profile
+from crepa_cli.runs.checks import configured, memory_mistakes
+from crepa_cli.training.build import frozen_dtype
+
+SUSTAINED = 80e12
+"""FLOPs per second of training on a GPU such as the RTX 4090: half of its peak in bfloat16."""
+BUS = 20e9
+"""Bytes per second between host and GPU, in each direction: two thirds of PCIe 4.0 x16."""
+SAME_TIME = 0.02
+"""Steps whose times differ by less than this share take equally long."""
+LIGHTER_WEIGHTS = ("stream_weights", "quantize_base")
+TILING = Setting("model", "vae_tiling", True)
+INT8 = Setting("memory", "quantize_base", "int8")
+NO_VALIDATION = Setting("validation", "every", 0)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Settings with which a run fits a device.
+
+    Attributes:
+        settings: those to change; empty if the run fits as it is.
+        peak: predicted bytes of the run.
+        limit: bytes of the device.
+        slowdown: estimated time of a step, relative to a step without these settings.
+        profile: the run's settings with these.
+    """
+
+    settings: Sequence[Setting]
+    peak: int
+    limit: int
+    slowdown: float
+    profile: Profile
+
+    def __str__(self) -> str:
+        """The settings in the form that `--set` takes."""
+        return " ".join(f"--set {one}" for one in self.settings)
+
+    def to_json(self) -> dict[str, object]:
+        """Settings, peak and limit as JSON values."""
+        return {
+            "settings": {one.name: one.value for one in self.settings},
+            "peak_bytes": self.peak,
+            "limit_bytes": self.limit,
+        }
+
+
+def cheapest_fit(
+    profile: Profile,
+    family: Family,
+    bucket: Bucket,
+    device: torch.device,
+    limit: int,
+    report: Callable[[str], None] = lambda _: None,
+) -> Fit | None:
+    """The settings that cost the least time, of those with which a run needs at most `limit` bytes; None without any.
+
+    The settings that the profile has are kept, and others are added to them. int8 weights change the numbers: they are
+    tried after all combinations without them. Validations are turned off only if they fit with none.
+
+    Args:
+        profile: the resolved settings.
+        family: of the checkpoint.
+        bucket: the largest shape of its clips.
+        device: the device that runs it.
+        limit: bytes that it has.
+        report: receives each combination before it is tried.
+
+    Raises:
+        UserError: if a configuration cannot be read.
+    """
+    weights = training_memory(profile, family, bucket, device)[WEIGHTS]
+    work = Work.of(profile, family, bucket)
+    for validation in ((), (NO_VALIDATION,)) if profile.validation.every else ((),):
+        for settings in _cheapest_first(profile, device, work):
+            if weights > limit and not any(one.key in LIGHTER_WEIGHTS for one in settings):
+                continue  # whatever the activations take
+            report(", ".join(map(str, settings)) or "the settings as they are")
+            lighter = with_settings(profile, settings)
+            training = sum(training_memory(lighter, family, bucket, device).values())
+            if training > limit:
+                continue
+            for tiling in ((),) if family.vae_tiling else ((), (TILING,)):
+                chosen = [*settings, *tiling, *validation]
+                fitted = with_settings(profile, chosen)
+                peak = max(training, _peak_beside_training(fitted, configured(family, fitted), bucket, device))
+                if peak <= limit:
+                    slowdown = work.seconds(lighter) / work.seconds(profile)
+                    return Fit(chosen, peak, limit, slowdown, fitted)
+    return None
+
+
+def _peak_beside_training(profile: Profile, family: Family, bucket: Bucket, device: torch.device) -> int:
+    """Bytes at the peak of the preparation and of a validation."""
+    preparation = preparation_memory(profile, family, bucket, device)
+    return max(*preparation.values(), validation_memory(profile, family, device))
+
+
+def lightest(profile: Profile, device: torch.device) -> Profile:
+    """The profile with every setting that reduces memory and changes no result by more than rounding."""
+    for setting in lossless_settings(profile, device):
+        lighter = with_settings(profile, [setting])
+        profile = profile if memory_mistakes(lighter) else lighter
+    return profile
+
+
+def _cheapest_first(profile: Profile, device: torch.device, work: Work) -> list[tuple[Setting, ...]]:
+    """Every valid combination of settings that reduce memory, those with int8 weights last."""
+    settings = lossless_settings(profile, device)
+    if profile.memory.quantize_base == "none":
+        settings = [*settings, INT8]
+    found = [
+        tried
+        for count in range(len(settings) + 1)
+        for tried in combinations(settings, count)
+        if not memory_mistakes(with_settings(profile, tried))
+    ]
+
+    def cost(tried: tuple[Setting, ...]) -> tuple[bool, int, int]:
+        slowdown = work.seconds(with_settings(profile, tried)) / work.seconds(profile)
+        return INT8 in tried, round(slowdown / SAME_TIME), len(tried)
+
+    return sorted(found, key=cost)
+
+
+@dataclass(frozen=True)
+class Work:
+    """The work of a step, to estimate what settings cost.
+
+    Attributes:
+        forward: FLOPs of the blocks' forward pass: two for each weight and token, and those of full attention, which
+            is too much for families whose attention is linear.
+        weights: bytes of the blocks.
+        states: bytes of the hidden states between blocks.
+    """
+
+    forward: float
+    weights: int
+    states: int
+
+    @classmethod
+    def of(cls, profile: Profile, family: Family, bucket: Bucket) -> Work:
+        """The work for clips of a shape."""
+        with torch.device("meta"):
+            blocks = family.blocks(family.empty_transformer(frozen_dtype(profile)))
+        grid = family.token_grid(encoded_clip(family, bucket)["latents"][None])
+        clips, tokens, width = profile.train.batch_size, grid.frames * grid.tokens, family.hidden_size
+        parameters = sum(parameter.numel() for parameter in blocks.parameters())
+        attention = 4 * tokens**2 * width * len(blocks)
+        return cls(
+            forward=clips * (2 * tokens * parameters + attention),
+            weights=sum(parameter.nbytes for parameter in blocks.parameters()),
+            states=clips * tokens * width * len(blocks) * (4 if profile.model.dtype == "float32" else 2),
+        )
+
+    def seconds(self, profile: Profile) -> float:
+        """Estimated seconds of a step under these settings.
+
+        A LoRA's backward has the FLOPs of one forward, full tuning's those of two. Checkpointing recomputes a forward,
+        finer recomputation another one. Copies run beside the computation, in either direction.
+        """
+        memory = profile.memory
+        forward = self.forward / SUSTAINED
+        passes = 1 if profile.adapter.kind == "lora" else 2
+        passes += profile.train.activation_checkpointing + memory.finer_recompute
+        weights = self.weights / BUS if memory.stream_weights else 0.0
+        weights /= 2 if memory.quantize_base == "int8" else 1
+        states = self.states / BUS if memory.offload_activations else 0.0
+        return max(forward, weights, states) + max(passes * forward, weights + states)

@@ -1,0 +1,257 @@
+"""The cheapest settings that fit a GPU: the search, `crepa doctor --fit`, and training under the limit."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gpu
+import pytest
+import torch
+from conftest import OpenTiny, RunCrepa
+from steps import Plan, measure
+
+from crepa_cli.data.buckets import Bucket
+from crepa_cli.doctor.findings import BucketCount
+from crepa_cli.doctor.findings import Plan as DoctorPlan
+from crepa_cli.doctor.fit import Target, check_fit
+from crepa_cli.memory.fit import INT8, Fit, Work, _cheapest_first, cheapest_fit, lightest
+from crepa_cli.memory.prediction import preparation_memory, training_memory, validation_memory
+from crepa_cli.memory.savings import Setting, with_setting, with_settings
+from crepa_cli.memory.shapes import form_bucket
+from crepa_cli.models.family import Family
+from crepa_cli.profile import Profile
+from crepa_cli.profile.files import parse_toml
+from crepa_cli.runs.checks import configured, memory_mistakes
+
+GPU = torch.device("cuda")
+CHECKPOINTING = Setting("train", "activation_checkpointing", True)
+OFFLOADING = Setting("memory", "offload_activations", True)
+FINER = Setting("memory", "finer_recompute", True)
+STREAMING = Setting("memory", "stream_weights", True)
+HEAVY = {"train": {"batch_size": 16, "activation_checkpointing": False}}
+
+
+@pytest.fixture
+def plan(open_tiny: OpenTiny, tiny_dinov2: Path, tmp_path: Path) -> Plan:
+    """LTX-Video with two blocks and a batch that takes far more than the preparation."""
+    (tmp_path / "ltxvideo-t2v").symlink_to(open_tiny("ltxvideo", "t2v").base.name)
+    (tmp_path / "dinov2").symlink_to(tiny_dinov2)
+    bench = gpu.Bench(torch.device("cpu"), tmp_path, tmp_path)
+    return bench.plan("ltxvideo", "", HEAVY, blocks=2)
+
+
+def opened(plan: Plan) -> tuple[Profile, Family, Bucket]:
+    profile = plan.profile()
+    family = plan.open_family(profile, torch.device("cpu"))
+    return profile, family, form_bucket(profile, family)
+
+
+def test_the_cheapest_of_all_combinations_that_fit_is_chosen(plan: Plan) -> None:
+    """Held against every combination there is, of a profile that has some of the settings already."""
+    profile, family, bucket = opened(plan)
+    profile = with_settings(profile, [FINER, INT8])
+    combinations = [
+        [],
+        [CHECKPOINTING],
+        [CHECKPOINTING, OFFLOADING],
+        [CHECKPOINTING, STREAMING],
+        [CHECKPOINTING, OFFLOADING, STREAMING],
+    ]
+    work = Work.of(profile, family, bucket)
+    found = [with_settings(profile, one) for one in combinations]
+    peaks = [sum(training_memory(one, family, bucket, GPU).values()) for one in found]
+    assert min(peaks) > max(preparation_memory(profile, family, bucket, GPU).values())
+    seconds = [work.seconds(one) for one in found]
+    assert min(seconds) == seconds[0]
+    for limit in [*peaks, min(peaks) - 1]:
+        fit = cheapest_fit(profile, family, bucket, GPU, limit)
+        fitting = [one for one, peak in zip(seconds, peaks, strict=True) if peak <= limit]
+        assert (fit is None) == (not fitting)
+        if fit is not None:
+            assert fit.peak == peaks[combinations.index(list(fit.settings))] <= limit
+            assert fit.slowdown == pytest.approx(min(fitting) / seconds[0], rel=0.02)
+            assert fit.profile == with_settings(profile, fit.settings)
+    assert lightest(profile, GPU) == found[-1]
+
+
+def test_recomputation_and_copies_cost_what_their_flops_and_bytes_take(plan: Plan) -> None:
+    profile = plan.profile()
+    recomputing = with_setting(profile, *CHECKPOINTING)
+    both = with_settings(recomputing, [OFFLOADING, STREAMING])
+    # Hidden by the computation, and ten times too slow for it.
+    hidden, slow = Work(80e12, weights=10**9, states=10**9), Work(80e12, weights=10**9, states=10 * 20 * 10**9)
+    assert [hidden.seconds(one) for one in (profile, recomputing, both)] == [2, 3, 3]
+    assert slow.seconds(both) == 10 + 10.05
+    assert hidden.seconds(with_setting(both, *FINER)) == 4
+    assert slow.seconds(with_setting(both, *INT8)) == 10 + 10.025
+    full = with_setting(recomputing, "adapter", "kind", "full")
+    assert hidden.seconds(full) == 4
+
+
+def test_what_costs_less_is_tried_first_and_int8_last(plan: Plan) -> None:
+    profile = plan.profile()
+    order = _cheapest_first(profile, GPU, Work(80e12, weights=10**9, states=10**9))
+    assert len(order) == len(set(order)) == 20
+    assert [INT8 in one for one in order] == [False] * 10 + [True] * 10
+    assert order[:3] == [(), (CHECKPOINTING,), (FINER,)]
+    assert order[9] == (CHECKPOINTING, OFFLOADING, STREAMING, FINER)
+
+
+def test_nothing_that_is_invalid_is_tried(plan: Plan) -> None:
+    """Full tuning cannot stream, and the CPU has no other memory to move anything to."""
+    profile, family, bucket = opened(plan)
+    for tried in (with_setting(profile, "adapter", "kind", "full"), with_setting(profile, "train", "sharding", True)):
+        assert not memory_mistakes(lightest(tried, GPU))
+        assert not lightest(tried, GPU).memory.stream_weights
+        assert lightest(tried, GPU).memory.offload_activations
+    lines: list[str] = []
+    assert cheapest_fit(profile, family, bucket, torch.device("cpu"), 10**5, lines.append) is None
+    assert not any("stream" in line or "offload" in line for line in lines)
+
+
+def test_tiles_are_added_for_the_vae_and_validations_left_out_last(plan: Plan) -> None:
+    profile, family, _ = opened(plan)
+    light = with_settings(profile, [CHECKPOINTING, Setting("train", "batch_size", 1)])
+    bucket = Bucket(9, 544, 544)
+    tiled = configured(family, with_setting(light, "model", "vae_tiling", True))
+    before = max(preparation_memory(light, family, bucket, GPU).values())
+    after = max(preparation_memory(with_setting(light, "model", "vae_tiling", True), tiled, bucket, GPU).values())
+    training = sum(training_memory(light, family, bucket, GPU).values())
+    assert training < after < before
+    fit = cheapest_fit(light, family, bucket, GPU, after)
+    assert fit is not None
+    assert fit.to_json() == {"settings": {"model.vae_tiling": True}, "peak_bytes": after, "limit_bytes": after}
+
+
+def test_validations_are_turned_off_only_if_nothing_else_makes_them_fit(plan: Plan) -> None:
+    profile, family, bucket = opened(plan)
+    light = lightest(
+        with_settings(profile, [Setting("validation", "every", 5), Setting("validation", "frames", 65)]), GPU
+    )
+    without = with_setting(light, "validation", "every", 0)
+    training = sum(training_memory(light, family, bucket, GPU).values())
+    assert training < validation_memory(light, family, GPU) < 10 * training
+    tiled = configured(family, with_setting(without, "model", "vae_tiling", True))
+    assert validation_memory(with_setting(light, "model", "vae_tiling", True), tiled, GPU) > training
+    fit = cheapest_fit(light, family, bucket, GPU, training)
+    assert fit is not None
+    assert fit.profile == without
+
+
+class Found:
+    """Stands in for the search, which has its own tests and takes seconds."""
+
+    fit: Fit | None = None
+
+    def __call__(self, plan: DoctorPlan, _family: Family, profile: Profile, target: Target, _report: Any) -> None:
+        """Find the same settings for every GPU of 10 GB and more."""
+        assert target.device.type == "cuda"
+        assert target.free is not None
+        settings = [STREAMING, Setting("model", "vae_tiling", True)]
+        if target.free >= 10 * 10**9:
+            plan.fit = Fit(settings, 9 * 10**9, target.free, 1.1, with_settings(profile, settings))
+
+
+@pytest.fixture
+def project(open_tiny: OpenTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a crepa.toml."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("crepa_cli.doctor.plan.check_fit", Found())
+    checkpoint = open_tiny("ltxvideo", "t2v").base.name
+    model = f"[model] # the model\nfamily = 'ltxvideo'\ncheckpoint = '{checkpoint}'\n"
+    text = f"# mine\n{model}\n[crepa]\nlambda = 0.3 # low\n"
+    (tmp_path / "crepa.toml").write_text(text, encoding="utf-8")
+    return tmp_path / "crepa.toml"
+
+
+def test_doctor_prints_the_settings_as_json_and_writes_them(
+    project: Path, run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = project.read_text(encoding="utf-8")
+    flags = "doctor", "--set", "crepa.enabled=false", "--json", "--fit"
+    run_crepa(*flags, "5", "--write")
+    assert json.loads(capsys.readouterr().out)["fit"] is None
+    run_crepa(*flags, "10")
+    printed = json.loads(capsys.readouterr().out)
+    settings = {"memory.stream_weights": True, "model.vae_tiling": True}
+    assert printed["fit"] == {"settings": settings, "peak_bytes": 9 * 10**9, "limit_bytes": 10**10}
+    assert "fit" not in printed["plan"]
+    assert project.read_text(encoding="utf-8") == before
+    run_crepa(*flags, "10", "--write")
+    assert "Wrote memory.stream_weights = true to crepa.toml" in capsys.readouterr().err
+    after = project.read_text(encoding="utf-8")
+    assert (
+        after == before.replace("the model\n", "the model\nvae_tiling = true\n") + "\n[memory]\nstream_weights = true\n"
+    )
+    assert parse_toml(after, "")["memory"] == {"stream_weights": True}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--write"], "--write needs --fit GB"),
+        (["--fit", "24"], "name a family with --model"),
+        (["--model", "ltxvideo", "--fit", "24", "--write"], "there is no crepa.toml here"),
+    ],
+)
+def test_flags_that_do_not_go_together(
+    flags: list[str],
+    message: str,
+    tmp_path: Path,
+    run_crepa: RunCrepa,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_crepa("doctor", *flags) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_crepa_toml_of_another_family_is_left_alone(
+    project: Path, run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = project.read_text(encoding="utf-8")
+    assert run_crepa("doctor", "--model", "wan", "--fit", "24", "--write") == 2
+    assert "'ltxvideo'" in capsys.readouterr().err
+    assert project.read_text(encoding="utf-8") == before
+
+
+@pytest.mark.slow
+def test_doctor_says_what_fits_and_what_remains_if_nothing_does(plan: Plan) -> None:
+    profile, family, bucket = opened(plan)
+    peaks = [sum(training_memory(one, family, bucket, GPU).values()) for one in (profile, lightest(profile, GPU))]
+    fine = DoctorPlan()
+    check_fit(fine, family, profile, Target(GPU, peaks[0] - 1), lambda _: None)
+    assert [one.status for one in fine.checks] == ["fine"]
+    assert "with --set train.activation_checkpointing=true; a step takes about 50% longer" in fine.checks[0].message
+    assert fine.memory is not None
+    assert fine.memory.peak <= peaks[0] - 1
+    as_it_is = DoctorPlan()
+    check_fit(as_it_is, family, profile, Target(GPU, peaks[0]), lambda _: None)
+    assert "with the settings as they are" in as_it_is.checks[0].message
+    none = DoctorPlan(buckets=[BucketCount(17, 64, 96, clips=1)])
+    check_fit(none, family, profile, Target(GPU, peaks[1]), lambda _: None)
+    (check,) = none.checks
+    assert check.status == "failure"
+    assert none.fit is None
+    assert "with all settings that reduce it" in check.message
+    assert "--set data.frames=9 fits" in check.advice
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", [(), (CHECKPOINTING,), (CHECKPOINTING, OFFLOADING, STREAMING)])
+def test_what_fits_trains_below_the_limit(setting: tuple[Setting, ...], plan: Plan, tmp_path: Path) -> None:
+    """The bytes of tensors outside the host's buffers, counted in steps of the trainer."""
+    profile, family, bucket = opened(plan)
+    limit = sum(training_memory(with_settings(profile, setting), family, bucket, GPU).values())
+    fit = cheapest_fit(profile, family, bucket, GPU, limit)
+    assert fit is not None
+    tables = dict(plan.settings)
+    for table, key, value in fit.settings:
+        tables[table] = {**tables.get(table, {}), key: value}
+    (measured,) = measure(replace(plan, settings=tables), torch.device("cpu"), tmp_path)
+    assert measured.peak <= limit
+    assert measured.peak == pytest.approx(fit.peak, rel=0.05)
