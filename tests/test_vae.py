@@ -75,6 +75,26 @@ def test_tiles_take_less_memory_and_give_nearly_the_same_latents(open_tiny: Open
 
 
 @torch.no_grad()
+def test_the_preparation_holds_no_decoder_and_makes_the_latents_of_the_whole_vae(
+    open_tiny: OpenTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = open_tiny("wan", "t2v")
+    whole = family.load_vae_pipeline()
+    write_demo_clips(tmp_path / "clips", count=2)
+    encode, decoders, expected = family.encode_clip, [], []
+
+    def watched(pipeline: Any, video: Tensor, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        decoders.append(pipeline.vae.decoder)
+        expected.append(encode(whole, video, generator)["latents"])
+        return encode(pipeline, video, generator)
+
+    monkeypatch.setattr(family, "encode_clip", watched)
+    latents = prepared_latents(family, tmp_path / "clips", Cache(tmp_path / "cache"))
+    assert decoders == [None, None]
+    assert all(map(torch.equal, latents, expected))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_vae_keeps_its_dtype_in_validation(dtype: str, open_tiny: OpenTiny) -> None:
     """Under the autocast of a run in bfloat16 it decodes what it decodes alone."""

@@ -315,7 +315,9 @@ def _encode_latents(
     family: Family, clips: list[PreparedClip], cache: Cache, device: torch.device
 ) -> Generator[Event, None, list[PreparedClip]]:
     yield Progress("latents", 0, len(share(clips)), "loading the VAE")
-    pipeline = family.load_vae_pipeline().to(device)
+    pipeline = family.load_vae_pipeline()
+    pipeline.vae.decoder = None  # up to half of the weights, which no clip needs
+    pipeline.to(device)
 
     def encode(clip: PreparedClip) -> PreparedClip:
         video = clip_pixels(clip).transpose(0, 1).float() / 127.5 - 1

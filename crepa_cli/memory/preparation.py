@@ -62,8 +62,9 @@ def text_encoders_peak(family: Family, clips: Clips, dtype: torch.dtype) -> int:
 
 @torch.no_grad()
 def vae_peak(family: Family, bucket: Bucket) -> int:
-    """The VAE on one clip, and the image encoder, if there is one, on its first frame."""
+    """The VAE without its decoder on one clip, and the image encoder, if there is one, on its first frame."""
     pipeline = family.empty_vae_pipeline()
+    pipeline.vae.decoder = None
     image_encoder = family.base.empty_model(family.image_encoder, family.vae_dtype) if family.image_encoder else None
     with fake_memory() as live:
         make_fake(pipeline.vae)

@@ -299,7 +299,7 @@ class Family(ABC):
         return pipeline
 
     def load_vae_pipeline(self) -> DiffusionPipeline:
-        """The pipeline with the components that `encode_clip` needs."""
+        """The pipeline with the components that `encode_clip` and `decode_latents` need."""
         without = (*self.transformer_components, *self.text_components)
         return self._with_tiling(self.base.load_pipeline(self.pipeline_class, dtype=self.vae_dtype, without=without))
 
