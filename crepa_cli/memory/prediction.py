@@ -25,10 +25,20 @@ IRRELEVANT: Any = {
     "train": {"steps", "learning_rate", "lr_scheduler", "lr_warmup_steps", "seed", "output", "gradient_accumulation"},
 }
 """Settings that memory does not depend on, or only through the shape of the clips."""
+OF_THE_BACKWARD = {"offload_activations", "finer_recompute", "keep"}
 IRRELEVANT_IN_VALIDATION: Any = IRRELEVANT | {
-    "validation": {"every", "prompts", "negative_prompt", "motion_score", "images", "steps"}
+    "validation": {"every", "prompts", "negative_prompt", "motion_score", "images", "steps"},
+    "train": IRRELEVANT["train"] | {"activation_checkpointing"},
+    "memory": OF_THE_BACKWARD,
 }
 """Those that the memory of a validation does not depend on."""
+IRRELEVANT_IN_PREPARATION: Any = IRRELEVANT | {
+    "train": True,
+    "adapter": True,
+    "layersync": True,
+    "memory": OF_THE_BACKWARD | {"quantize_base"},
+}
+"""Those that the memory of the preparation does not depend on."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +103,8 @@ def preparation_memory(profile: Profile, family: Family, bucket: Bucket, device:
     def predict_peaks() -> dict[str, int]:
         return predict_preparation(profile, family, bucket, clips_of(profile, family, bucket), device)
 
-    return kept(["preparation", *_facts(profile, family, bucket, device)], predict_peaks)
+    facts = _facts(profile, family, bucket, device, irrelevant=IRRELEVANT_IN_PREPARATION)
+    return kept(["preparation", *facts], predict_peaks)
 
 
 def validation_memory(profile: Profile, family: Family, device: torch.device) -> int:
