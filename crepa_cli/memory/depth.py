@@ -170,7 +170,7 @@ def segments_of_all_blocks(
     Args:
         profile: the resolved settings.
         family: of the checkpoint.
-        run: does the work on the transformer of a family. It is told whether its blocks have to pass backward.
+        run: does the work on the transformer of a family; its last argument says whether the backward is needed.
     """
     excerpt = Excerpt.of(profile, family)
     if excerpt is None:

@@ -18,7 +18,7 @@ HOST = "host"
 """The part of buffers on the host, which take no memory of the device."""
 READ_DEVICE = torch.ops.prim.device.default
 LIFT = torch.ops.aten.lift_fresh.default
-"""What `torch.tensor` returns its new tensor through."""
+"""The operation through which `torch.tensor` returns its new tensor."""
 
 
 class Segment(NamedTuple):

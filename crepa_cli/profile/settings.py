@@ -80,8 +80,8 @@ class MemorySettings(Table):
     )
     keep: Literal["nothing", "attention", "all"] = Field(
         default="nothing",
-        description="What activation checkpointing keeps in place of recomputing it, for speed: the results of "
-        "self-attention, or all, which is the same as turning it off.",
+        description="Activations that activation checkpointing keeps instead of recomputing them, for speed: the "
+        "results of self-attention, or all, which is the same as turning it off.",
     )
     quantize_base: Literal["none", "int8"] = Field(
         default="none",

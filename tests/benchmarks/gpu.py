@@ -45,7 +45,7 @@ NABLA = {
     "attention_wH": 3,
     "attention_wW": 3,
 }
-"""As in kandinskylab/Kandinsky-5.0-T2V-Lite-sft-10s-Diffusers."""
+"""Squares of sparse attention; the values are not checked against a published model."""
 CAP = 24 * 10**9
 
 Row = dict[str, Any]
