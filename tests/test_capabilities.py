@@ -30,6 +30,7 @@ def mistakes(device: str, **environment: str) -> str:
     return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.slow
 def test_compile_on_the_cpu_needs_a_compiler_of_cpp(tmp_path: Path) -> None:
     compiler = tmp_path / "some-compiler"
     compiler.write_text("#!/bin/sh\n")
@@ -40,6 +41,7 @@ def test_compile_on_the_cpu_needs_a_compiler_of_cpp(tmp_path: Path) -> None:
     assert "g++" in told
 
 
+@pytest.mark.slow
 def test_compile_on_a_gpu_needs_triton(tmp_path: Path) -> None:
     """Another package stands for Triton where it is installed."""
     (tmp_path / "triton.py").write_text("raise ImportError('no Triton')\n")

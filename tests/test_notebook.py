@@ -30,6 +30,7 @@ def notebook(folder: Path, *cells: str) -> NotebookClient:
     return NotebookClient(content, timeout=120, resources={"metadata": {"path": str(folder)}})
 
 
+@pytest.mark.slow
 def test_commands_in_a_cell_write_plain_text_and_ask_nothing(demo: Path, tmp_path: Path) -> None:
     client = notebook(
         demo,

@@ -67,7 +67,14 @@ def test_a_demo_that_cannot_be_written_names_the_folder(tmp_path: Path) -> None:
 
 
 @needs_bash
-@pytest.mark.parametrize("output", ["| head -1", pytest.param("> /dev/full", marks=needs_full), ">&-"])
+@pytest.mark.parametrize(
+    "output",
+    [
+        "| head -1",
+        pytest.param("> /dev/full", marks=[needs_full, pytest.mark.slow]),
+        pytest.param(">&-", marks=pytest.mark.slow),
+    ],
+)
 def test_a_training_outlives_its_standard_output(output: str, demo: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = f"{' '.join(CREPA)} train --profile t2v --model wan --demo --plain --steps 3 --output {run}"
