@@ -176,7 +176,10 @@ def test_settings_that_do_not_fit_the_gpu_are_written_with_a_warning(
     open_tiny: OpenTiny, folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "predictions"))
-    (folder / "large.toml").write_text("[data]\nwidth = 3328\nheight = 1920\n[validation]\nevery = 0\n")
+    (folder / "large.toml").write_text(
+        "[data]\nwidth = 1664\nheight = 960\nframes = 17\n[validation]\nevery = 0\n[train]\nbatch_size = 64\n"
+        "[memory]\nstream_weights = true\noffload_activations = true\nfiner_recompute = true\nquantize_base = 'int8'\n"
+    )
     flags = ["--model", "wan", "--profile", "large.toml", "--checkpoint", open_tiny("wan", "t2v").base.name]
     assert "GPU memory" not in succeed(*flags, "--vram", "1000")
     output = succeed(*flags, "--vram", "1", "--force")

@@ -245,7 +245,8 @@ def test_memory_of_the_device_does_not_grow_with_depth(open_tiny: OpenTiny) -> N
     block = families[1].blocks(model.transformer)[1]
     adapter = sum(one.nbytes for one in trainable(block))
     weights = sum(one.nbytes for one in block.parameters()) - adapter
-    assert peaks[1] - peaks[0] <= 2 * 5 * adapter
+    counters = sum(4 for _ in trainable(block))  # AdamW counts the steps of each weight
+    assert peaks[1] - peaks[0] <= 2 * (5 * adapter + counters)
     assert hosts[1] - hosts[0] > 2 * weights
 
 
