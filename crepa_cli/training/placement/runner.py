@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -22,6 +23,10 @@ ATTENTION = {
 }
 """The operations that `scaled_dot_product_attention` runs as, by device and dtype."""
 
+# From torch 2.14 on it has to be said that what is kept stays on the device, though hooks offload the block's input.
+STAYS: dict[str, Any] = {"respect_saved_tensors_hooks": False}
+STAYS = STAYS if STAYS.keys() <= signature(checkpoint).parameters.keys() else {}
+
 
 def block_runner(memory: MemorySettings) -> Callable[..., Any]:
     """The function that runs a block, `runner(block, *args)`, for `enable_gradient_checkpointing` of diffusers."""
@@ -37,7 +42,7 @@ def checkpointed(block: nn.Module, *args: Any) -> Any:
 def keeping_attention(block: nn.Module, *args: Any) -> Any:
     """The same, but what self-attention has computed is kept."""
     contexts = partial(create_selective_checkpoint_contexts, _policy)
-    return checkpoint(block, *args, use_reentrant=False, context_fn=contexts)
+    return checkpoint(block, *args, use_reentrant=False, context_fn=contexts, **STAYS)
 
 
 def _policy(_context: object, operation: Any, *args: Any, **_keywords: Any) -> CheckpointPolicy:
