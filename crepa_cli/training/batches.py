@@ -121,4 +121,9 @@ class Batches:
         sigmas = sample_sigmas(train.batch_size, train.timestep_sampling, shift, generator, self.family.sigma_range)
         noise = torch.randn(latents.shape, generator=generator)
         drawn = MicroBatch(batch.clips, batch.tensors, noise, sigmas, batch.features, batch.teacher_grid)
-        return drawn.pinned(self.family.read_on_cpu) if self.accelerator.device.type == "cuda" else drawn
+        device = self.accelerator.device
+        if device.type != "cuda":
+            return drawn
+        # A thread begins on the first GPU, where every process would take memory to pin its own.
+        with torch.cuda.device(device):
+            return drawn.pinned(self.family.read_on_cpu)
