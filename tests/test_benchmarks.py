@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,8 @@ from conftest import OpenTiny
 @pytest.fixture
 def bench(open_tiny: OpenTiny, tiny_dinov2: Path, tmp_path: Path) -> gpu.Bench:
     """The tiny checkpoint of LTX-Video, and the teacher."""
-    (tmp_path / "ltxvideo-t2v").symlink_to(open_tiny("ltxvideo", "t2v").base.name)
-    (tmp_path / "dinov2").symlink_to(tiny_dinov2)
+    shutil.copytree(open_tiny("ltxvideo", "t2v").base.name, tmp_path / "ltxvideo-t2v")
+    shutil.copytree(tiny_dinov2, tmp_path / "dinov2")
     return gpu.Bench(torch.device("cpu"), tmp_path, tmp_path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,8 @@ HEAVY = {"train": {"batch_size": 16, "activation_checkpointing": False}}
 @pytest.fixture
 def plan(open_tiny: OpenTiny, tiny_dinov2: Path, tmp_path: Path) -> Plan:
     """LTX-Video with two blocks and a batch that takes far more than the preparation."""
-    (tmp_path / "ltxvideo-t2v").symlink_to(open_tiny("ltxvideo", "t2v").base.name)
-    (tmp_path / "dinov2").symlink_to(tiny_dinov2)
+    shutil.copytree(open_tiny("ltxvideo", "t2v").base.name, tmp_path / "ltxvideo-t2v")
+    shutil.copytree(tiny_dinov2, tmp_path / "dinov2")
     bench = gpu.Bench(torch.device("cpu"), tmp_path, tmp_path)
     return bench.plan("ltxvideo", "", HEAVY, blocks=2)
 
@@ -47,6 +48,14 @@ def opened(plan: Plan) -> tuple[Profile, Family, Bucket]:
     profile = plan.profile()
     family = plan.open_family(profile, torch.device("cpu"))
     return profile, family, form_bucket(profile, family)
+
+
+def test_what_is_kept_for_speed_is_given_up_for_memory(plan: Plan) -> None:
+    kept = with_settings(plan.profile(), [CHECKPOINTING, Setting("memory", "keep", "all")])
+    fitted = lightest(kept, GPU)
+    assert fitted.memory.keep == "nothing"
+    assert fitted.memory.stream_weights
+    assert fitted.memory.offload_activations
 
 
 def test_the_cheapest_of_all_combinations_that_fit_is_chosen(plan: Plan) -> None:

@@ -207,3 +207,22 @@ def test_doctor_says_that_a_validation_does_not_fit(open_tiny: OpenTiny, tmp_pat
 
     off = with_setting(profile, "validation", "every", 0)
     assert predict(off, family, bucket, GPU).peak == predicted.without_validation
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "value"),
+    [
+        ("memory", "offload_activations", True),
+        ("memory", "finer_recompute", True),
+        ("memory", "keep", "attention"),
+        ("train", "activation_checkpointing", False),
+    ],
+)
+def test_settings_of_the_backward_do_not_change_the_memory_of_a_validation(
+    table: str, key: str, value: object, open_tiny: OpenTiny, tmp_path: Path
+) -> None:
+    """A stored prediction is used again whatever they are."""
+    family = open_tiny("ltxvideo", "t2v")
+    profile = validated(shallow(family), tmp_path)
+    changed = with_setting(profile, table, key, value)
+    assert prediction(shallow(family), changed) == prediction(shallow(family), profile)

@@ -178,7 +178,7 @@ class Work:
         memory = profile.memory
         forward = self.forward / SUSTAINED
         passes = 1 if profile.adapter.kind == "lora" else 2
-        passes += profile.train.activation_checkpointing + memory.finer_recompute
+        passes += profile.recomputes_blocks + memory.finer_recompute
         weights = self.weights / BUS if memory.stream_weights else 0.0
         weights /= 2 if memory.quantize_base == "int8" else 1
         states = self.states / BUS if memory.offload_activations else 0.0

@@ -122,12 +122,15 @@ def lossless_settings(profile: Profile, device: torch.device) -> list[Setting]:
     """
     settings = [
         Setting("train", "activation_checkpointing", True),
+        Setting("memory", "keep", "nothing"),
         Setting("memory", "offload_activations", True),
         Setting("memory", "stream_weights", True),
         Setting("memory", "finer_recompute", True),
     ]
     moving = ("offload_activations", "stream_weights") if device.type == "cpu" else ()
-    return [one for one in settings if one.key not in moving and not getattr(getattr(profile, one.table), one.key)]
+    return [
+        one for one in settings if one.key not in moving and getattr(getattr(profile, one.table), one.key) != one.value
+    ]
 
 
 def lighter_settings(profile: Profile, family: Family) -> list[Setting]:
