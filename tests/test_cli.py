@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,27 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="CUDA's allocator has these segments on Linux alone")
+@pytest.mark.parametrize(
+    ("configured", "expected"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:128"}, "max_split_size_mb:128"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:128"}, None),
+    ],
+)
+def test_segments_grow_unless_the_user_configured_the_allocator(
+    configured: dict[str, str], expected: str | None, run_crepa: RunCrepa, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")  # so that it is restored after the test
+        monkeypatch.delenv(name)
+    for name, value in configured.items():
+        monkeypatch.setenv(name, value)
+    assert run_crepa("init", "--list") == 0
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == expected
 
 
 def refused(run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

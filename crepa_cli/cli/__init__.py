@@ -52,6 +52,7 @@ def _crepa(
 def main() -> None:
     """Run the command line; a user's mistake exits with code 2, a failure of the run with 1."""
     print_any_text()
+    _let_segments_grow()
     if in_notebook():
         write_plain_text()
     try:
@@ -60,6 +61,15 @@ def main() -> None:
         _fail(error, code=2)
     except RunError as error:
         _fail(error, code=1)
+
+
+def _let_segments_grow() -> None:
+    """Let CUDA's allocator extend its segments, unless the user configured it: clips of several shapes fragment them.
+
+    Torch reads the variable once, when it is imported. On Windows it has no such segments and would warn.
+    """
+    if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def _fail(error: Exception, code: int) -> NoReturn:
