@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from crepa_cli.alignment import TokenGrid
 from crepa_cli.errors import UserError
 from crepa_cli.models.base import BaseCheckpoint, check_embedding
-from crepa_cli.models.int8 import has_int8, quantize_linears, read_weights
+from crepa_cli.models.int8 import has_int8, quantize_linears
 from crepa_cli.models.precision import compute_in_own_dtype, in_loaded_dtypes, keep_float32
+from crepa_cli.models.weights import make_hollow, read_weights
 
 Tensors = dict[str, Tensor]
 Tables = Mapping[str, Mapping[str, object]]
@@ -215,12 +216,31 @@ class Family(ABC):
     def _load_expert(self, component: str, dtype: torch.dtype, *, int8: bool) -> ModelMixin:
         if not int8:
             return self._adapted(self.base.load_model(self.transformer_class, component, dtype))
-        files = self.base.weight_files(component)
+        transformer = self._without_weights(component, dtype, int8=True)
+        read_weights(transformer, self.base.weight_files(component))
+        return transformer.eval()
+
+    def _without_weights(self, component: str, dtype: torch.dtype, *, int8: bool) -> ModelMixin:
         # torch.device("meta") would take the content of buffers too, which is in no checkpoint.
         with init_empty_weights():
-            transformer = self._from_config(self.base.read_config(f"{component}/config.json"), dtype, int8=True)
-        read_weights(transformer, files)
-        return transformer.eval()
+            return self._from_config(self.base.read_config(f"{component}/config.json"), dtype, int8=int8)
+
+    def hollow_transformer(self, dtype: torch.dtype, *, int8: bool = False) -> ModelMixin:
+        """The transformer of `load_transformer` before `read_weights`: a LoRA may be added and its weights sharded.
+
+        Its parameters take no memory; its buffers have their content.
+        """
+        transformer = self._without_weights(self.component, dtype, int8=int8)
+        make_hollow(transformer)
+        return transformer
+
+    def read_weights(self, transformer: ModelMixin) -> None:
+        """Give the parameters of a transformer on the meta device their weights; a sharded one its share of them.
+
+        Raises:
+            UserError: if the checkpoint is incomplete.
+        """
+        read_weights(transformer, self.base.weight_files(self.component))
 
     def empty_transformer(self, dtype: torch.dtype, *, int8: bool = False) -> ModelMixin:
         """The transformer of `load_transformer` without its weights, from the configuration alone.

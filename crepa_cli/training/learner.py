@@ -195,12 +195,15 @@ def build_learner(
     saved = checkpoint is not None and holds_projector(checkpoint)
     aligns = profile.crepa.enabled and (saved or not schedule.finished(progress.get("step", 0)))
     torch.manual_seed(train.seed)
-    transformer = family.load_transformer(frozen_dtype(profile), int8=frozen_in_int8(profile))
+    # Each process of a sharded run reads its own share, once it is known.
+    load = family.hollow_transformer if train.sharding else family.load_transformer
+    transformer = load(frozen_dtype(profile), int8=frozen_in_int8(profile))
     aligned = build_model(profile, family, transformer, teacher_size if aligns else None)
     if checkpoint is None and profile.adapter.init_from:
         start_from(transformer, family, profile.adapter)
     if train.sharding:
         shard(aligned, family.blocks(transformer), accelerator)
+        family.read_weights(transformer)
     if profile.memory.stream_weights:
         aligned.on_host = stream(family.blocks(transformer), accelerator.device)
     model = replicated(aligned, accelerator)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from accelerate import Accelerator
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -11,13 +14,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from crepa_cli.errors import RunError, UserError
 from crepa_cli.models.streaming import move
+from crepa_cli.models.weights import make_empty
 from crepa_cli.training.aligned import AlignedTransformer
 
 
 def shard(aligned: AlignedTransformer, blocks: nn.ModuleList, accelerator: Accelerator) -> None:
     """Share out the weights over all processes, block by block, in place (FSDP2, arXiv 2304.11277).
 
-    Transformer and projector are sharded apart, so that the projector can be dropped.
+    Transformer and projector are sharded apart, so that the projector can be dropped. Weights that are hollow are on
+    the meta device afterwards, each process's share of them.
 
     Raises:
         UserError: if there is but one process.
@@ -25,6 +30,7 @@ def shard(aligned: AlignedTransformer, blocks: nn.ModuleList, accelerator: Accel
     """
     if accelerator.num_processes == 1:
         raise UserError("train.sharding = true needs several processes: start them with --processes N, or turn it off")
+    make_empty(aligned.transformer)
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     roots = [aligned.transformer] + ([aligned.crepa] if aligned.crepa else [])
     for module in (*blocks, *roots):
@@ -57,4 +63,28 @@ def replicated(aligned: AlignedTransformer, accelerator: Accelerator) -> nn.Modu
     own = [name for name, parameter in aligned.named_parameters() if parameter in aligned.on_host]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(aligned, own)
     devices = None if accelerator.device.type == "cpu" else [accelerator.local_process_index]
-    return DistributedDataParallel(aligned, device_ids=devices)
+    # No buffer changes in training: there is nothing to broadcast before each forward.
+    return DistributedDataParallel(aligned, device_ids=devices, broadcast_buffers=False)
+
+
+@contextmanager
+def accumulating(model: nn.Module) -> Iterator[None]:
+    """Within this context the gradients of a backward stay in each process; the next one outside reduces them too.
+
+    Args:
+        model: from `replicated`.
+    """
+    if isinstance(model, DistributedDataParallel):
+        with model.no_sync():
+            yield
+        return
+    sharded = [module for module in model.children() if isinstance(module, FSDPModule)]
+    # Gradients that are not reduced are whole: in full tuning they would take what sharding saves.
+    if any(not weight.requires_grad for weight in model.parameters()):
+        for module in sharded:
+            module.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        for module in sharded:
+            module.set_requires_gradient_sync(True)

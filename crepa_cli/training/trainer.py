@@ -37,7 +37,7 @@ from crepa_cli.training.checkpoints import trained_weights
 from crepa_cli.training.export import export_weights
 from crepa_cli.training.flow import seeded_generator
 from crepa_cli.training.learner import GradientNorms, Learner
-from crepa_cli.training.parallel import describe_share
+from crepa_cli.training.parallel import accumulating, describe_share
 from crepa_cli.training.peak import PeakMemory
 from crepa_cli.training.skipped import SkippedSteps
 from crepa_cli.training.step import Teaching, not_finite, step_losses
@@ -164,7 +164,7 @@ class Trainer:
                 return None
             batch = next(batches)
             last = micro == accumulation - 1
-            with nullcontext() if last else self.accelerator.no_sync(learner.model):
+            with nullcontext() if last else accumulating(learner.model):
                 losses.append(self._backward(batch, self.batches.index(step, micro), coefficient))
             clips.append(batch.clips)
         means, norms = self._read(losses, learner.clip_gradients())
