@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from crepa_cli.alignment import Alignment, Crepa, TokenGrid, layersync_loss, loss
+from crepa_cli.alignment import Alignment, Crepa, TokenGrid, comparison, layersync_loss
 from crepa_cli.alignment.grid import interpolation_taps, matching_frames, teaching_frames
 from crepa_cli.alignment.loss import neighbor_weights
 from crepa_cli.alignment.resampling import Constants, Resampling
@@ -153,7 +153,7 @@ def test_the_chunk_size_changes_nothing_beyond_rounding(seed, options, student, 
 
     whole, gradients = run()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loss, "CHUNK_TOKENS", size)
+        patch.setattr(comparison, "CHUNK_TOKENS", size)
         chunked, chunked_gradients = run()
     assert_equal(chunked, whole)
     for ours, theirs in zip(chunked_gradients, gradients, strict=True):

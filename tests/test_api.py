@@ -210,6 +210,8 @@ def test_a_resume_names_the_settings_that_it_cannot_change(demo: Path, monkeypat
         "train.optimizer=adamw8bit": "'adamw'",
         "train.ema=0.9": "0",
         "crepa.enabled=false": "True",
+        "crepa.objective=relation": "'cosine'",
+        "crepa.projector=conv": "'linear'",
     }.items():
         profile = api.resolve(saved, {"train.output": run}, [changed]).profile
         with pytest.raises(UserError, match=re.escape(changed.partition("=")[0])) as caught:

@@ -155,7 +155,7 @@ def test_an_example_configuration_trains_the_same_model(name: str, profile_of: C
         ({"crepa_feature_source": "backbnoe"}, ["did you mean backbone?"]),
         ({"crepa_feature_source": "encoder", "crepa_use_backbone_features": True}, ["contradicts"]),
         ({"crepa_model": "qwen3-vl"}, ["the teachers here are DINOv2 encoders"]),
-        ({"irepa_enabled": True}, ["irepa_enabled"]),
+        ({"irepa_enabled": True, "irepa_projector_kernel_size": 5}, ["irepa_projector_kernel_size = 5: here it is 3"]),
         ({"model_flavour": "t2v", "crepa_self_flow": True}, ["model_flavour", "moving average"]),
     ],
 )
@@ -487,6 +487,24 @@ def test_only_options_of_the_command_line_are_written(profile_of: Callable[..., 
 )
 def test_the_names_that_other_trainers_give_encoders_are_understood(given: str, name: str) -> None:
     assert CrepaSettings(block_index=8, encoder=given).encoder == name
+
+
+def test_irepa_goes_there_and_back_and_half_of_it_is_named(profile_of: Callable[..., Profile]) -> None:
+    config = {"model_family": "wan", "crepa_enabled": True, "irepa_enabled": True}
+    assert profile_of(config).crepa.spatial_norm == 0.6
+    profile = profile_of({**config, "irepa_spatial_norm_alpha": 1, "irepa_projector_kernel_size": 3})
+    assert (profile.crepa.projector, profile.crepa.spatial_norm) == ("conv", 1.0)
+    back, notes = export_crepa(profile, {}, lambda: LATENT_FRAMES)
+    assert (back["irepa_enabled"], back["irepa_spatial_norm_alpha"], back["irepa_projector_kernel_size"]) == (
+        True,
+        1,
+        3,
+    )
+    assert notes == []
+    half = profile.crepa.model_copy(update={"spatial_norm": None, "objective": "relation"})
+    back, notes = export_crepa(profile.model_copy(update={"crepa": half}), back, lambda: LATENT_FRAMES)
+    assert back["irepa_enabled"] is False
+    assert [note.split(" has no ")[0] for note in notes] == ['crepa.objective = "relation"', 'crepa.projector = "conv"']
 
 
 def test_an_unknown_encoder_is_refused_with_the_one_that_was_probably_meant(

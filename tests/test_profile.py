@@ -62,6 +62,10 @@ CREPA_DEFAULTS = {
     "similarity_ema_decay": 0.99,
     "threshold_mode": "permanent",
     "teacher_frame": "last",
+    "objective": "cosine",
+    "projector": "linear",
+    "spatial_norm": None,
+    "adjacent_tau_seconds": None,
 }
 KEYS = {
     "model": "family task checkpoint revision variant dtype vae_dtype vae_tiling",
@@ -118,6 +122,10 @@ OUT_OF_RANGE = [
     "crepa.lambda=inf",
     "crepa.adjacent_distance=-1",
     "crepa.adjacent_tau=0",
+    "crepa.adjacent_tau_seconds=0",
+    "crepa.objective=mse",
+    "crepa.projector=mlp",
+    "crepa.spatial_norm=1.1",
     "crepa.cumulative_neighbors='yes'",
     "crepa.encoder_image_size=500",
     "crepa.encoder_image_size=0",
@@ -210,6 +218,7 @@ def test_a_value_out_of_range_is_refused_with_its_key_and_what_is_allowed(folder
         "crepa.similarity_ema_decay=0",
         "crepa.encoder_image_size=224",
         "crepa.encoder_image_size=grid",
+        "crepa.spatial_norm=0",
         "adapter.export=comfyui",
         "adapter.target_modules=['to_q', 'to_k']",
         "validation.prompts=a cat, walking",
@@ -426,6 +435,10 @@ def test_all_mistakes_are_listed_at_once_each_with_its_place(folder: Path):
             "must differ from crepa.block_index, which is also 8",
         ),
         (["encoder_image_size=100"], "must be a multiple of 14, the patch size of dinov2_vitg14, such as 98"),
+        (["adjacent_tau=2.0", "adjacent_tau_seconds=0.5"], "replaces crepa.adjacent_tau, which is set to 2"),
+        (["spatial_align=false", "objective=relation"], "leaves one patch per frame"),
+        (["spatial_align=false", "projector=conv"], "leaves one patch per frame"),
+        (["spatial_align=false", "spatial_norm=0.6"], "leaves one patch per frame"),
     ],
 )
 def test_broken_rules_of_alignment_are_explained(folder: Path, sets: list[str], message: str):

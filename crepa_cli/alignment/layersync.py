@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from crepa_cli.alignment.loss import CHUNK_TOKENS, check_tensor, full_precision
+from crepa_cli.alignment.comparison import CHUNK_TOKENS, full_precision
+from crepa_cli.alignment.loss import check_tensor
 
 
 def layersync_loss(student: Tensor, teacher: Tensor) -> Tensor:

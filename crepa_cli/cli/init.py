@@ -251,16 +251,30 @@ def _imported(config: Mapping[str, Any], label: str, choices: _Choices) -> Impor
 
 
 def _latent_frames(profile: Profile) -> int:
-    """Frames of a clip's latents; if the checkpoint cannot be read, with the VAE of the family's default one."""
+    """Frames of a clip's latents."""
+    return (profile.data.frames - 1) // _frame_multiple(profile) + 1
+
+
+def _frame_multiple(profile: Profile) -> int:
+    """Video frames in a latent frame; if the checkpoint cannot be read, those of the family's default one."""
     from crepa_cli.models import load_family
     from crepa_cli.runs.checks import load_checkpoint
 
     try:
-        family = load_checkpoint(profile)
+        return load_checkpoint(profile).frame_multiple
     except UserError:
         kind, task = load_family(profile.model.family), profile.model.task
-        family = kind(kind.checkpoints[task], task)
-    return (profile.data.frames - 1) // family.frame_multiple + 1
+        return kind(kind.checkpoints[task], task).frame_multiple
+
+
+def _with_tau_in_frames(profile: Profile) -> Profile:
+    """The profile with the decay constant of the neighbor weights in latent frames, the only unit of other trainers."""
+    crepa = profile.crepa
+    if crepa.adjacent_tau_seconds is None:
+        return profile
+    tau = crepa.tau(_frame_multiple(profile) / profile.data.fps)
+    changes = {"adjacent_tau": tau, "adjacent_tau_seconds": None}
+    return profile.model_copy(update={"crepa": crepa.model_copy(update=changes)})
 
 
 def _show_without_counterpart(options: Mapping[str, object], path: Path | None) -> None:
@@ -342,7 +356,7 @@ def _export(path: Path, profile: str | None, flags: Mapping[str, object], *, for
         folder=Path(),
         family_defaults=family_defaults,
     )
-    exported = export_crepa(resolved.profile, config, lambda: _latent_frames(resolved.profile))
+    exported = export_crepa(_with_tau_in_frames(resolved.profile), config, lambda: _latent_frames(resolved.profile))
     text = json.dumps(exported.config, indent=4, ensure_ascii=False)
     write_whole(path, f"{text}\n".encode())
     typer.echo(f"Wrote the crepa_* options to {path}.")

@@ -149,7 +149,7 @@ def lighter_settings(profile: Profile, family: Family) -> list[Setting]:
         (adapter.kind == "full", "adapter", "kind", "lora"),
         (adapter.kind == "lora" and rank > SMALLEST_RANK, "adapter", "rank", rank // 2),
         (train.ema > 0, "train", "ema", 0.0),
-        (crepa.enabled and crepa.spatial_align, "crepa", "spatial_align", False),
+        (crepa.enabled and crepa.spatial_align and not crepa.needs_patches, "crepa", "spatial_align", False),
         (heavy_encoder, "crepa", "encoder", LIGHT_ENCODER),
         (
             crepa.encoder_teaches and isinstance(side, int) and side > LIGHT_IMAGE_SIZE,

@@ -9,7 +9,7 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
-from crepa_cli.alignment.loss import full_precision
+from crepa_cli.alignment.comparison import full_precision
 
 
 def in_loaded_dtypes(model: ModelMixin, dtype: torch.dtype) -> ModelMixin:

@@ -17,7 +17,7 @@ from diffusers import (
 from diffusers.models.transformers.transformer_sana_video import SanaLinearAttnProcessor3_0
 from torch import Tensor
 
-from crepa_cli.alignment.loss import full_precision
+from crepa_cli.alignment.comparison import full_precision
 from crepa_cli.models.base import BaseCheckpoint
 from crepa_cli.models.family import Family, Tensors, TransformerStep, add_noise
 from crepa_cli.models.precision import under_this_autocast

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from diffusers import ModelMixin
 from torch import Tensor
 
+from crepa_cli.alignment.comparison import full_precision
 from crepa_cli.alignment.grid import TokenGrid, coarser_grid, matching_frames
-from crepa_cli.alignment.loss import full_precision
 from crepa_cli.data.dataset import Batch
 from crepa_cli.errors import UserError, counted
 from crepa_cli.models.capture import HiddenStateCapture

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from crepa_cli.profile.table import FAMILY_DEFAULT, Table, Text, broken_rule, resolved_later
 
 DINOV2_PATCH = 14
+DEFAULT_TAU = 1.0
 ENCODERS = tuple(f"dinov2_vit{letter}14{suffix}" for suffix in ("", "_reg") for letter in "sblg")
 """Encoders with a short name; others are given by their Hub id or folder."""
 ENCODER_ALIASES = {
@@ -59,7 +60,7 @@ class CrepaSettings(Table):
         description="Distance in latent frames to the neighbors that a frame is aligned with; 0: no neighbors.",
     )
     adjacent_tau: float = Field(
-        default=1.0,
+        default=DEFAULT_TAU,
         gt=0,
         description="Decay constant of the neighbor weights: a neighbor's weight is exp(-distance / adjacent_tau).",
     )
@@ -145,11 +146,44 @@ class CrepaSettings(Table):
         description="Which of the 4 or 8 video frames that a latent frame covers the encoder sees. The middle one "
         "agrees better with all of them if the picture moves.",
     )
+    objective: Literal["cosine", "relation"] = Field(
+        default="cosine",
+        description="cosine: pull each patch to its features. relation: make patches as similar to each other as the "
+        "teacher finds them (VideoREPA), which holds them less tightly; the similarity that is logged and compared "
+        "with similarity_threshold is then the correlation of the two.",
+    )
+    projector: Literal["linear", "conv"] = Field(
+        default="linear",
+        description="linear: project each patch alone. conv: a 3x3 convolution over each frame (iREPA), which keeps "
+        "more of the spatial structure and takes about nine times as long as the linear projector.",
+    )
+    spatial_norm: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Subtract this share of a frame's mean from its features, and divide them by their standard "
+        "deviation, so that patches differ more (iREPA, with 0.6). none: features as they are.",
+    )
+    adjacent_tau_seconds: float | None = Field(
+        default=None,
+        gt=0,
+        description="The decay constant of the neighbor weights in seconds at data.fps, the same in every family; "
+        "it replaces adjacent_tau, which is in latent frames of 4 or 8 video frames. none: adjacent_tau counts.",
+    )
 
     @property
     def encoder_teaches(self) -> bool:
         """Whether the alignment targets come from a separate encoder."""
         return self.enabled and not self.use_backbone_features
+
+    @property
+    def needs_patches(self) -> bool:
+        """Whether several patches of a frame are compared or combined, so that they cannot be averaged first."""
+        return self.objective == "relation" or self.projector == "conv" or self.spatial_norm is not None
+
+    def tau(self, seconds: float) -> float:
+        """The decay constant of the neighbor weights in latent frames that are `seconds` apart."""
+        return self.adjacent_tau if self.adjacent_tau_seconds is None else self.adjacent_tau_seconds / seconds
 
     @model_validator(mode="after")
     def _a_teacher_block(self) -> CrepaSettings:
@@ -158,6 +192,29 @@ class CrepaSettings(Table):
                 "needs crepa.teacher_block_index, the teacher block",
                 "use_backbone_features",
                 "teacher_block_index",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _patches_to_compare(self) -> CrepaSettings:
+        if self.needs_patches and not self.spatial_align:
+            raise broken_rule(
+                'leaves one patch per frame, and crepa.objective = "relation", crepa.projector = "conv" and '
+                "crepa.spatial_norm need them all: set it to true",
+                "spatial_align",
+                "objective",
+                "projector",
+                "spatial_norm",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_tau(self) -> CrepaSettings:
+        if self.adjacent_tau_seconds is not None and self.adjacent_tau != DEFAULT_TAU:
+            raise broken_rule(
+                f"replaces crepa.adjacent_tau, which is set to {self.adjacent_tau:g}: leave one of them out",
+                "adjacent_tau_seconds",
+                "adjacent_tau",
             )
         return self
 

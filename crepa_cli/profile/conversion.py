@@ -28,6 +28,9 @@ SOURCES = {
     "selfflow": "self_flow",
 }
 DEFAULT_BLOCK = 8
+IREPA_KERNEL = 3
+IREPA_STRENGTH = 0.6
+"""SimpleTuner's defaults, as its authors published them."""
 KNOWN_KEYS = (
     *("enabled", "block_index", "lambda", "adjacent_distance", "adjacent_tau", "encoder", "encoder_image_size"),
     *("use_backbone_features", "teacher_block_index", "drop_vae_encoder", "normalize_by_frames", "spatial_align"),
@@ -97,8 +100,20 @@ def _read_teacher(options: Options, findings: Findings) -> None:
         del options["crepa_spatial_align"]
         findings.notes.append("crepa_spatial_align = false has no effect there if a block is the teacher: left out")
     _read_encoder(options, findings, teaches=not backbone)
-    if taken_flag(options, "irepa_enabled"):
-        findings.refused.append("irepa_enabled = true: its projector and normalization have no counterpart here")
+    _read_irepa(options, findings)
+
+
+def _read_irepa(options: Options, findings: Findings) -> None:
+    """The projector and the spatial norm, which SimpleTuner has together or not at all."""
+    if not taken_flag(options, "irepa_enabled"):
+        return
+    kernel, strength = options.pop("irepa_projector_kernel_size", None), options.pop("irepa_spatial_norm_alpha", None)
+    if not unset(kernel) and coerced(int, kernel) != IREPA_KERNEL:
+        findings.refused.append(f"irepa_projector_kernel_size = {shown(kernel)}: here it is {IREPA_KERNEL}")
+    findings.settings += [
+        Found("irepa_enabled", "crepa.projector", "conv"),
+        Found("irepa_spatial_norm_alpha", "crepa.spatial_norm", IREPA_STRENGTH if unset(strength) else strength),
+    ]
 
 
 def _read_encoder(options: Options, findings: Findings, *, teaches: bool) -> None:
@@ -185,7 +200,14 @@ def written_alignment(profile: Profile, latent_frames: LatentFrames) -> tuple[di
                 f"a sum, at {frames} latent frames {weight:.4f} times the mean"
             )
     options = {f"crepa_{key}": values[key] for key in KNOWN_KEYS}
-    return options | {"crepa_normalize_neighbour_sum": normalized or None}, notes
+    options |= {"crepa_normalize_neighbour_sum": normalized or None, "irepa_enabled": _is_irepa(crepa) or None}
+    if _is_irepa(crepa):
+        options |= {"irepa_spatial_norm_alpha": crepa.spatial_norm, "irepa_projector_kernel_size": IREPA_KERNEL}
+    return options, notes
+
+
+def _is_irepa(crepa: CrepaSettings) -> bool:
+    return crepa.projector == "conv" and crepa.spatial_norm is not None
 
 
 def _lost(crepa: CrepaSettings, values: dict[str, Any]) -> list[str]:
@@ -195,6 +217,8 @@ def _lost(crepa: CrepaSettings, values: dict[str, Any]) -> list[str]:
         for key, default in CrepaSettings(block_index=0).model_dump().items()
         if key not in (*KNOWN_KEYS, "teacher_cache", "cumulative_neighbors") and values[key] != default
     ]
+    if _is_irepa(crepa):
+        lost = [key for key in lost if key not in ("projector", "spatial_norm")]
     lost += ["cumulative_neighbors"] * (crepa.cumulative_neighbors and crepa.adjacent_distance > 1)
     lost += ["encoder_image_size"] * isinstance(crepa.encoder_image_size, str)
     lost += ["encoder"] * (crepa.encoder_teaches and crepa.encoder not in ENCODERS)

@@ -245,6 +245,7 @@ def export_crepa(profile: Profile, config: Mapping[str, Any], latent_frames: Lat
     values, notes = written_alignment(profile, latent_frames)
     source = "backbone" if profile.crepa.use_backbone_features else "encoder"
     replaced = {"crepa_feature_source": source, "crepa_self_flow": False, "crepa_normalize_neighbour_sum": False}
+    replaced["irepa_enabled"] = False
     refused = {"crepa_model", *(f"crepa_{key}" for key in known_keys()["crepa"])} - values.keys()
     exported = {}
     for spelling, value in config.items():

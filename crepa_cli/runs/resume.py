@@ -8,9 +8,10 @@ FIXED = {
     "model": ("family", "task", "variant"),
     "adapter": ("kind", "rank", "target_modules"),
     "train": ("optimizer", "beta1", "beta2", "eps"),
-    "crepa": ("enabled", "use_backbone_features"),
+    "crepa": ("enabled", "use_backbone_features", "objective", "projector"),
 }
-"""Settings that shape the weights and the optimizer's state of a checkpoint."""
+"""Settings that shape the weights and the optimizer's state of a checkpoint, and the objective, which gives the
+similarity and its average their meaning."""
 
 
 def resume_mistakes(saved: Profile, wanted: Profile) -> list[str]:

@@ -64,10 +64,13 @@ def build_model(
             family.hidden_size,
             feature_size,
             adjacent_distance=settings.adjacent_distance,
-            adjacent_tau=settings.adjacent_tau,
+            adjacent_tau=settings.tau(family.frame_multiple / profile.data.fps),
             cumulative_neighbors=settings.cumulative_neighbors,
             spatial_align=settings.spatial_align,
             normalize_by_frames=settings.normalize_by_frames,
+            objective=settings.objective,
+            projector=settings.projector,
+            spatial_norm=settings.spatial_norm,
         )
     teacher_block = settings.teacher_block_index if settings.use_backbone_features else None
     return AlignedTransformer(

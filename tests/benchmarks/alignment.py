@@ -42,6 +42,14 @@ from crepa_cli.training.aligned import AlignedTransformer, BlockPair
 
 ENCODER = TokenGrid(frames=1, rows=37, columns=37)
 ENCODER_WIDTH = 1536
+OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "relation": {"objective": "relation"},
+    "conv": {"projector": "conv"},
+    "spatial norm": {"spatial_norm": 0.6},
+    "relation, conv": {"objective": "relation", "projector": "conv"},
+}
+"""Arguments of `Crepa`."""
 
 
 class Case(NamedTuple):
@@ -115,7 +123,7 @@ def published_cases() -> dict[str, Case]:
 
 
 def count_flops() -> list[dict[str, Any]]:
-    """FLOPs of a forward and backward pass with and without alignment, on meta tensors.
+    """FLOPs of a forward and backward pass without alignment, and with each kind relative to it, on meta tensors.
 
     The transformer trains a LoRA: its step is cheaper than that of full tuning, so the ratio is the larger one.
     """
@@ -123,19 +131,20 @@ def count_flops() -> list[dict[str, Any]]:
     with torch.device("meta"):
         cases = published_cases()
     for name, case in cases.items():
-        bare, aligned = (_step_flops(case, align) for align in (False, True))
-        rows.append({"model": name, "tflop": bare / 1e12, "ratio": aligned / bare})
+        bare = _step_flops(case, None)
+        ratios = {option: _step_flops(case, arguments) / bare for option, arguments in OPTIONS.items()}
+        rows.append({"model": name, "tflop": bare / 1e12, **ratios})
     return rows
 
 
-def _step_flops(case: Case, align: bool) -> int:
+def _step_flops(case: Case, arguments: dict[str, Any] | None) -> int:
     family = load_family(case.family)
     block = family.settings["crepa"]["block_index"]
     assert isinstance(block, int)
     with torch.device("meta"):
         transformer = case.make().requires_grad_(False)
         transformer.add_adapter(LoraConfig(r=32, target_modules=family.settings["adapter"]["target_modules"]))
-        crepa = Crepa(case.width, ENCODER_WIDTH) if align else None
+        crepa = None if arguments is None else Crepa(case.width, ENCODER_WIDTH, **arguments)
         model = AlignedTransformer(
             transformer,
             crepa,
