@@ -18,7 +18,7 @@ from crepa_cli.data.buckets import Bucket
 from crepa_cli.doctor.findings import BucketCount
 from crepa_cli.doctor.findings import Plan as DoctorPlan
 from crepa_cli.doctor.fit import Target, check_fit
-from crepa_cli.memory.fit import INT8, Fit, Work, _cheapest_first, cheapest_fit, lightest
+from crepa_cli.memory.fit import INT8, TILING, VAE_BFLOAT16, Fit, Work, _cheapest_first, cheapest_fit, lightest
 from crepa_cli.memory.prediction import preparation_memory, training_memory, validation_memory
 from crepa_cli.memory.savings import Setting, lossless_settings, with_setting, with_settings
 from crepa_cli.memory.shapes import form_bucket
@@ -119,18 +119,25 @@ def test_nothing_that_is_invalid_is_tried(plan: Plan) -> None:
     assert lossless_settings(profile, torch.device("cpu")) == [CHECKPOINTING, FINER]
 
 
-def test_tiles_are_added_for_the_vae(plan: Plan) -> None:
+def test_tiles_and_then_bfloat16_are_added_for_the_vae(plan: Plan) -> None:
     profile, family, _ = opened(plan)
-    light = with_settings(profile, [CHECKPOINTING, Setting("train", "batch_size", 1)])
-    bucket = Bucket(9, 544, 544)
-    tiled = configured(family, with_setting(light, "model", "vae_tiling", True))
-    before = max(preparation_memory(light, family, bucket, GPU).values())
-    after = max(preparation_memory(with_setting(light, "model", "vae_tiling", True), tiled, bucket, GPU).values())
-    training = sum(training_memory(light, family, bucket, GPU).values())
-    assert training < after < before
-    fit = cheapest_fit(light, family, bucket, GPU, after)
-    assert fit is not None
-    assert fit.to_json() == {"settings": {"model.vae_tiling": True}, "peak_bytes": after, "limit_bytes": after}
+    light = lightest(with_setting(profile, "train", "batch_size", 1), GPU)
+    bucket = Bucket(1, 544, 544)
+    tiled, both = [TILING], [TILING, VAE_BFLOAT16]
+    peaks = [vae_memory(light, family, bucket, changed) for changed in ([], tiled, both)]
+    assert peaks[0] > peaks[1] > peaks[2] > sum(training_memory(light, family, bucket, GPU).values())
+    for limit, addition in (peaks[1], tiled), (peaks[2], both):
+        fit = cheapest_fit(light, family, bucket, GPU, limit)
+        assert fit is not None
+        settings = {one.name: one.value for one in addition}
+        assert fit.to_json() == {"settings": settings, "peak_bytes": limit, "limit_bytes": limit}
+        assert ("latents are rounded to bfloat16" in fit.price) == (addition == both)
+
+
+def vae_memory(profile: Profile, family: Family, bucket: Bucket, changed: list[Setting]) -> int:
+    """The peak of the preparation under other settings of the VAE."""
+    profile = with_settings(profile, changed)
+    return max(preparation_memory(profile, configured(family, profile), bucket, GPU).values())
 
 
 @pytest.mark.slow

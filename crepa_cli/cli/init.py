@@ -216,7 +216,7 @@ def _fitted(
     found: dict[str, Any] = {**settings}
     for table, key, value in fit.settings:
         found[table] = {**found.get(table, {}), key: value}
-    return found, [f"For {vram:g} GB of GPU memory: {fit}"] if fit.settings else []
+    return found, [f"For {vram:g} GB of GPU memory: {fit}; {fit.price}"] if fit.settings else []
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -88,8 +88,7 @@ def _add_fit(plan: Plan, family: Family, profile: Profile, target: Target, repor
     elif not fit.settings:
         plan.add("memory", "fine", f"{message}, with the settings as they are")
     else:
-        longer = f"takes about {fit.slowdown - 1:.0%} longer" if fit.slowdown >= 1.01 else "takes about as long"
-        plan.add("memory", "fine", f"{message}, with {fit}; a step {longer}")
+        plan.add("memory", "fine", f"{message}, with {fit}; {fit.price}")
     plan.fit = fit
     plan.memory = Memory(**asdict(prediction), peak=prediction.peak, limit=limit, savings=[], fitting=fitting)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 
 import torch
 
@@ -26,8 +26,11 @@ SAME_TIME = 0.02
 """Steps whose times differ by less than this share take equally long."""
 LIGHTER_WEIGHTS = ("stream_weights", "quantize_base")
 TILING = Setting("model", "vae_tiling", True)
+VAE_BFLOAT16 = Setting("model", "vae_dtype", "bfloat16")
 INT8 = Setting("memory", "quantize_base", "int8")
 NO_VALIDATION = Setting("validation", "every", 0)
+ROUNDED = {VAE_BFLOAT16: "latents are rounded to bfloat16", INT8: "frozen weights are rounded to 8 bits"}
+"""Settings that change the numbers, and what they round."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,13 @@ class Fit:
         """The settings in the form that `--set` takes."""
         return " ".join(f"--set {one}" for one in self.settings)
 
+    @property
+    def price(self) -> str:
+        """What the settings cost, in words."""
+        longer = f"a step takes about {self.slowdown - 1:.0%} longer" if self.slowdown >= 1.01 else ""
+        rounded = [words for setting, words in ROUNDED.items() if setting in self.settings]
+        return "; ".join([longer or "a step takes about as long", *rounded])
+
     def to_json(self) -> dict[str, object]:
         """Settings, peak and limit as JSON values."""
         return {
@@ -71,8 +81,9 @@ def cheapest_fit(
 ) -> Fit | None:
     """The settings that cost the least time, of those with which a run needs at most `limit` bytes; None without any.
 
-    The settings that the profile has are kept, and others are added to them. int8 weights change the numbers: they are
-    tried after all combinations without them. Validations are turned off only if they fit with none.
+    The settings that the profile has are kept, and others are added to them. A VAE in bfloat16 and int8 weights change
+    the numbers: they are tried after all combinations without them, in this order. Validations are turned off only if
+    they fit with none.
 
     Args:
         profile: the resolved settings.
@@ -87,29 +98,31 @@ def cheapest_fit(
     """
     weights = training_memory(profile, family, bucket, device)[WEIGHTS]
     work = Work.of(profile, family, bucket)
+    dtypes: list[tuple[Setting, ...]] = [()] if profile.model.vae_dtype == "bfloat16" else [(), (VAE_BFLOAT16,)]
+    tried = sorted(product(_cheapest_first(profile, device, work), dtypes), key=lambda one: (INT8 in one[0], one[1]))
     for validation in ((), (NO_VALIDATION,)) if profile.validation.every else ((),):
-        for settings in _cheapest_first(profile, device, work):
+        for settings, dtype in tried:
             if weights > limit and not any(one.key in LIGHTER_WEIGHTS for one in settings):
                 continue  # whatever the activations take
-            report(", ".join(map(str, settings)) or "the settings as they are")
+            report(", ".join(map(str, (*settings, *dtype))) or "the settings as they are")
             lighter = with_settings(profile, settings)
             training = sum(training_memory(lighter, family, bucket, device).values())
             if training > limit:
                 continue
             for tiling in ((),) if family.vae_tiling else ((), (TILING,)):
-                chosen = [*settings, *tiling, *validation]
+                chosen = [*settings, *tiling, *dtype, *validation]
                 fitted = with_settings(profile, chosen)
-                peak = max(training, _peak_beside_training(fitted, configured(family, fitted), bucket, device))
+                peak = max(training, _peak_beside_training(fitted, configured(family, fitted), bucket, device, limit))
                 if peak <= limit:
                     slowdown = work.seconds(lighter) / work.seconds(profile)
                     return Fit(chosen, peak, limit, slowdown, fitted)
     return None
 
 
-def _peak_beside_training(profile: Profile, family: Family, bucket: Bucket, device: torch.device) -> int:
-    """Bytes at the peak of the preparation and of a validation."""
-    preparation = preparation_memory(profile, family, bucket, device)
-    return max(*preparation.values(), validation_memory(profile, family, device))
+def _peak_beside_training(profile: Profile, family: Family, bucket: Bucket, device: torch.device, limit: int) -> int:
+    """Bytes at the peak of the preparation, and of a validation if the preparation fits."""
+    preparation = max(preparation_memory(profile, family, bucket, device).values())
+    return preparation if preparation > limit else max(preparation, validation_memory(profile, family, device))
 
 
 def lightest(profile: Profile, device: torch.device) -> Profile:
