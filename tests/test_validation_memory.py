@@ -102,8 +102,8 @@ class Measured:
 
     def sampling(self) -> int:
         """Without the decoding."""
-        pipeline = self.validator._load_pipeline(self.learner.aligned.transformer.eval())
-        arguments = self.family.form_arguments(**self.validator.form._asdict())
+        pipeline = self.validator.sampler.load_pipeline(self.learner.aligned.transformer.eval())
+        arguments = self.family.form_arguments(**self.validator.sampler.form._asdict())
         arguments |= self.family.sampling_arguments(self.prompt, self.prompt)
         arguments |= {"num_inference_steps": STEPS, "guidance_scale": self.profile.validation.guidance_scale}
         vae = sum(tensor.nbytes for tensor in [*pipeline.vae.parameters(), *pipeline.vae.buffers()])
