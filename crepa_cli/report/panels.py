@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from crepa_cli.events import StepDone, TrainingStarted
+from crepa_cli.events import HeldOutMeasured, StepDone, TrainingStarted
 from crepa_cli.report.curves import draw_bars, draw_curve, draw_gauge
 from crepa_cli.report.plain import number
 from crepa_cli.report.state import RunState, phase
@@ -54,6 +54,17 @@ def losses_lines(state: RunState, width: int, height: int) -> list[Text]:
         heads = [*[" " * len(head)] * (height - 1), head]
         lines += [Text.assemble(head, (row, "cyan")) for head, row in zip(heads, curve, strict=True)]
     return lines
+
+
+def held_out_line(measured: Sequence[HeldOutMeasured]) -> Text:
+    """The newest loss and similarity of held-out clips, the lowest loss, and that of the first measurement."""
+    first, newest = measured[0], measured[-1]
+    best = min(measured, key=lambda one: one.loss)
+    similarity = "" if newest.similarity is None else f"  similarity {newest.similarity:.3f}"
+    return Text(
+        f"held out  {number(newest.loss):>9}  step {first.step:,} {number(first.loss)}  "
+        f"best {number(best.loss)} at {best.step:,}{similarity}"
+    )
 
 
 def coefficient_lines(state: RunState, console: Console, width: int, height: int) -> list[Text]:

@@ -16,6 +16,7 @@ from crepa_cli.events import (
     CheckpointSaved,
     ClipSkipped,
     Event,
+    HeldOutMeasured,
     Notice,
     Progress,
     RunOpened,
@@ -96,6 +97,10 @@ def describe(event: Event) -> str:
         case ValidationSampled(step, paths):
             folder = f": {paths[0].parent}" if paths else f" at step {step}"
             return f"{counted(len(paths), 'validation video')} sampled{folder}"
+        case HeldOutMeasured(step, loss, similarity, clips):
+            return (
+                f"held-out loss={loss:.4f} similarity={number(similarity)} of {counted(clips, 'clip')} at step {step}"
+            )
         case TrainingEnded(step, weights):
             return f"weights written: {weights}" if weights else f"stopped after {counted(step, 'step')}"
 
