@@ -132,6 +132,19 @@ class ValidationSampled:
 
 
 @dataclass(frozen=True)
+class HeldOutMeasured:
+    """The mean diffusion loss of the clips that are never trained on, after this many steps.
+
+    `similarity` is that of the alignment, and None without it. A resumed run repeats the event of its checkpoint.
+    """
+
+    step: int
+    loss: float
+    similarity: float | None
+    clips: int
+
+
+@dataclass(frozen=True)
 class TrainingEnded:
     """The last event. `weights` is None if the run stopped before its last step."""
 
@@ -150,6 +163,7 @@ Event = (
     | AlignmentDropped
     | CheckpointSaved
     | ValidationSampled
+    | HeldOutMeasured
     | TrainingEnded
 )
 
