@@ -22,10 +22,19 @@ IRRELEVANT: Any = {
     "validation": True,
     "checkpoints": True,
     "report": True,
-    "train": {"steps", "learning_rate", "lr_scheduler", "lr_warmup_steps", "seed", "output", "gradient_accumulation"},
+    "train": {
+        "steps",
+        "learning_rate",
+        "lr_scheduler",
+        "lr_warmup_steps",
+        "seed",
+        "output",
+        "gradient_accumulation",
+        "attention",
+    },
 }
 """Settings that memory does not depend on, or only through the shape of the clips."""
-OF_THE_BACKWARD = {"offload_activations", "finer_recompute", "keep"}
+OF_THE_BACKWARD = {"offload_activations", "finer_recompute", "keep", "keep_blocks"}
 IRRELEVANT_IN_VALIDATION: Any = IRRELEVANT | {
     "validation": {"every", "prompts", "negative_prompt", "motion_score", "images", "steps"},
     "train": IRRELEVANT["train"] | {"activation_checkpointing"},

@@ -83,6 +83,12 @@ class MemorySettings(Table):
         description="Activations that activation checkpointing keeps instead of recomputing them, for speed: the "
         "results of self-attention, or all, which is the same as turning it off.",
     )
+    keep_blocks: int = Field(
+        default=0,
+        ge=0,
+        description="Number of blocks, counted from the last one, that keep all their activations; the others keep "
+        "what `keep` says. For memory that is left over.",
+    )
     quantize_base: Literal["none", "int8"] = Field(
         default="none",
         description="int8 rounds the frozen linear layers to 8 bits with a scale per row: half the memory of bfloat16, "
