@@ -9,7 +9,7 @@ import torch
 
 from crepa_cli.data.buckets import Bucket
 from crepa_cli.data.prepare import encoder_config
-from crepa_cli.memory.kept import kept
+from crepa_cli.kept import kept
 from crepa_cli.memory.preparation import online_teacher_weights, predict_preparation
 from crepa_cli.memory.shapes import clips_of, validation_bucket
 from crepa_cli.memory.step import predict_training

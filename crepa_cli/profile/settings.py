@@ -238,8 +238,14 @@ class TrainSettings(Table):
         default=True,
         description="Recompute activations in the backward pass: far less memory, but about a third slower.",
     )
+    attention: Literal["auto", "native", "flash", "cudnn", "efficient"] = Field(
+        default="auto",
+        description="Kernel of torch that computes self-attention. native lets torch choose; auto measures them at the "
+        "start of a run on a GPU, for its largest clips, and takes the fastest.",
+    )
     compile: bool = Field(
-        default=False, description="Compile the transformer with torch.compile: slower to start, faster per step."
+        default=False,
+        description="Compile each of the transformer's blocks with torch.compile: slower to start, faster per step.",
     )
     ema: float = Field(
         default=0.0,
