@@ -234,7 +234,7 @@ def _run(
     profile = from_main(lambda: with_prompts(profile, prepared.clips, run))
     prompts = yield from read_prompts(profile, family, prepared.cache, accelerator.device)
     if profile.train.attention == "auto" and accelerator.device.type == "cuda" and family.attention_heads:
-        times = from_main(lambda: _attention_times(profile, family, prepared.clips, accelerator.device))
+        times = from_main(lambda: _kernel_times(profile, family, prepared.clips, accelerator.device))
         profile = with_setting(profile, "train", "attention", fastest(times))
         yield Notice(described(times))
     yield Progress("loading", 0, 1, "the transformer")
@@ -244,14 +244,12 @@ def _run(
     yield from trainer.train(should_stop)
 
 
-def _attention_times(
-    profile: Profile, family: Family, clips: Sequence[PreparedClip], device: torch.device
-) -> dict[str, int]:
+def _kernel_times(profile: Profile, family: Family, clips: list[PreparedClip], device: torch.device) -> dict[str, int]:
     """Nanoseconds of the largest clips' self-attention, by kernel."""
     bucket = max((clip.bucket for clip in clips), key=lambda one: one.frames * one.height * one.width)
     grid = family.token_grid(encoded_clip(family, bucket)["latents"][None])
-    shape = {"clips": profile.train.batch_size, "tokens": grid.frames * grid.tokens}
-    return Attention.of(family, torch_dtype(profile.model.dtype), **shape).times(device)
+    dtype, clips_of_batch = torch_dtype(profile.model.dtype), profile.train.batch_size
+    return Attention.of(family, dtype, clips=clips_of_batch, tokens=grid.frames * grid.tokens).times(device)
 
 
 def _newest_checkpoint(run: RunFolder, profile: Profile) -> Generator[Event, None, Path | None]:

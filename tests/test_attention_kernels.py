@@ -55,8 +55,8 @@ def test_a_chosen_kernel_computes_self_attention_alone(open_tiny: OpenTiny) -> N
     family = of_depth(open_tiny("ltxvideo", "t2v"), 3)
     profile = settings(family, {"train": {"attention": "flash"}})
     blocks = family.blocks(Training(family, profile, clips_of(family, profile)).learner.aligned.transformer)
-    assert [block.get_submodule("attn1").processor._attention_backend for block in blocks] == ["_native_flash"] * 3
-    assert [block.get_submodule("attn2").processor._attention_backend for block in blocks] == [None] * 3
+    parts: list[Any] = [block.get_submodule(name) for name in ("attn1", "attn2") for block in blocks]
+    assert [part.processor._attention_backend for part in parts] == ["_native_flash"] * 3 + [None] * 3
     (losses, weights), (found_losses, found) = (
         result(family, {"train": {"attention": kernel}}, steps=2) for kernel in ("native", "flash")
     )

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
 import torch
+from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
@@ -112,4 +113,6 @@ def compute_attention_with(kernel: str, family: Family, blocks: Iterable[nn.Modu
         return
     for block in blocks:
         # Attention to a caption stays, as its mask would not go with every kernel.
-        block.get_submodule(family.attention_parts[0]).set_attention_backend(KERNELS[kernel])
+        part = block.get_submodule(family.attention_parts[0])
+        assert isinstance(part, AttentionModuleMixin)
+        part.set_attention_backend(KERNELS[kernel])
