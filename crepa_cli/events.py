@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -120,10 +120,15 @@ class CheckpointSaved:
 
 @dataclass(frozen=True)
 class ValidationSampled:
-    """The validation videos after this many steps are on disk."""
+    """The validation videos after this many steps are on disk.
+
+    `measures` has the mean of each measure over the videos, and as `still` the number of videos in which nothing moves.
+    It is empty if the run was stopped before the last video.
+    """
 
     step: int
     paths: tuple[Path, ...]
+    measures: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -94,9 +94,10 @@ def describe(event: Event) -> str:
             return f"alignment turned off at step {step}: {reason}"
         case CheckpointSaved(_, path):
             return f"checkpoint saved: {path}"
-        case ValidationSampled(step, paths):
+        case ValidationSampled(step, paths, measures):
             folder = f": {paths[0].parent}" if paths else f" at step {step}"
-            return f"{counted(len(paths), 'validation video')} sampled{folder}"
+            figures = "".join(f" {name}={value:.4g}" for name, value in measures.items())
+            return f"{counted(len(paths), 'validation video')} sampled{folder}{figures}"
         case HeldOutMeasured(step, loss, similarity, clips):
             return (
                 f"held-out loss={loss:.4f} similarity={number(similarity)} of {counted(clips, 'clip')} at step {step}"

@@ -14,6 +14,7 @@ from crepa_cli.events import (
     RunOpened,
     StepDone,
     TrainingStarted,
+    ValidationSampled,
 )
 from crepa_cli.report.curves import Curve
 from crepa_cli.report.plain import describe, one_line
@@ -58,6 +59,8 @@ class RunState:
         self.cut_off_at: int | None = None
         self.losses = {name: Series() for name in ("diffusion", "alignment", "total")}
         self.similarity = Series()
+        self.sampled: list[ValidationSampled] = []
+        """The validations with measures, the oldest first."""
         self.held_out: list[HeldOutMeasured] = []
         self.messages: deque[str] = deque(maxlen=MESSAGES)
 
@@ -70,6 +73,8 @@ class RunState:
                 self.started, self.started_at = event, self.clock()
             case AlignmentDropped():
                 self.dropped = event
+            case ValidationSampled() if event.measures:
+                self.sampled.append(event)
             case HeldOutMeasured():
                 self.held_out.append(event)
         if not isinstance(event, Progress | RunOpened | StepDone):

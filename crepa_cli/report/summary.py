@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from crepa_cli.events import Event, HeldOutMeasured, RunOpened, StepDone, TrainingEnded, TrainingStarted
-from crepa_cli.report.metrics import read_held_out, read_metrics
+from crepa_cli.events import (
+    Event,
+    HeldOutMeasured,
+    RunOpened,
+    StepDone,
+    TrainingEnded,
+    TrainingStarted,
+    ValidationSampled,
+)
+from crepa_cli.report.metrics import read_held_out, read_metrics, read_validations
 from crepa_cli.report.state import Series
 from crepa_cli.runs.folder import RunFolder
 
@@ -85,3 +93,9 @@ def steps_before(started: TrainingStarted) -> Iterator[StepDone]:
     for line in read_metrics(RunFolder(started.output).metrics) if started.step else ():
         if line["step"] < started.step and not line.pop("skipped", None):
             yield StepDone(**line)
+
+
+def validations_before(started: TrainingStarted) -> list[ValidationSampled]:
+    """The measures of the validation videos of earlier sessions."""
+    found = read_validations(RunFolder(started.output).metrics) if started.step else []
+    return [event for event in found if event.step <= started.step]

@@ -25,14 +25,14 @@ from crepa_cli.events import (
 )
 from crepa_cli.files import remove_folder, write_whole
 from crepa_cli.profile import Profile
-from crepa_cli.report.metrics import read_held_out, read_metrics
+from crepa_cli.report.metrics import read_held_out, read_metrics, read_validations, validation_columns
 from crepa_cli.runs.folder import RunFolder
 
 PROJECT = "crepa"
 
 
 class Trackers:
-    """A listener that sends settings, every `report.every`-th step, the last one and sheets of validation frames.
+    """A listener that sends settings, every `report.every`-th step, the last one, and validations: frames and measures.
 
     A tracker that fails is not used again in this session, and training continues.
 
@@ -71,6 +71,7 @@ class Trackers:
                 self._send_measured()
             case ValidationSampled(step=step, paths=paths) if paths:
                 self._each(lambda tracker: self._send_sheet(tracker, step))
+                self._each(lambda tracker: self._send_measures(tracker, event))
             case TrainingEnded(weights=weights):
                 self._send_step()
                 if weights is not None:
@@ -113,6 +114,7 @@ class Trackers:
             _store_settings(tracker, self.profile)
             ids |= _id(tracker)
             write_whole(self.run.tracker_ids, json.dumps(ids).encode())
+        sampled = read_validations(self.run.metrics)
         measured = {one.step: one for one in read_held_out(self.run.metrics)}
         for line in read_metrics(self.run.metrics):
             done = line["step"] + 1
@@ -122,6 +124,9 @@ class Trackers:
                 self._send(tracker, line)
             if self.run.sheet(done).exists():
                 self._send_sheet(tracker, done)
+            for event in sampled:
+                if max(1, event.step) == done:
+                    self._send_measures(tracker, event)
 
     def _send_step(self) -> None:
         if self.unsent is not None:
@@ -152,6 +157,12 @@ class Trackers:
                 pixels = np.asarray(image.convert("RGB"))
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({"samples": pixels[None]}, step=step, **layout)
+
+    def _send_measures(self, tracker: GeneralTracker, event: ValidationSampled) -> None:
+        """Send the measures of validation videos, as part of the same step as their frames; the base's at step 0."""
+        step = max(0, event.step - 1)
+        if event.measures and step >= self.lacks[tracker]:
+            tracker.log(validation_columns(event), step=step)
 
     def _each(self, action: Callable[[GeneralTracker], None]) -> None:
         for tracker in list(self.lacks):

@@ -21,8 +21,8 @@ from crepa_cli.profile import Profile
 from crepa_cli.training.batches import MicroBatch
 from crepa_cli.training.flow import seeded_generator, spread_sigmas
 from crepa_cli.training.learner import Learner
+from crepa_cli.training.sampling import evaluating
 from crepa_cli.training.step import Teaching, step_losses
-from crepa_cli.training.validator import evaluating
 
 LEVELS = 4
 """Noise levels at which each clip is measured."""
