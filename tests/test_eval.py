@@ -153,7 +153,7 @@ def test_runs_are_compared_with_the_base_and_an_interruption_changes_nothing(
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(TEXTS))
 
-    sampled = []
+    sampled: list[int] = []
     sample = VideoSampler.sample
 
     def counted(sampler: VideoSampler, *arguments: Any, **named: Any) -> Tensor | None:
