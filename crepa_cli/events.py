@@ -89,9 +89,10 @@ class StepDone:
     samples_per_second: float
     peak_memory_bytes: int
     crepa_weighted_loss: float | None = None
-    """The coefficient times `crepa_loss`: the part of the total that alignment adds, below 0 once frames agree."""
+    """The coefficient times `crepa_loss`: the part of the total that alignment adds. For cosines it is below 0 once
+    frames agree; for relations it never is."""
     crepa_self_similarity: float | None = None
-    """The mean cosine of each frame with its own features, without its neighbors."""
+    """The similarity of each frame with its own features, without its neighbors."""
 
 
 @dataclass(frozen=True)

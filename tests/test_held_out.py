@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import itertools
+import math
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -32,8 +35,10 @@ from crepa_cli.events import (
     StepDone,
     TrainingEnded,
     TrainingStarted,
+    ValidationSampled,
     drained,
 )
+from crepa_cli.models import FAMILIES
 from crepa_cli.profile import Profile
 from crepa_cli.report.dashboard import Dashboard
 from crepa_cli.report.metrics import MetricsFile, read_held_out, read_metrics
@@ -41,15 +46,14 @@ from crepa_cli.report.plain import describe
 from crepa_cli.report.plot import draw_metrics
 from crepa_cli.report.trackers import Trackers
 from crepa_cli.runs.checks import open_family
+from crepa_cli.runs.facts import read_facts
 from crepa_cli.runs.folder import RunFolder
 from crepa_cli.runs.resume import resume_mistakes
-from crepa_cli.training.batches import MicroBatch
 from crepa_cli.training.held_out import HeldOutLoss
 from crepa_cli.training.trainer import Trainer
+from crepa_cli.training.validator import Validator
 
-SETS = ["validation.every=2", "validation.steps=1", "checkpoints.every=2", "train.batch_size=1", "train.steps=3"]
-SETS += ["validation.frames=5"]
-RANDOM = ["adapter.dropout=0.2", "data.caption_dropout=0.5", "train.ema=0.9"]
+SETS = ["validation.every=2", "validation.steps=1", "validation.frames=5", "checkpoints.every=2", "train.batch_size=1"]
 
 
 @pytest.fixture(name="in_demo")
@@ -57,12 +61,34 @@ def _in_demo(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(demo)
 
 
-@pytest.fixture(scope="session", name="unseen")
-def _unseen(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two clips of the demo's generator that the demo does not have."""
-    folder = tmp_path_factory.mktemp("unseen")
-    write_demo_clips(folder, count=2, seed=1)
+@pytest.fixture(scope="session", name="known")
+def _known(tmp_path_factory: pytest.TempPathFactory, demo: Path) -> Path:
+    """Copies of two of the demo's clips, whose latents and features are in its cache."""
+    folder = tmp_path_factory.mktemp("known")
+    for path in (demo / "crepa-demo/clips").glob("clip-0[36].*"):
+        shutil.copy(path, folder)
     return folder
+
+
+@pytest.fixture(name="again")
+def _again(monkeypatch: pytest.MonkeyPatch) -> list[HeldOutMeasured | None]:
+    """Another measurement of the same weights beside each that a run takes, from another state of torch's generator."""
+    measure = HeldOutLoss.measure
+    again: list[HeldOutMeasured | None] = []
+
+    def measure_twice(*arguments: Any) -> HeldOutMeasured | None:
+        torch.manual_seed(len(again))
+        again.append(measure(*arguments))
+        return measure(*arguments)
+
+    monkeypatch.setattr(HeldOutLoss, "measure", measure_twice)
+    return again
+
+
+@pytest.fixture(name="no_videos")
+def _no_videos(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Validations sample nothing, which takes longer than to measure."""
+    monkeypatch.setattr(Validator, "sample", lambda _self, _learner, step, _should_stop: ValidationSampled(step, ()))
 
 
 def settings(*sets: str) -> Profile:
@@ -91,25 +117,19 @@ def test_a_clip_is_held_out_by_its_own_content_and_the_seed() -> None:
 
 @pytest.mark.usefixtures("in_demo", "fresh_accelerate")
 def test_measuring_changes_nothing_in_the_training_and_repeats_to_the_bit(
-    tmp_path: Path, unseen: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, known: Path, again: list[HeldOutMeasured | None]
 ) -> None:
     """With dropout of captions and in the adapter, whose random numbers must stay, and an average of the weights."""
-    plain, _ = train(settings(*RANDOM), tmp_path / "plain")
-    measure = HeldOutLoss.measure
-    again: list[HeldOutMeasured | None] = []
-
-    def measure_twice(*arguments: Any) -> HeldOutMeasured | None:
-        torch.manual_seed(len(again))
-        again.append(measure(*arguments))
-        return measure(*arguments)
-
-    monkeypatch.setattr(HeldOutLoss, "measure", measure_twice)
-    run, events = train(settings(*RANDOM, f"data.validation_path={unseen}"), tmp_path / "measured")
+    sets = ["adapter.dropout=0.2", "data.caption_dropout=0.5", "train.ema=0.9", "train.steps=2"]
+    plain, _ = train(settings(*sets, "validation.every=0"), tmp_path / "plain")
+    assert not again
+    sets += ["validation.every=3", f"data.validation_path={known}"]
+    run, events = train(settings(*sets), tmp_path / "measured")
     assert measured(events) == again
-    assert [(one.step, one.clips) for one in measured(events)] == [(0, 2), (2, 2), (3, 2)]
-    assert len({one.loss for one in measured(events)}) == 3, "the weights change"
+    assert [(one.step, one.clips) for one in measured(events)] == [(0, 2), (2, 2)]
+    assert again[0] != again[1], "the weights change"
     for name in ("model", "optimizer", "average"):
-        first, second = (load_file(one.checkpoints / f"step-000003/{name}.safetensors") for one in (plain, run))
+        first, second = (load_file(one.checkpoints / f"step-000002/{name}.safetensors") for one in (plain, run))
         assert all(torch.equal(first[key], second[key]) for key in first)
     assert timeless(run) == timeless(plain)
     assert read_held_out(run.metrics) == measured(events)
@@ -128,23 +148,22 @@ def timeless(run: RunFolder) -> list[dict[str, Any]]:
 
 @pytest.mark.usefixtures("in_demo", "fresh_accelerate")
 def test_held_out_clips_never_reach_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    backward = Trainer._backward
-    drawn: list[str] = []
+    drawn: set[str] = set()
 
-    def watch(trainer: Trainer, batch: MicroBatch, *rest: Any) -> Any:
-        drawn.extend(batch.clips)
-        return backward(trainer, batch, *rest)
+    def draw_alone(trainer: Trainer, _should_stop: object) -> Iterator[Event]:
+        batches = trainer.batches.starting_at(0)
+        for batch in itertools.islice(batches, 3 * trainer.batches.steps_per_epoch):
+            drawn.update(batch.clips)
+        yield TrainingEnded(0, None)
 
-    monkeypatch.setattr(Trainer, "_backward", watch)
-    profile = settings("data.validation_share=0.3", "train.gradient_accumulation=12", "train.steps=2")
-    run, events = train(profile, tmp_path / "run")
+    monkeypatch.setattr(Trainer, "train", draw_alone)
+    profile = settings("data.validation_share=0.01")
+    run, _ = train(profile, tmp_path / "run")
     trained, held_out = divided(drained(scan_all(open_family(profile), profile), lambda _: None), profile)
     assert 0 < len(held_out) < len(trained)
-    assert {clip.clip.path.name for clip in trained} == set(drawn)
-    assert {one.clips for one in measured(events)} == {len(held_out)}
-    started = next(event for event in events if isinstance(event, TrainingStarted))
-    assert started.clips == len(trained)
-    assert f"- {len(trained)} clips" in run.card.read_text()
+    assert drawn == {clip.clip.path.name for clip in trained}
+    assert read_facts(run)["clips"] == len(trained)
+    assert describe_held_out(len(held_out), 8, profile.data).startswith(f"{len(held_out)} of 8 clips by data.valid")
 
 
 class KilledError(BaseException):
@@ -152,51 +171,80 @@ class KilledError(BaseException):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("in_demo", "fresh_accelerate")
-@pytest.mark.parametrize("moment", ["after the checkpoint", "in a measurement", "before the checkpoint"])
-def test_an_interrupted_run_has_every_value_once(moment: str, tmp_path: Path, unseen: Path) -> None:
-    profile = settings("validation.every=1", f"data.validation_path={unseen}")
+@pytest.mark.usefixtures("in_demo", "fresh_accelerate", "no_videos")
+def test_an_interrupted_run_has_every_value_once(tmp_path: Path, known: Path) -> None:
+    """It is stopped in a measurement, killed after a checkpoint, resumed when it is over, and made longer."""
+    steady = ["crepa.scheduler=constant", "train.steps=4", f"data.validation_path={known}"]
+    profile = settings(*steady)
     whole, _ = train(profile, tmp_path / "whole")
-    events: list[Event] = []
+    expected = read_held_out(whole.metrics)
+    assert [one.step for one in expected] == [0, 2, 4]
+
+    output, events = tmp_path / "cut", list[Event]()
+    api.train(profile, output=output, listeners=[events.append], should_stop=lambda: _measures(events, after_step=1))
+    assert events[-1] == TrainingEnded(2, None)
+    assert [one.step for one in measured(events)] == [0]
 
     def kill(event: Event) -> None:
-        events.append(event)
-        if moment == "after the checkpoint" and event == CheckpointSaved(2, tmp_path / "cut/checkpoints/step-000002"):
-            raise KilledError
-        if moment == "before the checkpoint" and isinstance(event, HeldOutMeasured) and event.step == 3:
+        if isinstance(event, CheckpointSaved) and event.step == 4:
             raise KilledError
 
-    def should_stop() -> bool:
-        done = any(isinstance(event, StepDone) and event.step == 1 for event in events)
-        return moment == "in a measurement" and done and isinstance(events[-1], Progress)
-
-    cut = tmp_path / "cut"
-    if moment == "in a measurement":
-        api.train(profile, output=cut, listeners=[kill], should_stop=should_stop)
-        assert events[-1] == TrainingEnded(2, None)
-        assert [one.step for one in measured(events)] == [0, 1]
-    else:
-        with pytest.raises(KilledError):
-            api.train(profile, output=cut, listeners=[kill])
-    run, _ = train(profile, cut, resume=True)
-    assert read_held_out(run.metrics) == read_held_out(whole.metrics)
+    with pytest.raises(KilledError):
+        api.train(profile, output=output, resume=True, listeners=[kill])
+    run, resumed = train(profile, output, resume=True)
+    assert measured(resumed) == expected[-1:]
+    assert read_held_out(run.metrics) == expected
     assert timeless(run) == timeless(whole)
-    # A finished run keeps its last value, and goes on with it.
-    run, _ = train(profile, cut, resume=True)
-    assert read_held_out(run.metrics) == read_held_out(whole.metrics)
-    longer, resumed = train(
-        settings("validation.every=1", f"data.validation_path={unseen}", "train.steps=4"), cut, resume=True
-    )
-    assert read_held_out(longer.metrics)[:4] == read_held_out(whole.metrics)
-    assert [one.step for one in measured(resumed)] == [3, 4]
+
+    run, resumed = train(settings(*steady, "train.steps=5"), output, resume=True)
+    assert read_held_out(run.metrics)[:3] == expected
+    assert [one.step for one in measured(resumed)] == [4, 5]
     assert not [event for event in resumed if isinstance(event, Notice) and "held-out" in event.message]
 
 
+def _measures(events: list[Event], after_step: int) -> bool:
+    """Whether a measurement is under way after this step."""
+    done = any(isinstance(event, StepDone) and event.step == after_step for event in events)
+    return done and isinstance(events[-1], Progress)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_demo", "fresh_accelerate", "no_videos")
+def test_other_held_out_clips_are_announced(tmp_path: Path, known: Path) -> None:
+    """Also without alignment, and with features computed in every step."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder, clip in ((first, "clip-03"), (second, "clip-06")):
+        folder.mkdir()
+        for path in known.glob(f"{clip}.*"):
+            shutil.copy(path, folder)
+    sets = ["train.steps=1", "crepa.enabled=false"]
+    _, events = train(settings(*sets, f"data.validation_path={first}"), tmp_path / "run")
+    assert [one.similarity for one in measured(events)] == [None, None]
+    _, events = train(settings(*sets, f"data.validation_path={second}"), tmp_path / "run", resume=True)
+    assert any(isinstance(event, Notice) and "measured on other clips" in event.message for event in events)
+    assert [one.step for one in measured(events)] == [1]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_demo", "fresh_accelerate", "no_videos")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_measures(family: str, tmp_path: Path, known: Path, again: list[HeldOutMeasured | None]) -> None:
+    sets = [*SETS, "train.steps=1", "data.validation_share=1e-6", f"data.path={known}", "validation.steps=2"]
+    profile = api.resolve("t2v", {"model.family": family}, [*sets, "validation.frames=none"], demo=True).profile
+    _, events = train(profile, tmp_path / "run")
+    before, after = measured(events)
+    assert [before, after] == again
+    assert (before.clips, after.clips) == (1, 1)
+    assert math.isfinite(before.loss)
+    assert before.loss != after.loss
+    assert before.similarity != after.similarity
+
+
 @pytest.mark.usefixtures("in_demo")
-def test_clips_in_both_folders_are_named_and_unusable_ones_skipped(tmp_path: Path, unseen: Path, demo: Path) -> None:
-    for source in (unseen / "clip-00.mp4", demo / "crepa-demo/clips/clip-03.mp4"):
-        (tmp_path / f"other-{source.name}").write_bytes(source.read_bytes())
-        (tmp_path / f"other-{source.stem}.txt").write_text("a caption")
+def test_clips_in_both_folders_are_named_and_unusable_ones_skipped(tmp_path: Path, demo: Path) -> None:
+    write_demo_clips(tmp_path, count=1, seed=1)
+    shutil.copy(demo / "crepa-demo/clips/clip-03.mp4", tmp_path / "copy.mp4")
+    (tmp_path / "copy.txt").write_text("a caption")
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     (tmp_path / "broken.txt").write_text("a caption")
     profile = settings(f"data.validation_path={tmp_path}")
@@ -204,9 +252,9 @@ def test_clips_in_both_folders_are_named_and_unusable_ones_skipped(tmp_path: Pat
     trained, held_out = divided(drained(scan_all(open_family(profile), profile), events.append), profile)
     (notice,) = (event.message for event in events if isinstance(event, Notice) and "validation_path" in event.message)
     assert notice.startswith("1 clip of data.validation_path is in the training folder as well, with the same content")
-    assert "other-clip-03.mp4" in notice
+    assert "copy.mp4" in notice
     assert [event.name for event in events if isinstance(event, ClipSkipped)] == ["broken.mp4"]
-    assert [clip.clip.path.name for clip in held_out] == ["other-clip-00.mp4", "other-clip-03.mp4"]
+    assert [clip.clip.path.name for clip in held_out] == ["clip-00.mp4", "copy.mp4"]
     assert len(trained) == 8
     line = f"2 clips in data.validation_path = {tmp_path}, never trained on"
     assert describe_held_out(2, 10, profile.data) == line
@@ -219,9 +267,9 @@ def test_settings_that_leave_nothing_are_refused(
     monkeypatch.setattr("crepa_cli.doctor.plan.check_memory", lambda *_: None)
     monkeypatch.setenv("COLUMNS", "200")
     for command in ("doctor", "train"):
-        flags = ["--profile", "t2v", "--model", "wan", "--demo", "--set", "data.validation_share=0.999"]
+        flags = ["--profile", "t2v", "--model", "wan", "--demo", "--set", "data.validation_share=0.999999"]
         assert run_crepa(command, *flags) == 2
-        message = "no clip is left to train on: data.validation_share = 0.999 holds out all of the 8 usable clips"
+        message = "no clip is left to train on: data.validation_share = 0.999999 holds out all of the 8 usable clips"
         assert message in " ".join("".join(capsys.readouterr()).split())
     with pytest.raises(UserError, match=f"No clips in {re.escape(str(tmp_path))}"):
         api.check(settings(f"data.validation_path={tmp_path}"))
@@ -230,15 +278,15 @@ def test_settings_that_leave_nothing_are_refused(
 
 
 @pytest.mark.usefixtures("in_demo")
-def test_a_resumed_run_keeps_the_clips_that_it_trains_on(unseen: Path) -> None:
-    none, share, folder = settings(), settings("data.validation_share=0.3"), settings(f"data.validation_path={unseen}")
+def test_a_resumed_run_keeps_the_clips_that_it_trains_on(known: Path) -> None:
+    none, share, folder = settings(), settings("data.validation_share=0.3"), settings(f"data.validation_path={known}")
     assert resume_mistakes(none, folder) == resume_mistakes(folder, none) == resume_mistakes(share, share) == []
     for saved, wanted in ((none, share), (share, none), (share, folder)):
         (mistake,) = resume_mistakes(saved, wanted)
         assert mistake.startswith("data.validation_share = ")
     (mistake,) = resume_mistakes(share, settings("data.validation_share=0.3", "train.seed=7"))
     assert "train.seed = 7: the run was started with 42, and the seed chooses the held-out clips" in mistake
-    assert resume_mistakes(folder, settings(f"data.validation_path={unseen}", "train.seed=7")) == []
+    assert resume_mistakes(folder, settings(f"data.validation_path={known}", "train.seed=7")) == []
 
 
 def recorded(steps: int) -> Iterator[Event]:
