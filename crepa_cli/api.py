@@ -24,6 +24,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from crepa_cli.data.cache import Cache, cache_folder
 from crepa_cli.data.clips import clips_folder
 from crepa_cli.data.dataset import ClipDataset
+from crepa_cli.data.held_out import divided, scan_all
 from crepa_cli.data.online import OnlineTeacher
 from crepa_cli.data.prepare import ClipForm, PreparedClip, encoder_config, prepare, prompt_key
 from crepa_cli.data.video import DECODING_VERSION
@@ -32,6 +33,9 @@ from crepa_cli.events import Event, Notice, Progress, RunOpened, TrainingEnded, 
 from crepa_cli.follow import Listener, StopRequest, follow
 from crepa_cli.hub.download import download as download_needs
 from crepa_cli.hub.question import ask_anew, unreachable
+from crepa_cli.memory.savings import with_setting
+from crepa_cli.memory.shapes import encoded_clip
+from crepa_cli.models.attention import Attention, described, fastest
 from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
 from crepa_cli.processes import PRECISION, from_all, from_main, start_processes
@@ -41,7 +45,7 @@ from crepa_cli.report.loading import loading_lines
 from crepa_cli.report.metrics import MetricsFile
 from crepa_cli.report.plot import CurvesFile
 from crepa_cli.report.trackers import Trackers
-from crepa_cli.runs.capabilities import attention_mistakes, compile_mistakes, dtype_mistakes
+from crepa_cli.runs.capabilities import attention_mistakes, compile_mistakes, dtype_mistakes, kernel_mistakes
 from crepa_cli.runs.checks import attempt, open_family, open_run
 from crepa_cli.runs.facts import write_facts
 from crepa_cli.runs.folder import RunFolder
@@ -54,6 +58,7 @@ from crepa_cli.training.batches import Batches
 from crepa_cli.training.build import coefficient_schedule
 from crepa_cli.training.checkpointer import Checkpointer
 from crepa_cli.training.checkpoints import newest_checkpoint, read_progress
+from crepa_cli.training.held_out import HeldOutLoss
 from crepa_cli.training.learner import build_learner
 from crepa_cli.training.peak import device_memory
 from crepa_cli.training.skipped import RUN, SkippedSteps
@@ -129,6 +134,7 @@ def train(
         *dtype_mistakes(profile, state.device),
         *compile_mistakes(profile, state.device),
         *attention_mistakes(profile, family, state.device),
+        *kernel_mistakes(profile, family, state.device),
     ]:
         raise UserError("\n".join(mistakes))
     # One process decides: once it has made the folder, the others would find a run in it.
@@ -203,6 +209,7 @@ class _Prepared(NamedTuple):
     """Everything that comes of the preparation."""
 
     clips: list[PreparedClip]
+    held_out: list[PreparedClip]
     cache: Cache
     form: ClipForm
 
@@ -226,11 +233,23 @@ def _run(
         yield Notice(warning)
     profile = from_main(lambda: with_prompts(profile, prepared.clips, run))
     prompts = yield from read_prompts(profile, family, prepared.cache, accelerator.device)
+    if profile.train.attention == "auto" and accelerator.device.type == "cuda" and family.attention_heads:
+        times = from_main(lambda: _kernel_times(profile, family, prepared.clips, accelerator.device))
+        profile = with_setting(profile, "train", "attention", fastest(times))
+        yield Notice(described(times))
     yield Progress("loading", 0, 1, "the transformer")
     trainer = _build_trainer(profile, family, run, accelerator, prepared, prompts, checkpoint)
     if accelerator.is_main_process:
         write_facts(run, family, [clip.clip.caption for clip in prepared.clips], _device_name(accelerator))
     yield from trainer.train(should_stop)
+
+
+def _kernel_times(profile: Profile, family: Family, clips: list[PreparedClip], device: torch.device) -> dict[str, int]:
+    """Nanoseconds of the largest clips' self-attention, by kernel."""
+    bucket = max((clip.bucket for clip in clips), key=lambda one: one.frames * one.height * one.width)
+    grid = family.token_grid(encoded_clip(family, bucket)["latents"][None])
+    dtype, clips_of_batch = torch_dtype(profile.model.dtype), profile.train.batch_size
+    return Attention.of(family, dtype, clips=clips_of_batch, tokens=grid.frames * grid.tokens).times(device)
 
 
 def _newest_checkpoint(run: RunFolder, profile: Profile) -> Generator[Event, None, Path | None]:
@@ -285,11 +304,11 @@ def _prepared(profile: Profile, family: Family, accelerator: Accelerator) -> Gen
     texts, negative = [*sampled_texts(profile.validation, family), ""], negative_prompt(profile.validation, family)
     reads_features = crepa.encoder_teaches and crepa.teacher_cache and not coefficient_schedule(profile).finished(0)
     stored = crepa if reads_features else None
-    folder = clips_folder(profile.data)
-    clips = yield from prepare(family, folder, form, stored, texts, cache, accelerator.device, dtype, negative)
+    folder, found = clips_folder(profile.data), scan_all(family, profile)
+    clips = yield from prepare(family, folder, form, stored, texts, cache, accelerator.device, dtype, negative, found)
     for message in damaged:
         yield Notice(message)
-    return _Prepared(clips, cache, form)
+    return _Prepared(*divided(clips, profile), cache, form)
 
 
 def _build_trainer(
@@ -307,6 +326,8 @@ def _build_trainer(
     empty_key = prompt_key(family, "", torch_dtype(profile.model.dtype))
     learner = build_learner(profile, family, teacher_size, accelerator, checkpoint, progress)
     online = crepa.encoder_teaches and not crepa.teacher_cache and learner.aligns
+    clips, held_out = (ClipDataset(some, prepared.cache, empty_key) for some in (prepared.clips, prepared.held_out))
+    measures = prepared.held_out and profile.validation.every
     # Checkpoints of earlier versions counted the skipped steps of the run alone.
     skipped = progress.get("skipped", {RUN: progress.get("skipped_in_a_row", 0)})
     return Trainer(
@@ -314,13 +335,14 @@ def _build_trainer(
         family,
         run,
         learner,
-        Batches(ClipDataset(prepared.clips, prepared.cache, empty_key), family, profile, accelerator, learner.aligns),
+        Batches(clips, family, profile, accelerator, learner.aligns),
         Checkpointer(run, profile.checkpoints.keep, accelerator),
         Validator(profile, family, prompts, prepared.form, run, accelerator),
         accelerator,
         OnlineTeacher(family, crepa, accelerator.device) if online else None,
         SkippedSteps(profile.train.max_skipped_steps, skipped),
         progress.get("step", 0),
+        HeldOutLoss(held_out, family, profile, accelerator, progress.get("held_out")) if measures else None,
     )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -89,9 +89,10 @@ class StepDone:
     samples_per_second: float
     peak_memory_bytes: int
     crepa_weighted_loss: float | None = None
-    """The coefficient times `crepa_loss`: the part of the total that alignment adds, below 0 once frames agree."""
+    """The coefficient times `crepa_loss`: the part of the total that alignment adds. For cosines it is below 0 once
+    frames agree; for relations it never is."""
     crepa_self_similarity: float | None = None
-    """The mean cosine of each frame with its own features, without its neighbors."""
+    """The similarity of each frame with its own features, without its neighbors."""
 
 
 @dataclass(frozen=True)
@@ -120,10 +121,28 @@ class CheckpointSaved:
 
 @dataclass(frozen=True)
 class ValidationSampled:
-    """The validation videos after this many steps are on disk."""
+    """The validation videos after this many steps are on disk.
+
+    `measures` has the mean of each measure over the videos, and as `still` the number of videos in which nothing moves.
+    It is empty if the run was stopped before the last video.
+    """
 
     step: int
     paths: tuple[Path, ...]
+    measures: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class HeldOutMeasured:
+    """The mean diffusion loss of the clips that are never trained on, after this many steps.
+
+    `similarity` is that of the alignment, and None without it. A resumed run repeats the event of its checkpoint.
+    """
+
+    step: int
+    loss: float
+    similarity: float | None
+    clips: int
 
 
 @dataclass(frozen=True)
@@ -145,6 +164,7 @@ Event = (
     | AlignmentDropped
     | CheckpointSaved
     | ValidationSampled
+    | HeldOutMeasured
     | TrainingEnded
 )
 

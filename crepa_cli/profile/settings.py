@@ -83,6 +83,12 @@ class MemorySettings(Table):
         description="Activations that activation checkpointing keeps instead of recomputing them, for speed: the "
         "results of self-attention, or all, which is the same as turning it off.",
     )
+    keep_blocks: int = Field(
+        default=0,
+        ge=0,
+        description="Number of blocks, counted from the last one, that keep all their activations; the others keep "
+        "what `keep` says. For memory that is left over.",
+    )
     quantize_base: Literal["none", "int8"] = Field(
         default="none",
         description="int8 rounds the frozen linear layers to 8 bits with a scale per row: half the memory of bfloat16, "
@@ -177,6 +183,27 @@ class DataSettings(Table):
         default=None,
         description="Cache of latents, prompts and teacher features. none: .crepa-cache in the clips' folder.",
     )
+    validation_share: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Share of the clips, such as 0.1, that is never trained on: every validation measures the loss of "
+        "these held-out clips. none: no clips.",
+    )
+    validation_path: Text | None = Field(
+        default=None,
+        description="Folder of held-out clips with captions, in place of a share. none: no folder.",
+    )
+
+    @model_validator(mode="after")
+    def _one_kind_of_held_out_clips(self) -> DataSettings:
+        if self.validation_share is not None and self.validation_path is not None:
+            raise broken_rule(
+                "choose one: validation_share holds out some of the clips, validation_path those of another folder",
+                "validation_share",
+                "validation_path",
+            )
+        return self
 
 
 class TrainSettings(Table):
@@ -232,8 +259,14 @@ class TrainSettings(Table):
         default=True,
         description="Recompute activations in the backward pass: far less memory, but about a third slower.",
     )
+    attention: Literal["auto", "native", "flash", "cudnn", "efficient"] = Field(
+        default="auto",
+        description="Kernel of torch that computes self-attention. native lets torch choose; auto measures them at the "
+        "start of a run on a GPU, for its largest clips, and takes the fastest.",
+    )
     compile: bool = Field(
-        default=False, description="Compile the transformer with torch.compile: slower to start, faster per step."
+        default=False,
+        description="Compile each of the transformer's blocks with torch.compile: slower to start, faster per step.",
     )
     ema: float = Field(
         default=0.0,

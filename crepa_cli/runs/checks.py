@@ -12,6 +12,7 @@ from PIL import Image
 
 from crepa_cli.data.cache import cache_folder, check_writable
 from crepa_cli.data.clips import check_clips, clips_folder
+from crepa_cli.data.held_out import held_out_folder
 from crepa_cli.data.images import first_frame
 from crepa_cli.errors import UserError
 from crepa_cli.models import FAMILIES, load_family
@@ -67,8 +68,10 @@ def check_folders(profile: Profile) -> None:
     Raises:
         UserError: if not.
     """
-    folder = clips_folder(profile.data)
+    folder, held_out = clips_folder(profile.data), held_out_folder(profile)
     check_clips(folder)
+    if held_out is not None:
+        check_clips(held_out)
     check_writable(cache_folder(profile.data), folder)
 
 
@@ -232,8 +235,14 @@ def memory_mistakes(profile: Profile) -> list[str]:
         f"{stream}: memory.keep = 'attention' would take its copies for a block's own work; turn one off": (
             memory.stream_weights and memory.keep == "attention"
         ),
+        f"{stream}: memory.keep_blocks would keep the weights of these blocks too; turn one off": (
+            memory.stream_weights and memory.keep_blocks > 0
+        ),
         "memory.keep: memory.finer_recompute recomputes what it would keep; turn one of them off": (
             memory.keep != "nothing" and memory.finer_recompute
+        ),
+        "memory.keep_blocks: memory.finer_recompute recomputes what it would keep; turn one of them off": (
+            memory.keep_blocks > 0 and memory.finer_recompute
         ),
         "memory.quantize_base: adapter.kind = 'full' trains the weights, which it rounds to 8 bits; use a LoRA": (
             memory.quantize_base != "none" and profile.adapter.kind == "full"

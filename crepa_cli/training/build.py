@@ -49,9 +49,9 @@ def build_model(
     """
     settings = profile.crepa
     make_trainable(transformer, profile.adapter)
-    if profile.recomputes_blocks:
-        transformer.enable_gradient_checkpointing(block_runner(profile.memory))
     blocks = family.blocks(transformer)
+    if profile.recomputes_blocks:
+        transformer.enable_gradient_checkpointing(block_runner(profile.memory, blocks))
     if profile.memory.finer_recompute:
         recompute_finely(family, blocks)
     if profile.train.compile:

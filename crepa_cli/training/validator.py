@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from statistics import fmean
 
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
@@ -14,6 +15,7 @@ from crepa_cli.data.sheet import frame_row, write_sheet
 from crepa_cli.data.video import write_video
 from crepa_cli.events import ValidationSampled
 from crepa_cli.heap import release_memory
+from crepa_cli.measures import measure
 from crepa_cli.models.family import Family
 from crepa_cli.processes import from_all
 from crepa_cli.profile import Profile
@@ -52,10 +54,10 @@ class Validator:
         self.sampler = VideoSampler(profile, family, form, accelerator.device)
 
     def sample(self, learner: Learner, step: int, should_stop: Callable[[], bool]) -> ValidationSampled:
-        """Sample the videos after `step` steps, with a sheet of their frames beside them.
+        """Sample and measure the videos after `step` steps, with a sheet of their frames beside them.
 
-        The processes of a run share out the prompts and the main one writes. If `should_stop` becomes true, the videos
-        that are complete are written and the others are left out.
+        The processes of a run share out the prompts, and the main one writes and measures. If `should_stop` becomes
+        true, the videos that are complete are written and the others are left out.
         """
         transformer = learner.aligned.transformer
         with learner.averaged_weights(), sampling(transformer, self.accelerator):
@@ -66,12 +68,15 @@ class Validator:
         frames = dict(from_all(videos))
         folder = self.run.samples(step)
         paths = {index: folder / f"{index:02d}.mp4" for index in sorted(frames)}
+        measures = {}
         if self.accelerator.is_main_process and frames:
             folder.mkdir(parents=True, exist_ok=True)
             for index, path in paths.items():
                 write_video(path, frames[index], self.sampler.form.fps)
             write_sheet(self.run.sheet(step), [frame_row(frames[index]) for index in paths])
-        return ValidationSampled(step, tuple(paths.values()))
+            if len(frames) == len(self.prompts.validation):
+                measures = mean_measures(frames.values())
+        return ValidationSampled(step, tuple(paths.values()), measures)
 
     def _sample_share(
         self, pipeline: DiffusionPipeline, sharded: bool, should_stop: Callable[[], bool]
@@ -95,3 +100,14 @@ class Validator:
                 break
             videos.append((index, video))
         return videos
+
+
+def mean_measures(videos: Iterable[Tensor]) -> dict[str, float]:
+    """The mean of each measure over videos, uint8 `[F, 3, H, W]`, and the number of those that are `still`.
+
+    Consistency and optical flow are left out. The teacher is not in memory during training, which reads its features
+    from the cache, and to load an encoder or RAFT beside the model could run out of memory.
+    """
+    found = [measure(frames.float() / 255) for frames in videos]
+    means = {name: fmean(video.values[name] for video in found) for name in found[0].curves}
+    return means | {"still": sum(video.still for video in found)}
