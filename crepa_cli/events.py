@@ -17,7 +17,7 @@ class Progress:
     The first one of a stage comes before its first item. `item` is what is worked on from now on, such as the name of a
     clip or "loading the VAE"; it is empty once the stage is finished. `unit` is B for bytes, and empty for things that
     are counted. Preparation has the stages downloading, scanning, prompts, latents and features, training loading and
-    validation, and a measurement blocks and projectors.
+    validation, a measurement blocks and projectors, an evaluation the videos of each column, reference and measuring.
     """
 
     stage: str

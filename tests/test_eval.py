@@ -136,6 +136,36 @@ def published(checkpoint: Path, lora: Path | None) -> Tensor:
     return (frames * 255).round().byte()
 
 
+@pytest.mark.parametrize(
+    ("run", "flags", "message"),
+    [
+        ("nowhere", [], "nowhere is neither the folder of a run nor a LoRA: there is no such file"),
+        ("unfinished", [], "has no weights that can be loaded: finish it with crepa train --resume"),
+        ("another", [], "was trained with model.revision = 'v2', and the first run with None"),
+        ("unfinished", ["--videos", "samples"], "--videos compares folders of videos: leave out the runs"),
+    ],
+)
+def test_weights_that_cannot_be_evaluated_are_named(
+    run: str,
+    flags: list[str],
+    message: str,
+    demo: Path,
+    run_crepa: RunCrepa,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(demo)
+    settings = (RUN / "profile.toml").read_text(encoding="utf-8")
+    for name, revision in {"unfinished": "", "another": 'revision = "v2"\n'}.items():
+        (tmp_path / name).mkdir()
+        changed = settings.replace("[model]\n", f"[model]\n{revision}")
+        (tmp_path / name / "profile.toml").write_text(changed, encoding="utf-8")
+    assert run_crepa("eval", RUN, tmp_path / run, *flags, "--output", tmp_path / "out") == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_runs_are_compared_with_the_base_and_an_interruption_changes_nothing(
     demo: Path,

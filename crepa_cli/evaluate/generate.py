@@ -231,6 +231,6 @@ def _sample_missing(
         assert frames is not None, "nothing stops the sampler"
         write_video(paths[index], frames, videos.form.fps)
         done += 1
-    yield Progress(stage, done, total)
     del pipeline, transformer
     release_memory()
+    yield Progress(stage, done, total)

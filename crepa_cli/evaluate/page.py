@@ -17,6 +17,8 @@ from crepa_cli.profile.describe import shown
 HERE = Path(__file__).parent
 WIDTH, HEIGHT = 300, 90
 """The size of a plot of curves."""
+LEAD = ("base", "steps", "guidance_scale", "width", "height", "frames", "fps", "dtype")
+"""What is said of the sampling."""
 COLORS = 6
 """Colors of columns in page.css."""
 
@@ -51,15 +53,16 @@ def _section(title: str, content: str) -> str:
 def _lead(evaluation: Evaluation) -> str:
     prompts = len({row.prompt for row in evaluation.rows})
     facts = [f"{counted(len(evaluation.rows), 'video')} of {counted(prompts, 'prompt')} in each column"]
-    facts += [f"{name.replace('_', ' ')} {shown(value)}" for name, value in evaluation.sampling.items()]
+    facts += [f"{name.replace('_', ' ')} {value}" for name, value in evaluation.sampling.items() if name in LEAD]
     return f'<p class="lead">{escape("; ".join(facts))}</p>'
 
 
 def _flags(evaluation: Evaluation) -> str:
     columns = [*evaluation.columns, *([evaluation.reference] if evaluation.reference else [])]
     flags = [f"<li><b>{escape(one.name)}</b>: {escape(flag)}</li>" for one in columns for flag in evaluation.flags(one)]
-    notes = [f'<li class="note">{escape(note)}</li>' for note in evaluation.notes]
-    return f'<ul class="flags">{"".join([*flags, *notes])}</ul>' if flags or notes else ""
+    notes = [f"<li>{escape(note)}</li>" for note in evaluation.notes]
+    lists = {"flags": flags, "notes": notes}
+    return "".join(f'<ul class="{name}">{"".join(items)}</ul>' for name, items in lists.items() if items)
 
 
 def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

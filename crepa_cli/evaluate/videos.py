@@ -50,12 +50,12 @@ def load_tools(crepa: CrepaSettings | None, device: torch.device) -> Generator[E
     if crepa is None:
         notes.append("DINOv2 consistency is left out: no settings name an encoder (crepa.encoder)")
     else:
-        yield Progress("measuring", 0, 1, "loading the encoder")
+        yield Progress("loading", 0, 1, "the encoder")
         encode = _encoder(crepa, device)
     if find_spec("torchvision") is None:
         notes.append("warping error is left out: torchvision is not installed, which has its optical flow")
     else:
-        yield Progress("measuring", 0, 1, "loading the optical flow")
+        yield Progress("loading", 0, 1, "the optical flow")
         try:
             flow = Raft.load(device)
         except UserError as error:
