@@ -21,7 +21,7 @@ Flag = typer.Option
 Flags = Mapping[str, object]
 OUTPUT = Path("evaluation")
 NOTHING = (
-    "nothing to evaluate: name the folder of a run, such as runs/wan-t2v-1, or a LoRA, or give folders of videos with "
+    "nothing to evaluate: name the folder of a run, such as runs/mine, or a LoRA, or give folders of videos with "
     "--videos"
 )
 
