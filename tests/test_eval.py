@@ -11,12 +11,16 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from conftest import RunCrepa
+from conftest import OpenTiny, RunCrepa
 from torch import Tensor
 
 from crepa_cli.data.video import decode, write_video
 from crepa_cli.demo.clips import FPS, write_demo_clips
+from crepa_cli.errors import UserError
+from crepa_cli.evaluate.prompts import Sampled, prompts_of_file
+from crepa_cli.evaluate.weights import Weights
 from crepa_cli.models.wan import Wan
+from crepa_cli.settings import resolve
 from crepa_cli.training.sampling import VideoSampler
 
 FRAMES, PROMPTS = 8, 5
@@ -117,9 +121,10 @@ RUN = Path("runs/wan-t2v-1")
 LORA = RUN / "weights/pytorch_lora_weights.safetensors"
 
 
-def published(checkpoint: Path, lora: Path | None) -> Tensor:
-    """The frames that the published pipeline samples for the first prompt: uint8 `[F, 3, H, W]`."""
-    pipeline: Any = diffusers.WanPipeline.from_pretrained(checkpoint)
+def published(lora: Path | None, file: Path) -> Tensor:
+    """The frames that the published pipeline samples for the first prompt, read back from a video file."""
+    pipeline: Any = diffusers.WanPipeline.from_pretrained("crepa-demo/wan-t2v")
+    pipeline.set_progress_bar_config(disable=True)
     if lora:
         pipeline.load_lora_weights(lora.parent, weight_name=lora.name)
     frames: Tensor = pipeline(
@@ -133,7 +138,13 @@ def published(checkpoint: Path, lora: Path | None) -> Tensor:
         generator=torch.Generator().manual_seed(42),
         output_type="pt",
     ).frames[0]
-    return (frames * 255).round().byte()
+    write_video(file, (frames * 255).round().byte(), 16)
+    return frames_of(file)
+
+
+def frames_of(file: Path) -> Tensor:
+    """The frames of a video of the demo, `[F, 3, H, W]` from 0 to 255."""
+    return decode(file, frames=17, fps=16, width=96, height=64).float()
 
 
 @pytest.mark.parametrize(
@@ -164,6 +175,32 @@ def test_weights_that_cannot_be_evaluated_are_named(
     assert run_crepa("eval", RUN, tmp_path / run, *flags, "--output", tmp_path / "out") == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_prompts_are_read_line_by_line_and_those_of_image_to_video_with_an_image(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a fox\n\n a red disc, drifting \na fox\n", encoding="utf-8")
+    assert prompts_of_file(file, "t2v") == [Sampled("a fox"), Sampled("a red disc, drifting")]
+    with pytest.raises(UserError, match=r"line 1: image to video starts from an image"):
+        prompts_of_file(file, "i2v")
+    file.write_text("a fox\tfox.png\n", encoding="utf-8")
+    assert prompts_of_file(file, "i2v") == [Sampled("a fox", "fox.png")]
+    file.write_text("\n", encoding="utf-8")
+    with pytest.raises(UserError, match="it holds no prompts"):
+        prompts_of_file(file, "t2v")
+
+
+def test_a_full_fine_tune_is_loaded_in_place_of_the_base(open_tiny: OpenTiny, tmp_path: Path) -> None:
+    family = open_tiny("wan", "t2v")
+    tuned = family.load_transformer(torch.float32)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.add_(0.01)
+    tuned.save_pretrained(tmp_path / "transformer")
+    flags = {"model.family": "wan", "model.checkpoint": family.base.name, "model.dtype": "float32"}
+    profile = resolve("t2v", flags, ["data.width=96", "data.height=64", "data.frames=9"]).profile
+    loaded = Weights("tuned", "full", tmp_path, family).load(profile, torch.device("cpu"))
+    assert all(torch.equal(one, tuned.state_dict()[name]) for name, one in loaded.state_dict().items())
 
 
 @pytest.mark.slow
@@ -201,7 +238,8 @@ def test_runs_are_compared_with_the_base_and_an_interruption_changes_nothing(
     interrupted_at = -1
     assert run_crepa(*command, tmp_path / "stopped") == 0
     assert len(sampled) == 4 * len(TEXTS)
-    assert run_crepa(*command, tmp_path / "whole") == 0
+    # Streamed weights compute the same, too.
+    assert run_crepa(*command, tmp_path / "whole", "--set", "memory.stream_weights=true") == 0
     written = [(tmp_path / folder / "report.json").read_bytes() for folder in ("stopped", "whole")]
     assert written[0] == written[1]
 
@@ -212,12 +250,10 @@ def test_runs_are_compared_with_the_base_and_an_interruption_changes_nothing(
     assert [row["prompt"] for row in report["videos"]] == list(TEXTS)
     assert "dinov2_consistency" in report["columns"][0]["means"]
     first = [tmp_path / "whole" / report["videos"][0]["columns"][name]["file"] for name in names]
-    base, trained, _, same = (decode(path, frames=17, fps=16, width=96, height=64).float() for path in first)
     assert first[1].read_bytes() == first[3].read_bytes()
-    assert torch.equal(trained, same)
-    checkpoint = Path("crepa-demo/wan-t2v")
-    assert (base - published(checkpoint, None).float()).abs().mean() < 0.5
-    assert (trained - published(checkpoint, LORA).float()).abs().mean() < 0.5
+    base, trained = frames_of(first[0]), frames_of(first[1])
+    assert (base - published(None, tmp_path / "base.mp4")).abs().mean() < 0.5
+    assert (trained - published(LORA, tmp_path / "trained.mp4")).abs().mean() < 0.5
     assert (trained - base).abs().mean() > 1
 
     page = (tmp_path / "whole/report.html").read_text(encoding="utf-8")

@@ -186,4 +186,5 @@ def _points(curve: Sequence[float], frames: int, longest: int, low: float, high:
 
 def _definitions(evaluation: Evaluation) -> str:
     facts = [FACTS[name] for name in evaluation.measures]
-    return f"<dl>{''.join(f'<dt>{escape(one.label)}</dt><dd>{escape(one.definition)}</dd>' for one in facts)}</dl>"
+    items = "".join(f"<dt>{escape(one.label)}</dt><dd>{escape(one.definition)}</dd>" for one in facts)
+    return f"<p>How well a video follows its prompt is not measured.</p><dl>{items}</dl>"
