@@ -101,7 +101,7 @@ def test_equal_videos_give_equal_reports_and_no_difference(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "nothing to compare"),
+        ([], "nothing to evaluate: name the folder of a run"),
         (["--videos", "nowhere"], "--videos nowhere: there is no such folder"),
         (["--videos", "base", "--videos", "."], "--videos .: it holds no file that ends in .mp4"),
         (["--videos", "base", "--videos", "other"], "no name of a video is in all of base, other"),
