@@ -11,6 +11,7 @@ print(run.weights)
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -220,6 +221,8 @@ def _run(
     yield RunOpened(run.path, device_memory(accelerator.device), loading_lines(run, family, profile))
     for warning in setting_warnings(profile):
         yield Notice(warning)
+    if shortage := _host_shortage(profile, family, accelerator.device):
+        yield Notice(shortage)
     checkpoint = (yield from _newest_checkpoint(run, profile)) if resume else None
     prepared = yield from _prepared(profile, family, accelerator)
     for warning in neighbor_warnings(profile.crepa, family, (clip.bucket.frames for clip in prepared.clips)):
@@ -231,6 +234,18 @@ def _run(
     if accelerator.is_main_process:
         write_facts(run, family, [clip.clip.caption for clip in prepared.clips], _device_name(accelerator))
     yield from trainer.train(should_stop)
+
+
+def _host_shortage(profile: Profile, family: Family, device: torch.device) -> str:
+    """The warning that the run's processes on this machine pin more memory than it has free; empty if they do not."""
+    if not (profile.memory.stream_weights or profile.memory.offload_activations):
+        return ""
+    from crepa_cli.memory.host import host_shortage
+    from crepa_cli.memory.prediction import pinned_memory
+    from crepa_cli.memory.shapes import form_bucket
+
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return host_shortage(profile, processes * pinned_memory(profile, family, form_bucket(profile, family), device))
 
 
 def _newest_checkpoint(run: RunFolder, profile: Profile) -> Generator[Event, None, Path | None]:
