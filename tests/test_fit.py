@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu
+import psutil
 import pytest
 import torch
 from conftest import OpenTiny, RunCrepa
@@ -17,9 +18,9 @@ from steps import Plan, measure
 from crepa_cli.data.buckets import Bucket
 from crepa_cli.doctor.findings import BucketCount
 from crepa_cli.doctor.findings import Plan as DoctorPlan
-from crepa_cli.doctor.fit import Target, check_fit
+from crepa_cli.doctor.fit import Target, _check_host, check_fit
 from crepa_cli.memory.fit import INT8, TILING, VAE_BFLOAT16, Fit, Work, _cheapest_first, cheapest_fit, lightest
-from crepa_cli.memory.prediction import preparation_memory, training_memory, validation_memory
+from crepa_cli.memory.prediction import pinned_memory, preparation_memory, training_memory, validation_memory
 from crepa_cli.memory.savings import Setting, lossless_settings, with_setting, with_settings
 from crepa_cli.memory.shapes import form_bucket
 from crepa_cli.models.family import Family
@@ -234,6 +235,29 @@ def test_a_crepa_toml_of_another_family_is_left_alone(
     assert project.read_text(encoding="utf-8") == before
 
 
+def test_doctor_says_what_the_host_needs_and_lacks(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    profile, family, bucket = opened(plan)
+    streamed = lightest(profile, GPU)
+    pinned = pinned_memory(streamed, family, bucket, GPU)
+
+    def checks(profile: Profile, free: int) -> list[tuple[str, str]]:
+        memory = psutil.virtual_memory()._replace(available=free)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+        found = DoctorPlan()
+        _check_host(found, family, profile, bucket, GPU)
+        return [(one.status, one.message) for one in found.checks]
+
+    assert checks(profile, 0) == []
+    (elsewhere,) = checks(streamed, pinned - 1)
+    assert elsewhere[0] == "fine", "this machine has no GPU, so another one trains"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert checks(streamed, pinned) == [elsewhere]
+    (lacking,) = checks(streamed, pinned - 1)
+    assert lacking[0] == "warning"
+    assert "memory.stream_weights and memory.offload_activations pin" in lacking[1]
+    assert "int8 halves" in lacking[1]
+
+
 @pytest.mark.slow
 def test_doctor_says_what_fits_and_what_remains_if_nothing_does(plan: Plan) -> None:
     profile, family, bucket = opened(plan)
@@ -257,6 +281,18 @@ def test_doctor_says_what_fits_and_what_remains_if_nothing_does(plan: Plan) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_features_made_in_every_step_are_predicted(batch_size: int, plan: Plan, tmp_path: Path) -> None:
+    """Beside a small step, the decoding of a clip is the peak."""
+    tables = {**plan.settings, "train": {"batch_size": batch_size}}
+    tables["crepa"] = {**plan.settings["crepa"], "teacher_cache": False}
+    (measured,) = measure(replace(plan, settings=tables), torch.device("cpu"), tmp_path)
+    assert measured.predicted == pytest.approx(measured.peak, rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_accelerate")
 @pytest.mark.parametrize("setting", [(), (CHECKPOINTING, OFFLOADING, STREAMING)])
 def test_what_fits_trains_below_the_limit(setting: tuple[Setting, ...], plan: Plan, tmp_path: Path) -> None:
     """The bytes of tensors outside the host's buffers, counted in steps of the trainer."""
