@@ -251,14 +251,14 @@ def test_the_loss_rises_once_a_clip_is_learned_by_heart(tmp_path: Path) -> None:
     write_demo_clips(tmp_path / "unseen", count=3, seed=1)
     sets = [f"data.path={tmp_path}/one", f"data.validation_path={tmp_path}/unseen", "validation.every=30"]
     sets += ["data.width=48", "data.height=48", "data.frames=5", "data.caption_dropout=0", "crepa.enabled=false"]
-    sets += ["adapter.kind=full", "train.learning_rate=3e-3", "train.batch_size=4", "train.steps=180"]
+    sets += ["adapter.kind=full", "train.learning_rate=3e-3", "train.batch_size=4", "train.steps=150"]
     run, events = train(
         settings(*sets, "checkpoints.every=0", "train.activation_checkpointing=false"), tmp_path / "run"
     )
     held_out = {one.step: one.loss for one in measured(events)}
     lowest = min(held_out, key=lambda step: held_out[step])
     assert held_out[lowest] < 0.5 * held_out[0], "it generalizes at first"
-    assert held_out[180] > 1.05 * held_out[lowest]
+    assert held_out[150] > 1.05 * held_out[lowest]
     losses = [line["diffusion_loss"] for line in read_metrics(run.metrics)]
     assert fmean(losses[-20:]) < fmean(losses[lowest - 20 : lowest])
 
