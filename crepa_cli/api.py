@@ -33,6 +33,9 @@ from crepa_cli.events import Event, Notice, Progress, RunOpened, TrainingEnded, 
 from crepa_cli.follow import Listener, StopRequest, follow
 from crepa_cli.hub.download import download as download_needs
 from crepa_cli.hub.question import ask_anew, unreachable
+from crepa_cli.memory.savings import with_setting
+from crepa_cli.memory.shapes import encoded_clip
+from crepa_cli.models.attention import Attention, described, fastest
 from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
 from crepa_cli.processes import PRECISION, from_all, from_main, start_processes
@@ -42,7 +45,7 @@ from crepa_cli.report.loading import loading_lines
 from crepa_cli.report.metrics import MetricsFile
 from crepa_cli.report.plot import CurvesFile
 from crepa_cli.report.trackers import Trackers
-from crepa_cli.runs.capabilities import attention_mistakes, compile_mistakes, dtype_mistakes
+from crepa_cli.runs.capabilities import attention_mistakes, compile_mistakes, dtype_mistakes, kernel_mistakes
 from crepa_cli.runs.checks import attempt, open_family, open_run
 from crepa_cli.runs.facts import write_facts
 from crepa_cli.runs.folder import RunFolder
@@ -131,6 +134,7 @@ def train(
         *dtype_mistakes(profile, state.device),
         *compile_mistakes(profile, state.device),
         *attention_mistakes(profile, family, state.device),
+        *kernel_mistakes(profile, family, state.device),
     ]:
         raise UserError("\n".join(mistakes))
     # One process decides: once it has made the folder, the others would find a run in it.
@@ -229,11 +233,23 @@ def _run(
         yield Notice(warning)
     profile = from_main(lambda: with_prompts(profile, prepared.clips, run))
     prompts = yield from read_prompts(profile, family, prepared.cache, accelerator.device)
+    if profile.train.attention == "auto" and accelerator.device.type == "cuda" and family.attention_heads:
+        times = from_main(lambda: _kernel_times(profile, family, prepared.clips, accelerator.device))
+        profile = with_setting(profile, "train", "attention", fastest(times))
+        yield Notice(described(times))
     yield Progress("loading", 0, 1, "the transformer")
     trainer = _build_trainer(profile, family, run, accelerator, prepared, prompts, checkpoint)
     if accelerator.is_main_process:
         write_facts(run, family, [clip.clip.caption for clip in prepared.clips], _device_name(accelerator))
     yield from trainer.train(should_stop)
+
+
+def _kernel_times(profile: Profile, family: Family, clips: list[PreparedClip], device: torch.device) -> dict[str, int]:
+    """Nanoseconds of the largest clips' self-attention, by kernel."""
+    bucket = max((clip.bucket for clip in clips), key=lambda one: one.frames * one.height * one.width)
+    grid = family.token_grid(encoded_clip(family, bucket)["latents"][None])
+    dtype, clips_of_batch = torch_dtype(profile.model.dtype), profile.train.batch_size
+    return Attention.of(family, dtype, clips=clips_of_batch, tokens=grid.frames * grid.tokens).times(device)
 
 
 def _newest_checkpoint(run: RunFolder, profile: Profile) -> Generator[Event, None, Path | None]:

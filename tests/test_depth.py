@@ -45,6 +45,12 @@ def of_all_blocks(profile: Profile, family: Family, clips: Clips, monkeypatch: p
         ("ltxvideo", 7, FULL | {"crepa": {"block_index": 3}}),
         pytest.param("wan", 10, LORA | BACKBONE | ON_HOST, marks=pytest.mark.slow),
         pytest.param("sanavideo", 8, ADAFACTOR | {"crepa": {"block_index": 6}}, marks=pytest.mark.slow),
+        pytest.param(
+            "ltxvideo", 12, LORA | {"memory": {"keep": "attention", "keep_blocks": 6}}, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "wan", 12, LORA | {"memory": {"keep_blocks": 5}, "crepa": {"block_index": 9}}, marks=pytest.mark.slow
+        ),
         pytest.param("kandinsky5_video", 6, LORA | {"crepa": {"block_index": 0}}, marks=pytest.mark.slow),
     ],
 )
@@ -73,7 +79,7 @@ def test_a_few_blocks_tell_the_memory_of_a_published_model(monkeypatch: pytest.M
 
 def test_blocks_that_differ_are_all_run(open_tiny: OpenTiny) -> None:
     family = open_tiny("wan", "t2v")
-    assert Excerpt.of(settings(family), family) == Excerpt(12, (0, 1, 2, 3, 11), 3)
+    assert Excerpt.of(settings(family), family) == Excerpt(12, (0, 1, 2, 3, 11), (3,))
     one_layer: dict[str, object] = {"target_modules": ["blocks.3.attn1.to_q"]}
     assert Excerpt.of(settings(family, adapter=one_layer), family) is None
     assert Excerpt.of(settings(family), family.with_blocks(6)) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 import math
 import re
 import shutil
@@ -281,6 +282,19 @@ def test_clips_in_both_folders_are_named_and_unusable_ones_skipped(tmp_path: Pat
     assert len(trained) == 8
     line = f"2 clips in data.validation_path = {tmp_path}, never trained on"
     assert describe_held_out(2, 10, profile.data) == line
+
+
+@pytest.mark.usefixtures("in_demo")
+def test_doctor_says_how_many_clips_are_held_out(
+    run_crepa: RunCrepa, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("crepa_cli.doctor.plan.check_memory", lambda *_: None)
+    flags = ["--profile", "t2v", "--model", "wan", "--demo", "--set", "data.validation_share=1e-6"]
+    assert run_crepa("doctor", "--json", *flags) == 0
+    report = json.loads(capsys.readouterr().out)
+    (line,) = (check["message"] for check in report["checks"] if check["name"] == "held-out clips")
+    assert line == "1 of 8 clips by data.validation_share = 1e-06, never trained on"
+    assert sum(bucket["clips"] for bucket in report["plan"]["buckets"]) == 7
 
 
 @pytest.mark.usefixtures("in_demo")

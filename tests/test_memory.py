@@ -26,7 +26,7 @@ from crepa_cli.data.buckets import Bucket, Size
 from crepa_cli.doctor import overview
 from crepa_cli.doctor.findings import BucketCount, Check, FamilyMemory, Plan
 from crepa_cli.doctor.fit import Target, check_memory, largest_bucket, training_target
-from crepa_cli.memory.kept import folder, kept
+from crepa_cli.kept import folder, kept
 from crepa_cli.memory.live_bytes import LiveBytes
 from crepa_cli.memory.prediction import predict, preparation_memory, training_memory
 from crepa_cli.memory.savings import last_that_holds, lighter_settings, memory_advice, smaller_sizes, with_setting

@@ -203,14 +203,23 @@ def test_placement_changes_no_bit_of_compiled_blocks(open_tiny: OpenTiny, monkey
 def test_what_is_kept_changes_no_bit(name: str, open_tiny: OpenTiny) -> None:
     tables: Tables = {"model": {"dtype": "bfloat16"}}
     family = of_depth(open_tiny(name, "t2v"), 3)
-    assert_same_bits(family, tables, KEEP, {"keep": "all"}, KEEP | OFFLOAD, steps=2)
+    assert_same_bits(family, tables, {"keep": "all"}, KEEP | OFFLOAD | {"keep_blocks": 2}, steps=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_kept_changes_no_bit_in_twenty_steps(name: str, open_tiny: OpenTiny) -> None:
+    tables: Tables = {"train": {"gradient_accumulation": 1}}
+    ways: tuple[dict[str, object], ...] = (KEEP, {"keep": "all"}, KEEP | {"keep_blocks": 1})
+    assert_same_bits(of_depth(open_tiny(name, "t2v"), 2), tables, *ways, steps=20)
 
 
 def test_offloading_changes_no_bit_of_full_tuning(open_tiny: OpenTiny) -> None:
     assert_same_bits(of_depth(open_tiny("ltxvideo", "t2v"), 3), {"adapter": {"kind": "full"}}, OFFLOAD, steps=2)
 
 
-PREDICTED = [*((name, STREAM | OFFLOAD) for name in FAMILIES), *(("wan", one) for one in (STREAM, OFFLOAD, KEEP))]
+WAN = (STREAM, OFFLOAD, KEEP, OFFLOAD | {"keep_blocks": 2})
+PREDICTED = [*((name, STREAM | OFFLOAD) for name in FAMILIES), *(("wan", one) for one in WAN)]
 
 
 @pytest.mark.parametrize(
@@ -288,6 +297,8 @@ def test_two_blocks_are_on_the_device_and_loading_takes_one_more(open_tiny: Open
         ),
         ({"memory": STREAM | {"keep": "all"}}, ["memory.stream_weights", "memory.keep other than 'all'"]),
         ({"memory": STREAM | KEEP}, ["memory.stream_weights", "memory.keep = 'attention'"]),
+        ({"memory": STREAM | {"keep_blocks": 1}}, ["memory.stream_weights", "memory.keep_blocks"]),
+        ({"memory": {"keep_blocks": 1, "finer_recompute": True}}, ["memory.keep_blocks", "memory.finer_recompute"]),
         ({"memory": KEEP | {"finer_recompute": True}}, ["memory.keep", "memory.finer_recompute"]),
     ],
 )

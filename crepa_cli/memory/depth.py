@@ -1,8 +1,9 @@
 """The memory of a deep transformer, extended from that of a shallow one: the same happens in block after block.
 
 A few blocks are run: the first, the last, those whose hidden states are aligned and their successors, and one that
-stands for all others. A second run without that one shows what everything outside the blocks, such as the optimizer,
-takes for each block. The result is exact, as far as blocks do the same.
+stands for all others; of the blocks that keep their activations and of those that do not, one each. Another run without
+that one shows what everything outside the blocks, such as the optimizer, takes for each block. The result is exact, as
+far as blocks do the same.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from crepa_cli.memory.live_bytes import READ_DEVICE, LiveBytes, Segment
 from crepa_cli.models.family import Family
 from crepa_cli.profile import Profile
+from crepa_cli.profile.table import Table
 
 Bytes = Counter[str]
 FORWARD, BACKWARD = "forward", "backward"
@@ -104,12 +106,12 @@ class Excerpt:
     Attributes:
         count: of all blocks.
         kept: those that are run, in order.
-        repeated: the one of them that stands for all that are left out.
+        repeated: those of them that stand for the ones that are left out, from one to the next.
     """
 
     count: int
     kept: tuple[int, ...]
-    repeated: int
+    repeated: tuple[int, ...]
 
     @classmethod
     def of(cls, profile: Profile, family: Family) -> Excerpt | None:
@@ -119,20 +121,29 @@ class Excerpt:
             return None
         # The gradient of hidden states that are aligned is added in the backward pass of the next block.
         special = {0, count - 1, *captured, *(block + 1 for block in captured)}
-        ordinary = [block for block in range(count) if block not in special]
-        if not ordinary:
+        # From this one on, blocks keep their activations.
+        first = max(0, count - profile.memory.keep_blocks)
+        special |= {first - 1, first} if 0 < first < count else set()
+        groups = [[block for block in group if block not in special] for group in (range(first), range(first, count))]
+        repeated = tuple(group[0] for group in groups if group)
+        if not repeated:
             return None
-        repeated = ordinary[0]
-        kept = {block for block in special if block < count} | {repeated - 1, repeated}
+        kept = {block for block in special if block < count} | {*repeated, *(block - 1 for block in repeated)}
         return cls(count, tuple(sorted(kept)), repeated) if len(kept) < count - 1 else None
 
-    def without_repeated(self) -> tuple[int, ...]:
-        """The blocks of the second run."""
-        return tuple(block for block in self.kept if block != self.repeated)
+    def without(self, repeated: int) -> tuple[int, ...]:
+        """The blocks of another run."""
+        return tuple(block for block in self.kept if block != repeated)
 
     def stand_in(self, block: int) -> int:
         """The position among the kept blocks of the one that stands for a block of the transformer."""
-        return self.kept.index(block if block in self.kept else self.repeated)
+        alike = block if block in self.kept else max(one for one in self.repeated if one < block)
+        return self.kept.index(alike)
+
+    def further(self, repeated: int) -> int:
+        """How many blocks are left out that this one stands for."""
+        position = self.kept.index(repeated)
+        return sum(self.stand_in(block) == position for block in range(self.count)) - 1
 
 
 def captured_blocks(profile: Profile) -> list[int]:
@@ -151,7 +162,9 @@ def with_blocks(profile: Profile, family: Family, kept: Sequence[int]) -> tuple[
         return kept.index(block) if block in kept else block
 
     crepa, layersync = profile.crepa, profile.layersync
-    tables = {
+    keeping = sum(block >= family.block_count - profile.memory.keep_blocks for block in kept)
+    tables: dict[str, Table] = {
+        "memory": profile.memory.model_copy(update={"keep_blocks": keeping}),
         "crepa": crepa.model_copy(
             update={"block_index": at(crepa.block_index), "teacher_block_index": at(crepa.teacher_block_index)}
         ),
@@ -176,7 +189,7 @@ def segments_of_all_blocks(
     if excerpt is None:
         return list(run(profile, family, True).items())
     longer = run(*with_blocks(profile, family, excerpt.kept), True)
-    shorter = run(*with_blocks(profile, family, excerpt.without_repeated()), False)
+    shorter = [run(*with_blocks(profile, family, excerpt.without(block)), False) for block in excerpt.repeated]
     return list(_extended(excerpt, longer, shorter))
 
 
@@ -185,16 +198,16 @@ def highest(segments: Iterable[tuple[Part, Segment]]) -> Bytes:
     return max((segment.peak for part, segment in segments if part != START), key=Counter.total)
 
 
-def _extended(excerpt: Excerpt, longer: Segments, shorter: Segments) -> Iterator[tuple[Part, Segment]]:
+def _extended(excerpt: Excerpt, longer: Segments, shorter: Sequence[Segments]) -> Iterator[tuple[Part, Segment]]:
     """The segments of a step of the whole transformer, in order.
 
     Args:
         excerpt: the blocks that were run.
         longer: the segments of a run of all kept blocks.
-        shorter: those of a run without the repeated one, and without a backward pass.
+        shorter: those of runs without one of the repeated ones each, and without a backward pass.
     """
-    further = excerpt.count - len(excerpt.kept)
-    longer, shorter = _comparable(longer, shorter)
+    further = [excerpt.further(block) for block in excerpt.repeated]
+    longer, *shorter = _comparable(longer, *shorter)
     level: Bytes | None = None
     for (name, in_block), group in groupby(longer, lambda part: (part.name, part.block is not None)):
         parts = list(group)
@@ -202,17 +215,18 @@ def _extended(excerpt: Excerpt, longer: Segments, shorter: Segments) -> Iterator
             order = range(excerpt.count) if parts[0].block == 0 else reversed(range(excerpt.count))
             segments = [(Part(name, block), longer[Part(name, excerpt.stand_in(block))]) for block in order]
         else:
-            segments = [(part, _deeper(longer[part], shorter.get(part, longer[part]), further)) for part in parts]
+            less = {part: [one.get(part, longer[part]) for one in shorter] for part in parts}
+            segments = [(part, _deeper(longer[part], less[part], further)) for part in parts]
         for part, segment in segments:
             moved = _moved(segment, level or segment.start)
             level = moved.end
             yield part, moved
 
 
-def _comparable(longer: Segments, shorter: Segments) -> tuple[Segments, Segments]:
-    """Both with the same calls: some optimizers update all weights in one call, others take calls for each weight."""
-    calls = [[part for part in segments if part.call] for segments in (longer, shorter)]
-    return (longer, shorter) if calls[0] == calls[1] else (_joined(longer), _joined(shorter))
+def _comparable(*runs: Segments) -> list[Segments]:
+    """All with the same calls: some optimizers update all weights in one call, others take calls for each weight."""
+    calls = [[part for part in segments if part.call] for segments in runs]
+    return list(runs) if all(one == calls[0] for one in calls) else [_joined(segments) for segments in runs]
 
 
 def _joined(segments: Segments) -> Segments:
@@ -225,9 +239,13 @@ def _joined(segments: Segments) -> Segments:
     return joined
 
 
-def _deeper(longer: Segment, shorter: Segment, further: int) -> Segment:
-    """The segment with further blocks beyond those of `longer`, which has one more than `shorter`."""
-    return Segment(*(_sum(more, _sum(more, less, -1), further) for more, less in zip(longer, shorter, strict=True)))
+def _deeper(longer: Segment, shorter: Sequence[Segment], further: Sequence[int]) -> Segment:
+    """The segment with further blocks beyond those of `longer`, which has one more than each of `shorter`."""
+    deeper = longer
+    for one, count in zip(shorter, further, strict=True):
+        growth = (_sum(more, less, -1) for more, less in zip(longer, one, strict=True))
+        deeper = Segment(*(_sum(level, grown, count) for level, grown in zip(deeper, growth, strict=True)))
+    return deeper
 
 
 def _moved(segment: Segment, start: Bytes) -> Segment:

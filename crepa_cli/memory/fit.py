@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
 
@@ -10,7 +10,7 @@ import torch
 
 from crepa_cli.data.buckets import Bucket
 from crepa_cli.memory.prediction import preparation_memory, training_memory, validation_memory
-from crepa_cli.memory.savings import Setting, lossless_settings, with_settings
+from crepa_cli.memory.savings import Setting, last_that_holds, lossless_settings, with_settings
 from crepa_cli.memory.shapes import encoded_clip
 from crepa_cli.memory.step import WEIGHTS
 from crepa_cli.models.family import Family
@@ -28,6 +28,8 @@ LIGHTER_WEIGHTS = ("stream_weights", "quantize_base")
 TILING = Setting("model", "vae_tiling", True)
 VAE_BFLOAT16 = Setting("model", "vae_dtype", "bfloat16")
 INT8 = Setting("memory", "quantize_base", "int8")
+OFFLOAD = Setting("memory", "offload_activations", True)
+KEEP_ATTENTION = Setting("memory", "keep", "attention")
 NO_VALIDATION = Setting("validation", "every", 0)
 ROUNDED = {VAE_BFLOAT16: "latents are rounded to bfloat16", INT8: "frozen weights are rounded to 8 bits"}
 """Settings that change the numbers, and what they round."""
@@ -43,6 +45,8 @@ class Fit:
         limit: bytes of the device.
         slowdown: estimated time of a step, relative to a step without these settings.
         profile: the run's settings with these.
+        flops: of a step.
+        saved: those that recomputation would take in addition if no activations were kept.
     """
 
     settings: Sequence[Setting]
@@ -50,6 +54,8 @@ class Fit:
     limit: int
     slowdown: float
     profile: Profile
+    flops: float = 0.0
+    saved: float = 0.0
 
     def __str__(self) -> str:
         """The settings in the form that `--set` takes."""
@@ -58,9 +64,14 @@ class Fit:
     @property
     def price(self) -> str:
         """What the settings cost, in words."""
-        longer = f"a step takes about {self.slowdown - 1:.0%} longer" if self.slowdown >= 1.01 else ""
+        time = "a step takes about as long"
+        if abs(self.slowdown - 1) >= 0.01:
+            change = f"{self.slowdown - 1:.0%} longer" if self.slowdown > 1 else f"{1 - self.slowdown:.0%} less time"
+            time = f"a step takes about {change}"
         rounded = [words for setting, words in ROUNDED.items() if setting in self.settings]
-        return "; ".join([longer or "a step takes about as long", *rounded])
+        before = self.flops + self.saved
+        saved = f"what is kept saves {self.saved / 1e12:.3g} of {before / 1e12:.4g} TFLOP" if self.saved else ""
+        return "; ".join(filter(None, [time, saved, *rounded]))
 
     def to_json(self) -> dict[str, object]:
         """Settings, peak and limit as JSON values."""
@@ -83,7 +94,7 @@ def cheapest_fit(
 
     The settings that the profile has are kept, and others are added to them. A VAE in bfloat16 and int8 weights change
     the numbers: they are tried after all combinations without them, in this order. Validations are turned off only if
-    they fit with none.
+    they fit with none. Memory that is left over is spent on activations that are kept in place of recomputed.
 
     Args:
         profile: the resolved settings.
@@ -96,6 +107,11 @@ def cheapest_fit(
     Raises:
         UserError: if a configuration cannot be read.
     """
+
+    def training(settings: Sequence[Setting], *others: Setting) -> int:
+        report(", ".join(map(str, (*settings, *others))) or "the settings as they are")
+        return sum(training_memory(with_settings(profile, settings), family, bucket, device).values())
+
     weights = training_memory(profile, family, bucket, device)[WEIGHTS]
     work = Work.of(profile, family, bucket)
     dtypes: list[tuple[Setting, ...]] = [()] if profile.model.vae_dtype == "bfloat16" else [(), (VAE_BFLOAT16,)]
@@ -104,19 +120,49 @@ def cheapest_fit(
         for settings, dtype in tried:
             if weights > limit and not any(one.key in LIGHTER_WEIGHTS for one in settings):
                 continue  # whatever the activations take
-            report(", ".join(map(str, (*settings, *dtype))) or "the settings as they are")
-            lighter = with_settings(profile, settings)
-            training = sum(training_memory(lighter, family, bucket, device).values())
-            if training > limit:
+            if training(settings, *dtype) > limit:
                 continue
             for tiling in ((),) if family.vae_tiling else ((), (TILING,)):
-                chosen = [*settings, *tiling, *dtype, *validation]
-                fitted = with_settings(profile, chosen)
-                peak = max(training, _peak_beside_training(fitted, configured(family, fitted), bucket, device, limit))
-                if peak <= limit:
-                    slowdown = work.seconds(lighter) / work.seconds(profile)
-                    return Fit(chosen, peak, limit, slowdown, fitted)
+                others = [*tiling, *dtype, *validation]
+                fitted = with_settings(profile, [*settings, *others])
+                beside = _peak_beside_training(fitted, configured(family, fitted), bucket, device, limit)
+                if beside <= limit:
+                    spending = _spending(
+                        profile, settings, family.block_count, device, work, lambda one: training(one) <= limit
+                    )
+                    return work.fit(profile, [*spending, *others], max(training(spending), beside), limit)
     return None
+
+
+def _spending(
+    profile: Profile,
+    settings: Sequence[Setting],
+    blocks: int,
+    device: torch.device,
+    work: Work,
+    fits: Callable[[Sequence[Setting]], bool],
+) -> list[Setting]:
+    """Settings that fit, with those that spend what is left over: on the results of attention, then on whole blocks.
+
+    Attention saves several times as many FLOPs per byte as the rest of a block.
+    """
+    fitted = with_settings(profile, settings)
+    memory = fitted.memory
+    if not fitted.recomputes_blocks or memory.stream_weights or memory.finer_recompute:
+        return list(settings)
+    ways = [[KEEP_ATTENTION]] if memory.keep == "nothing" and work.attention else []
+    if ways and device.type != "cpu" and not memory.offload_activations:
+        both = [KEEP_ATTENTION, OFFLOAD]
+        ways += [both] if work.seconds(with_settings(fitted, both)) < work.seconds(fitted) else []
+    spending = next((found for way in ways if fits(found := _replaced(settings, *way))), list(settings))
+    counts = [Setting("memory", "keep_blocks", count) for count in range(memory.keep_blocks + 1, blocks + 1)]
+    most = last_that_holds(counts, lambda one: fits(_replaced(spending, one)))
+    return _replaced(spending, most) if most else spending
+
+
+def _replaced(settings: Iterable[Setting], *others: Setting) -> list[Setting]:
+    """The settings with others, each of which takes the place of one of the same name."""
+    return list({one.name: one for one in (*settings, *others)}.values())
 
 
 def _peak_beside_training(profile: Profile, family: Family, bucket: Bucket, device: torch.device, limit: int) -> int:
@@ -158,14 +204,18 @@ class Work:
 
     Attributes:
         forward: FLOPs of the blocks' forward pass: two for each weight and token, and those of full attention, which
-            is too much for families whose attention is linear.
+            is too much if it is sparse.
         weights: bytes of the blocks.
         states: bytes of the hidden states between blocks.
+        attention: the part of `forward` that `memory.keep = "attention"` keeps.
+        blocks: how many there are.
     """
 
     forward: float
     weights: int
     states: int
+    attention: float = 0.0
+    blocks: int = 1
 
     @classmethod
     def of(cls, profile: Profile, family: Family, bucket: Bucket) -> Work:
@@ -175,24 +225,50 @@ class Work:
         grid = family.token_grid(encoded_clip(family, bucket)["latents"][None])
         clips, tokens, width = profile.train.batch_size, grid.frames * grid.tokens, family.hidden_size
         parameters = sum(parameter.numel() for parameter in blocks.parameters())
-        attention = 4 * tokens**2 * width * len(blocks)
+        attention = (
+            clips * 4 * tokens**2 * width * len(blocks) if family.attention_heads or family.needs_compilation else 0
+        )
         return cls(
-            forward=clips * (2 * tokens * parameters + attention),
+            forward=clips * 2 * tokens * parameters + attention,
             weights=sum(parameter.nbytes for parameter in blocks.parameters()),
             states=clips * tokens * width * len(blocks) * (4 if profile.model.dtype == "float32" else 2),
+            attention=attention if family.attention_heads else 0,
+            blocks=len(blocks),
         )
 
-    def seconds(self, profile: Profile) -> float:
-        """Estimated seconds of a step under these settings.
+    def fit(self, profile: Profile, settings: Sequence[Setting], peak: int, limit: int) -> Fit:
+        """The fit of a profile with these settings."""
+        fitted = with_settings(profile, settings)
+        keeping_nothing = with_settings(
+            fitted, [Setting("memory", "keep", "nothing"), Setting("memory", "keep_blocks", 0)]
+        )
+        flops, before = self.flops(fitted), self.flops(keeping_nothing)
+        return Fit(settings, peak, limit, self.seconds(fitted) / self.seconds(profile), fitted, flops, before - flops)
 
-        A LoRA's backward has the FLOPs of one forward, full tuning's those of two. Checkpointing recomputes a forward,
-        finer recomputation another one. Copies run beside the computation, in either direction.
+    def flops(self, profile: Profile) -> float:
+        """FLOPs of a step under these settings.
+
+        A LoRA's backward has the FLOPs of one forward, full tuning's those of two, and attention's two and a half, as
+        its scores are computed again. Finer recomputation takes another forward.
         """
+        passes = 1 if profile.adapter.kind == "lora" else 2
+        backward = passes * (self.forward - self.attention) + 2.5 * self.attention
+        finer = self.forward if profile.memory.finer_recompute else 0.0
+        return self.forward + backward + self._recomputed(profile) + finer
+
+    def _recomputed(self, profile: Profile) -> float:
+        """FLOPs of activation checkpointing: a forward of what is not kept."""
+        if not profile.recomputes_blocks:
+            return 0.0
+        kept = min(profile.memory.keep_blocks / self.blocks, 1.0)
+        return (1 - kept) * (self.forward - (self.attention if profile.memory.keep == "attention" else 0.0))
+
+    def seconds(self, profile: Profile) -> float:
+        """Estimated seconds of a step under these settings; copies run beside the computation, in either direction."""
         memory = profile.memory
         forward = self.forward / SUSTAINED
-        passes = 1 if profile.adapter.kind == "lora" else 2
-        passes += profile.recomputes_blocks + memory.finer_recompute
+        backward = self.flops(profile) / SUSTAINED - forward
         weights = self.weights / BUS if memory.stream_weights else 0.0
         weights /= 2 if memory.quantize_base == "int8" else 1
         states = self.states / BUS if memory.offload_activations else 0.0
-        return max(forward, weights, states) + max(passes * forward, weights + states)
+        return max(forward, weights, states) + max(backward, weights + states)

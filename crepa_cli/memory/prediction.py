@@ -9,7 +9,7 @@ import torch
 
 from crepa_cli.data.buckets import Bucket
 from crepa_cli.data.prepare import encoder_config
-from crepa_cli.memory.kept import kept
+from crepa_cli.kept import kept
 from crepa_cli.memory.preparation import online_teacher_weights, predict_preparation
 from crepa_cli.memory.shapes import clips_of, validation_bucket
 from crepa_cli.memory.step import predict_training
@@ -22,10 +22,19 @@ IRRELEVANT: Any = {
     "validation": True,
     "checkpoints": True,
     "report": True,
-    "train": {"steps", "learning_rate", "lr_scheduler", "lr_warmup_steps", "seed", "output", "gradient_accumulation"},
+    "train": {
+        "steps",
+        "learning_rate",
+        "lr_scheduler",
+        "lr_warmup_steps",
+        "seed",
+        "output",
+        "gradient_accumulation",
+        "attention",
+    },
 }
 """Settings that memory does not depend on, or only through the shape of the clips."""
-OF_THE_BACKWARD = {"offload_activations", "finer_recompute", "keep"}
+OF_THE_BACKWARD = {"offload_activations", "finer_recompute", "keep", "keep_blocks"}
 IRRELEVANT_IN_VALIDATION: Any = IRRELEVANT | {
     "validation": {"every", "prompts", "negative_prompt", "motion_score", "images", "steps"},
     "train": IRRELEVANT["train"] | {"activation_checkpointing"},

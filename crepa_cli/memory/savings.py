@@ -123,6 +123,7 @@ def lossless_settings(profile: Profile, device: torch.device) -> list[Setting]:
     settings = [
         Setting("train", "activation_checkpointing", True),
         Setting("memory", "keep", "nothing"),
+        Setting("memory", "keep_blocks", 0),
         Setting("memory", "offload_activations", True),
         Setting("memory", "stream_weights", True),
         Setting("memory", "finer_recompute", True),

@@ -180,6 +180,11 @@ class Family(ABC):
         return int(self.config["num_attention_heads"] * self.config["attention_head_dim"])
 
     @property
+    def attention_heads(self) -> int:
+        """Heads of the blocks' self-attention; 0 if it does not compare all tokens with all."""
+        return int(self.config["num_attention_heads"])
+
+    @property
     @abstractmethod
     def size_multiple(self) -> int:
         """Width and height of a clip in pixels must be multiples of this: the VAE's compression times the patch."""

@@ -161,6 +161,11 @@ class Kandinsky5Video(Family):
         return int(self.config["model_dim"])
 
     @property
+    def attention_heads(self) -> int:
+        """Heads of the blocks' self-attention; 0 with NABLA, which compares some tokens alone."""
+        return 0 if self._nabla else self.hidden_size // sum(self.config["axes_dims"])
+
+    @property
     def size_multiple(self) -> int:
         """The VAE's compression times the patch, and times the squares of NABLA: 16 or 128 pixels."""
         return self._pixels * int(self.config["patch_size"][1]) * (NABLA_PATCH if self._nabla else 1)

@@ -75,6 +75,7 @@ class SanaVideo(Family):
     )
     motion_suffix = " motion score: {}."
     guides_in_one_batch = True
+    attention_heads = 0
     settings = {
         "crepa": {"block_index": 10},
         "adapter": {"rank": 32, "target_modules": ["to_q", "to_k", "to_v", "to_out.0"], "export": ["diffusers"]},

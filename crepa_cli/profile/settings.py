@@ -83,6 +83,12 @@ class MemorySettings(Table):
         description="Activations that activation checkpointing keeps instead of recomputing them, for speed: the "
         "results of self-attention, or all, which is the same as turning it off.",
     )
+    keep_blocks: int = Field(
+        default=0,
+        ge=0,
+        description="Number of blocks, counted from the last one, that keep all their activations; the others keep "
+        "what `keep` says. For memory that is left over.",
+    )
     quantize_base: Literal["none", "int8"] = Field(
         default="none",
         description="int8 rounds the frozen linear layers to 8 bits with a scale per row: half the memory of bfloat16, "
@@ -253,8 +259,14 @@ class TrainSettings(Table):
         default=True,
         description="Recompute activations in the backward pass: far less memory, but about a third slower.",
     )
+    attention: Literal["auto", "native", "flash", "cudnn", "efficient"] = Field(
+        default="auto",
+        description="Kernel of torch that computes self-attention. native lets torch choose; auto measures them at the "
+        "start of a run on a GPU, for its largest clips, and takes the fastest.",
+    )
     compile: bool = Field(
-        default=False, description="Compile the transformer with torch.compile: slower to start, faster per step."
+        default=False,
+        description="Compile each of the transformer's blocks with torch.compile: slower to start, faster per step.",
     )
     ema: float = Field(
         default=0.0,

@@ -51,7 +51,7 @@ class MetricsFile:
             nothing = dict.fromkeys(field.name for field in fields(StepDone))
             self._append(nothing | {"step": event.step, "skipped": event.reason})
         elif isinstance(event, ValidationSampled):
-            self.waiting |= validation_columns(event)
+            self.waiting |= _columns(event)
         elif isinstance(event, TrainingEnded) and self.waiting:
             self._append({"step": event.step})
 
@@ -65,7 +65,7 @@ class MetricsFile:
         # A run samples again if it starts from the beginning, and not if it resumes from a checkpoint. The loss of
         # held-out clips comes again, from the checkpoint.
         sampled = [event for event in read_validations(self.path) if 0 < event.step == step]
-        kept += [{"step": step, **validation_columns(event)} for event in sampled]
+        kept += [{"step": step, **_columns(event)} for event in sampled]
         write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
 
@@ -88,8 +88,8 @@ def read_held_out(path: Path) -> list[HeldOutMeasured]:
     return [HeldOutMeasured(line["step"], **{key: line[f"{HELD_OUT}{key}"] for key in keys}) for line in measured]
 
 
-def validation_columns(event: ValidationSampled) -> dict[str, float]:
-    """The measures of validation videos by their keys in a metrics file and in trackers."""
+def _columns(event: ValidationSampled) -> dict[str, float]:
+    """The measures of validation videos by their keys in a metrics file."""
     return {f"{VALIDATION}{name}": value for name, value in event.measures.items()}
 
 

@@ -67,6 +67,7 @@ class Summary:
         if self.ended is not None and self.ended.weights is not None:
             lines += [f"Weights: {self.ended.weights}", "Load them with:", ""]
             lines += [f"    {line}".rstrip() for line in self.loading.splitlines()]
+            lines += ["", f"Compare them with the base model: crepa eval {self.ended.weights.parent}"]
         elif self.started is not None:
             lines.append(f"Resume with: crepa train --resume --output {self.started.output}")
         return lines

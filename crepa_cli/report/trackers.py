@@ -25,7 +25,7 @@ from crepa_cli.events import (
 )
 from crepa_cli.files import remove_folder, write_whole
 from crepa_cli.profile import Profile
-from crepa_cli.report.metrics import read_held_out, read_metrics, read_validations, validation_columns
+from crepa_cli.report.metrics import read_held_out, read_metrics, read_validations
 from crepa_cli.runs.folder import RunFolder
 
 PROJECT = "crepa"
@@ -162,7 +162,7 @@ class Trackers:
         """Send the measures of validation videos, as part of the same step as their frames; the base's at step 0."""
         step = max(0, event.step - 1)
         if event.measures and step >= self.lacks[tracker]:
-            tracker.log(validation_columns(event), step=step)
+            tracker.log({f"validation/{name}": value for name, value in event.measures.items()}, step=step)
 
     def _each(self, action: Callable[[GeneralTracker], None]) -> None:
         for tracker in list(self.lacks):

@@ -12,6 +12,9 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 from torch.utils._triton import has_triton, has_triton_package
 
+from crepa_cli.models.attention import KERNELS, Attention
+from crepa_cli.models.dtypes import torch_dtype
+
 if TYPE_CHECKING:
     from crepa_cli.models.family import Family
     from crepa_cli.profile import Profile
@@ -32,6 +35,26 @@ def attention_mistakes(profile: Profile, family: Family, device: torch.device) -
     return [
         f"train.compile: the attention of {family.base.name} would hold every score, hundreds of gigabytes for a long "
         "clip, unless it is compiled; set train.compile = true"
+    ]
+
+
+def kernel_mistakes(profile: Profile, family: Family, device: torch.device) -> list[str]:
+    """Whether the settings name a kernel of attention that does not compute that of the family on this device."""
+    name = profile.train.attention
+    if name in ("auto", "native"):
+        return []
+    if not family.attention_heads:
+        return [
+            f"train.attention = {name!r}: {family.base.name} has a kind of attention with a single kernel; leave it out"
+        ]
+    attention = Attention.of(family, torch_dtype(profile.model.dtype))
+    if attention.runs(name, device):
+        return []
+    others = ", ".join(kernel for kernel in KERNELS if attention.runs(kernel, device))
+    here = "this CPU" if device.type == "cpu" else "this GPU"
+    return [
+        f"train.attention = {name!r}: it computes no heads of {attention.size} numbers in {profile.model.dtype} on "
+        f"{here}; leave it out, or choose one of: {others}"
     ]
 
 

@@ -235,8 +235,14 @@ def memory_mistakes(profile: Profile) -> list[str]:
         f"{stream}: memory.keep = 'attention' would take its copies for a block's own work; turn one off": (
             memory.stream_weights and memory.keep == "attention"
         ),
+        f"{stream}: memory.keep_blocks would keep the weights of these blocks too; turn one off": (
+            memory.stream_weights and memory.keep_blocks > 0
+        ),
         "memory.keep: memory.finer_recompute recomputes what it would keep; turn one of them off": (
             memory.keep != "nothing" and memory.finer_recompute
+        ),
+        "memory.keep_blocks: memory.finer_recompute recomputes what it would keep; turn one of them off": (
+            memory.keep_blocks > 0 and memory.finer_recompute
         ),
         "memory.quantize_base: adapter.kind = 'full' trains the weights, which it rounds to 8 bits; use a LoRA": (
             memory.quantize_base != "none" and profile.adapter.kind == "full"

@@ -15,7 +15,7 @@ LEAST_OF_PRODIGY = 0.1
 def setting_warnings(profile: Profile) -> list[str]:
     """One sentence for each such setting that can be told without the clips."""
     crepa, train = profile.crepa, profile.train
-    aligned = [*_alignment_steps(crepa, train.steps), *_teacher(crepa)] if crepa.enabled else []
+    aligned = [*_alignment_steps(crepa, train.steps), *_teacher(crepa), *_threshold(crepa)] if crepa.enabled else []
     return [*aligned, *_learning_rate_steps(train), *_prodigy(train), *_unmeasured(profile)]
 
 
@@ -94,6 +94,15 @@ def _teacher(crepa: CrepaSettings) -> Iterator[str]:
         yield (
             "crepa.drop_vae_encoder = true: has no effect, because no VAE is held during training; "
             "it is for an encoder with crepa.teacher_cache = false"
+        )
+
+
+def _threshold(crepa: CrepaSettings) -> Iterator[str]:
+    if crepa.similarity_threshold is not None and crepa.objective == "relation":
+        yield (
+            f"crepa.similarity_threshold = {crepa.similarity_threshold:g}: with crepa.objective = "
+            '"relation" the similarity is a correlation, so a threshold chosen for cosines switches alignment off at '
+            "another point; none never does"
         )
 
 

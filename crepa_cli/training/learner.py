@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from crepa_cli.alignment import CoefficientSchedule
 from crepa_cli.heap import release_memory
+from crepa_cli.models.attention import compute_attention_with
 from crepa_cli.models.family import Family
 from crepa_cli.models.streaming import stream
 from crepa_cli.profile import Profile
@@ -198,6 +199,7 @@ def build_learner(
     # Each process of a sharded run reads its own share, once it is known.
     load = family.hollow_transformer if train.sharding else family.load_transformer
     transformer = load(frozen_dtype(profile), int8=frozen_in_int8(profile))
+    compute_attention_with(profile.train.attention, family, family.blocks(transformer))
     aligned = build_model(profile, family, transformer, teacher_size if aligns else None)
     if checkpoint is None and profile.adapter.init_from:
         start_from(transformer, family, profile.adapter)

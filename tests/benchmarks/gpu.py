@@ -32,6 +32,7 @@ from crepa_cli.cli.view import silence_libraries
 from crepa_cli.heap import release_memory
 from crepa_cli.memory.fit import cheapest_fit
 from crepa_cli.memory.shapes import form_bucket
+from crepa_cli.models.attention import KERNELS
 from crepa_cli.processes import start_processes
 
 SECONDS = 460
@@ -141,6 +142,13 @@ def memory_plans(bench: Bench) -> Plans:
     return {name: bench.wan({"memory": one}, timed=2) for name, one in settings.items()}
 
 
+def speed_plans(bench: Bench) -> Plans:
+    """Wan 1.3B with each kernel of attention, and with memory spent on what is not recomputed."""
+    kernels = {name: bench.wan({"train": {"attention": name}}, timed=2) for name in KERNELS}
+    kept: dict[str, Mapping[str, object]] = {"keep": {"keep": "attention"}, "keep_blocks": {"keep_blocks": 8}}
+    return kernels | {name: bench.wan({"memory": one}, timed=2) for name, one in kept.items()}
+
+
 def family_plans(bench: Bench) -> Plans:
     """A LoRA on each other family at its default size, image to video, larger batches, full tuning."""
     short = {"data": {"frames": 33}}
@@ -198,6 +206,7 @@ PARTS = {
     "alignment": Part("Wan 1.3B, 832x480, 81 frames: what alignment costs", 100, alignment_plans),
     "large": Part("Wan 14B, 832x480, 81 frames, in 24 GB", 130, large_plans, cap=CAP),
     "memory": Part("Wan 1.3B, 832x480, 81 frames: what each memory setting costs", 110, memory_plans),
+    "speed": Part("Wan 1.3B, 832x480, 81 frames: kernels of attention, and what is kept", 90, speed_plans),
     "families": Part("Other models at their default sizes", 90, family_plans),
     "optimizer": Part("Wan 1.3B, all weights, 832x480, 17 frames: 8-bit AdamW", 50, optimizer_plans),
     "sparse": Part("Kandinsky 5 Lite, 768x512, 121 frames: NABLA", 90, sparse_plans),

@@ -28,10 +28,13 @@ STAYS: dict[str, Any] = {"respect_saved_tensors_hooks": False}
 STAYS = STAYS if STAYS.keys() <= signature(checkpoint).parameters.keys() else {}
 
 
-def block_runner(memory: MemorySettings) -> Callable[..., Any]:
+def block_runner(memory: MemorySettings, blocks: nn.ModuleList) -> Callable[..., Any]:
     """The function that runs a block, `runner(block, *args)`, for `enable_gradient_checkpointing` of diffusers."""
-    run = keeping_attention if memory.keep == "attention" else checkpointed
-    return OffloadedStates(run) if memory.offload_activations else run
+    run: Callable[..., Any] = keeping_attention if memory.keep == "attention" else checkpointed
+    run = OffloadedStates(run) if memory.offload_activations else run
+    # The backward frees the last blocks first: before any other block is recomputed.
+    kept = frozenset(blocks[index] for index in range(len(blocks)) if len(blocks) - index <= memory.keep_blocks)
+    return (lambda block, *args: block(*args) if block in kept else run(block, *args)) if kept else run
 
 
 def checkpointed(block: nn.Module, *args: Any) -> Any:
