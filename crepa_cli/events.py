@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -121,10 +121,28 @@ class CheckpointSaved:
 
 @dataclass(frozen=True)
 class ValidationSampled:
-    """The validation videos after this many steps are on disk."""
+    """The validation videos after this many steps are on disk.
+
+    `measures` has the mean of each measure over the videos, and as `still` the number of videos in which nothing moves.
+    It is empty if the run was stopped before the last video.
+    """
 
     step: int
     paths: tuple[Path, ...]
+    measures: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class HeldOutMeasured:
+    """The mean diffusion loss of the clips that are never trained on, after this many steps.
+
+    `similarity` is that of the alignment, and None without it. A resumed run repeats the event of its checkpoint.
+    """
+
+    step: int
+    loss: float
+    similarity: float | None
+    clips: int
 
 
 @dataclass(frozen=True)
@@ -146,6 +164,7 @@ Event = (
     | AlignmentDropped
     | CheckpointSaved
     | ValidationSampled
+    | HeldOutMeasured
     | TrainingEnded
 )
 

@@ -20,11 +20,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from crepa_cli import api
-from crepa_cli.data.video import DECODING_VERSION
+from crepa_cli.data.video import DECODING_VERSION, decode
 from crepa_cli.errors import UserError
 from crepa_cli.events import Event, Notice, RunOpened, StepDone, TrainingEnded, TrainingStarted, ValidationSampled
+from crepa_cli.measures import measure
 from crepa_cli.profile import Profile
-from crepa_cli.report.metrics import read_metrics
+from crepa_cli.report.metrics import read_metrics, read_validations
 from crepa_cli.runs.folder import RunFolder
 from crepa_cli.training.trainer import Trainer
 
@@ -271,7 +272,12 @@ def test_a_validation_is_stopped_within_one_step_of_its_sampler(tmp_path: Path) 
 
     run = api.train(profile, output=tmp_path / "run", listeners=[events.append], should_stop=should_stop)
     base, sampled = (event for event in events if isinstance(event, ValidationSampled))
-    assert (len(base.paths), sampled.paths) == (1, ())
+    assert (len(base.paths), sampled.paths, sampled.measures) == (1, (), {})
+    form = profile.data
+    read = decode(base.paths[0], frames=form.frames, fps=form.fps, width=form.width, height=form.height)
+    written = measure(read.float() / 255).values
+    assert base.measures == {**{name: pytest.approx(value, abs=0.02) for name, value in written.items()}, "still": 0}
+    assert read_validations(run.metrics) == [ValidationSampled(0, (), base.measures)]
     assert len(asked) < 10
     assert events[-1] == TrainingEnded(1, None)
     assert (run.checkpoints / "step-000001").is_dir()

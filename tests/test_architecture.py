@@ -28,7 +28,7 @@ FLOORS: list[set[str]] = [
     {"demo"},
     {"data"},
     {"teachers", "models"},
-    {"hub", "profile", "alignment"},
+    {"hub", "profile", "alignment", "measures"},
     {"events", "errors", "files", "follow", "heap", "processes", "signals", PACKAGE},
 ]
 """The rooms from the top down: a package, or a module that belongs to none. The package itself holds the version.

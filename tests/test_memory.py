@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ from accelerate.state import AcceleratorState
 from conftest import OpenTiny, moving_pattern
 from diffusers import ModelMixin
 from torch import Tensor, nn
+from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiler
+from torch.profiler._utils import traverse_dfs
 
 from crepa_cli.alignment import TokenGrid
 from crepa_cli.data.buckets import Bucket, Size
@@ -117,12 +121,40 @@ def filled(tensor: Tensor) -> Tensor:
 
 def highest_level(profiled: Any) -> int:
     """The peak of allocated minus freed bytes."""
-    events = [one for one in profiled.profiler.kineto_results.events() if one.name() == "[memory]"]
-    level = highest = 0
-    for event in sorted(events, key=lambda one: one.start_ns()):
-        level += event.nbytes()
-        highest = max(highest, level)
-    return highest
+    return max(accumulate((change for _, change in changes(profiled)), initial=0))
+
+
+def changes(profiled: Any) -> list[tuple[int, int]]:
+    """The times in ns of allocations, in order, with their bytes, and of their releases, with negative bytes.
+
+    Blocks from before are left out: the profiler reports the release of those that an earlier profile has seen, such as
+    the garbage of another test, but not of others.
+    """
+    events = traverse_dfs(profiled.profiler.kineto_results.experimental_event_tree())
+    memory = [event for event in events if event.tag == _EventType.Allocation]
+    held: set[int] = set()
+    found = []
+    for event in sorted(memory, key=lambda one: one.start_time_ns):
+        block, change = event.extra_fields.ptr, event.extra_fields.alloc_size
+        if change > 0:
+            held.add(block)
+        elif block in held:
+            held.remove(block)
+        else:
+            continue
+        found.append((event.start_time_ns, change))
+    return found
+
+
+def test_garbage_of_earlier_profiles_is_not_measured() -> None:
+    def profile_of(work: Callable[[], object]) -> Any:
+        with profiler(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            work()
+        return profiled
+
+    earlier: dict[str, Tensor] = {}
+    profile_of(lambda: earlier.update(tensor=torch.ones(1000)))
+    assert highest_level(profile_of(lambda: (earlier.popitem(), torch.ones(100)))) == 400
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from conftest import RunCrepa
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto.wandb_internal_pb2 import Record
 
-from crepa_cli.report.metrics import read_metrics
+from crepa_cli.report.metrics import read_metrics, read_validations
 from crepa_cli.runs.checks import missing_trackers
 from crepa_cli.settings import resolve
 
@@ -99,6 +99,7 @@ def test_a_run_that_was_killed_and_resumed_is_one_run_with_every_step_once(tmp_p
         (step, pytest.approx(loss)) for step, loss in zip(steps, losses, strict=True)
     ]
     assert [event.step for event in board.Images("samples")] == [1, 3, 5]
+    assert [event.step for event in board.Scalars("validation_motion")] == [0, 1, 3, 5]
     assert "_hparams_/session_start_info" in board.summary_metadata
 
     (wandb,) = wandb_runs(run / "trackers").values()
@@ -115,6 +116,10 @@ def test_a_run_that_was_killed_and_resumed_is_one_run_with_every_step_once(tmp_p
     assert (tracked.info.run_name, tracked.info.status) == ("run", "FINISHED")
     history = client.get_metric_history(tracked.info.run_id, "loss")
     assert [(metric.step, metric.value) for metric in history] == list(zip(steps, losses, strict=True))
+    motion = client.get_metric_history(tracked.info.run_id, "validation_motion")
+    assert [metric.value for metric in motion] == [
+        event.measures["motion"] for event in read_validations(run / "metrics.jsonl")
+    ]
     folders = [file.path for file in client.list_artifacts(tracked.info.run_id)]
     assert folders == ["step-000002", "step-000004", "step-000006"]
 

@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from conftest import OpenTiny
 from PIL import Image
 from rich.console import Console
-from test_memory import CPU, GPU, filled, settings, shallow
+from test_memory import CPU, GPU, changes, filled, settings, shallow
 from test_wan import two_experts
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiler
@@ -102,8 +102,8 @@ class Measured:
 
     def sampling(self) -> int:
         """Without the decoding."""
-        pipeline = self.validator._load_pipeline(self.learner.aligned.transformer.eval())
-        arguments = self.family.form_arguments(**self.validator.form._asdict())
+        pipeline = self.validator.sampler.load_pipeline(self.learner.aligned.transformer.eval())
+        arguments = self.family.form_arguments(**self.validator.sampler.form._asdict())
         arguments |= self.family.sampling_arguments(self.prompt, self.prompt)
         arguments |= {"num_inference_steps": STEPS, "guidance_scale": self.profile.validation.guidance_scale}
         vae = sum(tensor.nbytes for tensor in [*pipeline.vae.parameters(), *pipeline.vae.buffers()])
@@ -120,13 +120,12 @@ def highest_level_between(profiled: Any, left_out: set[str]) -> int:
     running = [(one.start_ns(), one.start_ns() + one.duration_ns()) for one in events if one.name() in left_out]
     starts = [start for start, _ in running]
     level = highest = 0
-    for event in events:
-        if event.name() == "[memory]":
-            before = bisect_right(starts, event.start_ns()) - 1
-            outside = before < 0 or event.start_ns() > running[before][1]
-            highest = max(highest, level) if outside else highest
-            level += event.nbytes()
-            highest = max(highest, level) if outside else highest
+    for time, change in changes(profiled):
+        before = bisect_right(starts, time) - 1
+        outside = before < 0 or time > running[before][1]
+        highest = max(highest, level) if outside else highest
+        level += change
+        highest = max(highest, level) if outside else highest
     return highest
 
 

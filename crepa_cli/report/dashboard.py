@@ -19,15 +19,17 @@ from crepa_cli.report.panels import (
     BORDER,
     MARGIN,
     coefficient_lines,
+    held_out_line,
     losses_lines,
     message_lines,
     progress_lines,
+    sampled_lines,
     similarity_lines,
     titled,
 )
 from crepa_cli.report.plain import StageClock, amount, duration, item_text
 from crepa_cli.report.state import RunState
-from crepa_cli.report.summary import Summary, steps_before
+from crepa_cli.report.summary import Summary, held_out_before, steps_before, validations_before
 
 HEIGHT = 24
 LOSSES = "losses: total = diffusion + lambda x alignment, which falls below 0"
@@ -102,6 +104,8 @@ class Dashboard:
         if isinstance(event, TrainingStarted):
             for step in steps_before(event):
                 self.state(step)
+            self.state.sampled += validations_before(event)
+            self.state.held_out += held_out_before(event)
         self.state(event)
         self.summary(event)
 
@@ -129,20 +133,22 @@ class Dashboard:
         """The panels during training; of a window's lines beyond 24, charts take a part and messages the rest."""
         state, extra = self.state, max(0, height - HEIGHT)
         rows, chart = 1 + extra // 8, CHART_HEIGHT + extra // 4
-        losses = BORDER + len(state.losses) * rows
+        held_out = [held_out_line(state.held_out)] if state.held_out else []
+        losses = BORDER + len(state.losses) * rows + len(held_out)
         inner, left = width - MARGIN, width // 2
         progress = progress_lines(started, state.latest, state.seconds_left, self.memory, inner)
+        sampled = sampled_lines(state, inner)
         coefficient = coefficient_lines(state, console, left - MARGIN, chart - BORDER)
         similarity = similarity_lines(state, width - left - MARGIN, chart - BORDER)
-        messages = self._messages(console, width, height - PROGRESS_HEIGHT - losses - chart)
+        messages = self._messages(console, width, height - PROGRESS_HEIGHT - len(sampled) - losses - chart)
         charts = Layout(size=chart)
         charts.split_row(
             Layout(titled("lambda (coefficient)", coefficient), size=left), Layout(titled("similarity", similarity))
         )
         layout = Layout()
         layout.split_column(
-            Layout(titled("training", progress), size=PROGRESS_HEIGHT),
-            Layout(titled(LOSSES, losses_lines(state, inner, rows)), size=losses),
+            Layout(titled("training", progress + sampled), size=PROGRESS_HEIGHT + len(sampled)),
+            Layout(titled(LOSSES, [*losses_lines(state, inner, rows), *held_out]), size=losses),
             charts,
             Layout(messages),
         )

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from crepa_cli.events import StepDone, TrainingStarted
+from crepa_cli.errors import counted
+from crepa_cli.events import HeldOutMeasured, StepDone, TrainingStarted
 from crepa_cli.report.curves import draw_bars, draw_curve, draw_gauge
 from crepa_cli.report.plain import number
 from crepa_cli.report.state import RunState, phase
@@ -54,6 +55,39 @@ def losses_lines(state: RunState, width: int, height: int) -> list[Text]:
         heads = [*[" " * len(head)] * (height - 1), head]
         lines += [Text.assemble(head, (row, "cyan")) for head, row in zip(heads, curve, strict=True)]
     return lines
+
+
+SHOWN = {
+    "temporal_flickering": "steadiness",
+    **{name: name for name in ("motion", "saturation", "contrast", "stripes")},
+}
+"""Names of the measures of validation videos, in the order of their importance."""
+
+
+def sampled_lines(state: RunState, width: int) -> list[Text]:
+    """One line, once videos are measured: the newest validation, and the first one in parentheses, as much as fits."""
+    if not state.sampled:
+        return []
+    first, newest = state.sampled[0], state.sampled[-1]
+    still = int(newest.measures["still"])
+    line = counted(still, "still video") if still else "videos"
+    line += f" (step {first.step:,}):" if newest is not first else f" at step {first.step:,}:"
+    for name, label in SHOWN.items():
+        part = f"  {label} {number(newest.measures.get(name))}"
+        part += f" ({number(first.measures.get(name))})" if newest is not first else ""
+        line += part if len(line + part) <= width else ""
+    return [Text(line, style="yellow" if still else "")]
+
+
+def held_out_line(measured: Sequence[HeldOutMeasured]) -> Text:
+    """The newest loss and similarity of held-out clips, the lowest loss, and that of the first measurement."""
+    first, newest = measured[0], measured[-1]
+    best = min(measured, key=lambda one: one.loss)
+    similarity = "" if newest.similarity is None else f"  similarity {newest.similarity:.3f}"
+    return Text(
+        f"held out  {number(newest.loss):>9}  step {first.step:,} {number(first.loss)}  "
+        f"best {number(best.loss)} at {best.step:,}{similarity}"
+    )
 
 
 def coefficient_lines(state: RunState, console: Console, width: int, height: int) -> list[Text]:

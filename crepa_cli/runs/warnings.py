@@ -16,7 +16,22 @@ def setting_warnings(profile: Profile) -> list[str]:
     """One sentence for each such setting that can be told without the clips."""
     crepa, train = profile.crepa, profile.train
     aligned = [*_alignment_steps(crepa, train.steps), *_teacher(crepa), *_threshold(crepa)] if crepa.enabled else []
-    return [*aligned, *_learning_rate_steps(train), *_prodigy(train)]
+    return [*aligned, *_learning_rate_steps(train), *_prodigy(train), *_unmeasured(profile)]
+
+
+def _unmeasured(profile: Profile) -> Iterator[str]:
+    if profile.validation.every:
+        return
+    if profile.data.validation_share is not None:
+        yield (
+            f"data.validation_share = {profile.data.validation_share}: its clips are held out, but "
+            "validation.every = 0 measures no loss on them"
+        )
+    if profile.data.validation_path is not None:
+        yield (
+            f"data.validation_path = {profile.data.validation_path}: has no effect, because validation.every = 0 "
+            "measures nothing"
+        )
 
 
 def _prodigy(train: TrainSettings) -> Iterator[str]:
