@@ -24,6 +24,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from crepa_cli.data.cache import Cache, cache_folder
 from crepa_cli.data.clips import clips_folder
 from crepa_cli.data.dataset import ClipDataset
+from crepa_cli.data.held_out import divided, scan_all
 from crepa_cli.data.online import OnlineTeacher
 from crepa_cli.data.prepare import ClipForm, PreparedClip, encoder_config, prepare, prompt_key
 from crepa_cli.data.video import DECODING_VERSION
@@ -57,6 +58,7 @@ from crepa_cli.training.batches import Batches
 from crepa_cli.training.build import coefficient_schedule
 from crepa_cli.training.checkpointer import Checkpointer
 from crepa_cli.training.checkpoints import newest_checkpoint, read_progress
+from crepa_cli.training.held_out import HeldOutLoss
 from crepa_cli.training.learner import build_learner
 from crepa_cli.training.peak import device_memory
 from crepa_cli.training.skipped import RUN, SkippedSteps
@@ -207,6 +209,7 @@ class _Prepared(NamedTuple):
     """Everything that comes of the preparation."""
 
     clips: list[PreparedClip]
+    held_out: list[PreparedClip]
     cache: Cache
     form: ClipForm
 
@@ -301,11 +304,11 @@ def _prepared(profile: Profile, family: Family, accelerator: Accelerator) -> Gen
     texts, negative = [*sampled_texts(profile.validation, family), ""], negative_prompt(profile.validation, family)
     reads_features = crepa.encoder_teaches and crepa.teacher_cache and not coefficient_schedule(profile).finished(0)
     stored = crepa if reads_features else None
-    folder = clips_folder(profile.data)
-    clips = yield from prepare(family, folder, form, stored, texts, cache, accelerator.device, dtype, negative)
+    folder, found = clips_folder(profile.data), scan_all(family, profile)
+    clips = yield from prepare(family, folder, form, stored, texts, cache, accelerator.device, dtype, negative, found)
     for message in damaged:
         yield Notice(message)
-    return _Prepared(clips, cache, form)
+    return _Prepared(*divided(clips, profile), cache, form)
 
 
 def _build_trainer(
@@ -323,6 +326,8 @@ def _build_trainer(
     empty_key = prompt_key(family, "", torch_dtype(profile.model.dtype))
     learner = build_learner(profile, family, teacher_size, accelerator, checkpoint, progress)
     online = crepa.encoder_teaches and not crepa.teacher_cache and learner.aligns
+    clips, held_out = (ClipDataset(some, prepared.cache, empty_key) for some in (prepared.clips, prepared.held_out))
+    measures = prepared.held_out and profile.validation.every
     # Checkpoints of earlier versions counted the skipped steps of the run alone.
     skipped = progress.get("skipped", {RUN: progress.get("skipped_in_a_row", 0)})
     return Trainer(
@@ -330,13 +335,14 @@ def _build_trainer(
         family,
         run,
         learner,
-        Batches(ClipDataset(prepared.clips, prepared.cache, empty_key), family, profile, accelerator, learner.aligns),
+        Batches(clips, family, profile, accelerator, learner.aligns),
         Checkpointer(run, profile.checkpoints.keep, accelerator),
         Validator(profile, family, prompts, prepared.form, run, accelerator),
         accelerator,
         OnlineTeacher(family, crepa, accelerator.device) if online else None,
         SkippedSteps(profile.train.max_skipped_steps, skipped),
         progress.get("step", 0),
+        HeldOutLoss(held_out, family, profile, accelerator, progress.get("held_out")) if measures else None,
     )
 
 

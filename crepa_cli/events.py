@@ -17,7 +17,7 @@ class Progress:
     The first one of a stage comes before its first item. `item` is what is worked on from now on, such as the name of a
     clip or "loading the VAE"; it is empty once the stage is finished. `unit` is B for bytes, and empty for things that
     are counted. Preparation has the stages downloading, scanning, prompts, latents and features, training loading and
-    validation, and a measurement blocks and projectors.
+    validation, a measurement blocks and projectors, an evaluation the videos of each column, reference and measuring.
     """
 
     stage: str
@@ -89,9 +89,10 @@ class StepDone:
     samples_per_second: float
     peak_memory_bytes: int
     crepa_weighted_loss: float | None = None
-    """The coefficient times `crepa_loss`: the part of the total that alignment adds, below 0 once frames agree."""
+    """The coefficient times `crepa_loss`: the part of the total that alignment adds. For cosines it is below 0 once
+    frames agree; for relations it never is."""
     crepa_self_similarity: float | None = None
-    """The mean cosine of each frame with its own features, without its neighbors."""
+    """The similarity of each frame with its own features, without its neighbors."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,19 @@ class ValidationSampled:
 
 
 @dataclass(frozen=True)
+class HeldOutMeasured:
+    """The mean diffusion loss of the clips that are never trained on, after this many steps.
+
+    `similarity` is that of the alignment, and None without it. A resumed run repeats the event of its checkpoint.
+    """
+
+    step: int
+    loss: float
+    similarity: float | None
+    clips: int
+
+
+@dataclass(frozen=True)
 class TrainingEnded:
     """The last event. `weights` is None if the run stopped before its last step."""
 
@@ -150,6 +164,7 @@ Event = (
     | AlignmentDropped
     | CheckpointSaved
     | ValidationSampled
+    | HeldOutMeasured
     | TrainingEnded
 )
 

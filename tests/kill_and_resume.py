@@ -13,7 +13,6 @@ bit for bit with those of an uninterrupted run.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import shutil
@@ -27,6 +26,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+
+from crepa_cli.report.metrics import read_metrics
 
 RUN = Path("runs/killed")
 TRAIN = [sys.executable, "-u", "-m", "crepa_cli", "train", "--plain"]
@@ -107,8 +108,7 @@ def same_tensors(ours: Path, theirs: Path) -> bool:
 
 def metrics(run: Path) -> list[list[Any]]:
     """The values of each step that do not depend on the machine's speed."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [[line[key] for key in EXACT] for line in lines]
+    return [[line[key] for key in EXACT] for line in read_metrics(run / "metrics.jsonl")]
 
 
 def kill_and_resume(count: int, seed: int, settings: list[str], kill_at: str | None) -> None:

@@ -1,4 +1,4 @@
-"""The benchmark for machines with a GPU, on the CPU with tiny models."""
+"""The benchmarks, on the CPU with tiny models or on tensors without content."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import alignment
 import gpu
 import pytest
 import torch
@@ -55,3 +56,16 @@ def test_a_part_runs_in_a_process_of_its_own_and_is_stopped_in_time(tmp_path: Pa
     assert full["peak"] == pytest.approx(full["predicted"], rel=0.02)
     assert eight_bits["peak"] < full["peak"]
     assert "| adamw8bit |" in (tmp_path / "out/gpu.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_every_way_to_align_takes_at_most_a_hundredth_of_a_step() -> None:
+    """FLOPs, for Wan 1.3B at its default size; relations stay below that in every family."""
+    with torch.device("meta"):
+        cases = alignment.published_cases()
+    wan, sana = (next(case for case in cases.values() if case.family == name) for name in ("wan", "sanavideo"))
+    bare = alignment.step_flops(wan)
+    for arguments in alignment.OPTIONS.values():
+        assert alignment.alignment_flops(wan, arguments) <= 0.01 * bare
+    relation = alignment.alignment_flops(sana, alignment.OPTIONS["relation"])
+    assert relation <= 0.01 * alignment.step_flops(sana)

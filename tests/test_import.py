@@ -501,10 +501,12 @@ def test_irepa_goes_there_and_back_and_half_of_it_is_named(profile_of: Callable[
         3,
     )
     assert notes == []
-    half = profile.crepa.model_copy(update={"spatial_norm": None, "objective": "relation"})
+    half = profile.crepa.model_copy(update={"spatial_norm": None, "objective": "relation", "similarity_threshold": 0.5})
     back, notes = export_crepa(profile.model_copy(update={"crepa": half}), back, lambda: LATENT_FRAMES)
     assert back["irepa_enabled"] is False
-    assert [note.split(" has no ")[0] for note in notes] == ['crepa.objective = "relation"', 'crepa.projector = "conv"']
+    lost = ['crepa.objective = "relation"', 'crepa.projector = "conv"', "crepa.similarity_threshold = 0.5"]
+    assert [note.split(" has no ")[0] for note in notes] == lost
+    assert back.get("crepa_similarity_threshold") is None
 
 
 def test_an_unknown_encoder_is_refused_with_the_one_that_was_probably_meant(

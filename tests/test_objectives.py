@@ -200,6 +200,25 @@ def test_memory_does_not_grow_with_the_clip(options: dict[str, Any], monkeypatch
     assert extra(frames=44) <= 1.2 * extra(frames=11)
 
 
+@pytest.mark.parametrize("projector", ["linear", "conv"])
+@pytest.mark.parametrize("objective", ["cosine", "relation"])
+def test_a_trained_projector_raises_the_similarity(objective: str, projector: str) -> None:
+    """Cosine or correlation: features that hidden states determine are found in them, and the loss falls."""
+    grid = TokenGrid(3, 4, 5)
+    options = {"objective": objective, "projector": projector}
+    crepa, hidden, _ = case(0, options, grid, grid)
+    features = torch.tanh(hidden.detach() @ torch.randn(8, 6, dtype=torch.float64))
+    optimizer = torch.optim.Adam(crepa.parameters(), lr=0.02)
+    alignments = []
+    for _ in range(60):
+        alignments.append(crepa(hidden, features, grid, grid))
+        optimizer.zero_grad()
+        alignments[-1].loss.backward()
+        optimizer.step()
+    assert alignments[-1].self_similarity > alignments[0].self_similarity + 0.5
+    assert alignments[-1].loss < alignments[0].loss
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -69,12 +69,12 @@ CREPA_DEFAULTS = {
 }
 KEYS = {
     "model": "family task checkpoint revision variant dtype vae_dtype vae_tiling",
-    "memory": "stream_weights offload_activations finer_recompute keep quantize_base",
+    "memory": "stream_weights offload_activations finer_recompute keep keep_blocks quantize_base",
     "adapter": "kind rank alpha dropout target_modules init_from export export_dtype",
-    "data": "path width height frames fps repeats caption_dropout cache",
+    "data": "path width height frames fps repeats caption_dropout cache validation_share validation_path",
     "train": "steps batch_size gradient_accumulation learning_rate optimizer beta1 beta2 eps weight_decay "
-    "lr_scheduler lr_warmup_steps lr_floor max_grad_norm max_skipped_steps sharding activation_checkpointing compile "
-    "ema timestep_sampling timestep_shift loss_weighting seed output",
+    "lr_scheduler lr_warmup_steps lr_floor max_grad_norm max_skipped_steps sharding activation_checkpointing "
+    "attention compile ema timestep_sampling timestep_shift loss_weighting seed output",
     "validation": "every prompts negative_prompt images motion_score steps guidance_scale frames",
     "checkpoints": "every keep",
     "report": "every trackers",

@@ -99,7 +99,7 @@ def test_a_run_that_was_killed_and_resumed_is_one_run_with_every_step_once(tmp_p
         (step, pytest.approx(loss)) for step, loss in zip(steps, losses, strict=True)
     ]
     assert [event.step for event in board.Images("samples")] == [1, 3, 5]
-    assert [event.step for event in board.Scalars("validation_motion")] == [0, 1, 3, 5]
+    assert [event.step for event in board.Scalars("validation/motion")] == [0, 1, 3, 5]
     assert "_hparams_/session_start_info" in board.summary_metadata
 
     (wandb,) = wandb_runs(run / "trackers").values()
@@ -116,7 +116,7 @@ def test_a_run_that_was_killed_and_resumed_is_one_run_with_every_step_once(tmp_p
     assert (tracked.info.run_name, tracked.info.status) == ("run", "FINISHED")
     history = client.get_metric_history(tracked.info.run_id, "loss")
     assert [(metric.step, metric.value) for metric in history] == list(zip(steps, losses, strict=True))
-    motion = client.get_metric_history(tracked.info.run_id, "validation_motion")
+    motion = client.get_metric_history(tracked.info.run_id, "validation/motion")
     assert [metric.value for metric in motion] == [
         event.measures["motion"] for event in read_validations(run / "metrics.jsonl")
     ]

@@ -104,6 +104,13 @@ def test_a_run_with_solid_backgrounds_ends_alignment_at_40_percent(run_crepa: Ru
         (["crepa.use_backbone_features=true", "crepa.teacher_block_index=20"], 1000, []),
         (["crepa.drop_vae_encoder=true"], 1000, ["crepa.drop_vae_encoder = true: has no effect"]),
         (["crepa.drop_vae_encoder=true", "crepa.teacher_cache=false"], 1000, []),
+        (
+            ["crepa.objective=relation"],
+            1000,
+            ['crepa.similarity_threshold = 0.5: with crepa.objective = "relation" the similarity is a correlation'],
+        ),
+        (["crepa.objective=relation", "crepa.similarity_threshold=none"], 1000, []),
+        (["crepa.objective=relation", "crepa.enabled=false"], 1000, []),
         (["crepa.enabled=false", "crepa.cutoff_step=9999"], 1000, []),
     ],
 )

@@ -76,7 +76,7 @@ class CoefficientSchedule:
                 f"power must be above 0 and similarity_ema_decay in [0, 1), got {power} and {similarity_ema_decay}"
             )
         if similarity_threshold is not None and not -1 <= similarity_threshold <= 1:
-            raise ValueError(f"similarity_threshold must be a cosine in [-1, 1], got {similarity_threshold}")
+            raise ValueError(f"similarity_threshold must lie in [-1, 1], got {similarity_threshold}")
         self.peak = peak
         self.scheduler = scheduler
         self.end = end

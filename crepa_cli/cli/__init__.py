@@ -13,6 +13,7 @@ from crepa_cli import __version__
 from crepa_cli.cli.completion import family_names, preset_names
 from crepa_cli.cli.doctor import doctor
 from crepa_cli.cli.encoding import print_any_text
+from crepa_cli.cli.eval import evaluate
 from crepa_cli.cli.export import export
 from crepa_cli.cli.init import init
 from crepa_cli.cli.probe import probe_blocks
@@ -31,6 +32,7 @@ app.command()(init)
 app.command()(train)
 app.command()(probe_blocks)
 app.command()(doctor)
+app.command(name="eval")(evaluate)
 app.command()(export)
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,14 +11,11 @@ import typer
 
 from crepa_cli.cli.completion import family_names
 from crepa_cli.cli.flags import FAMILY_HELP, CheckpointFlag, DataFlag, ProfileFlag, SetFlag, TaskFlag, one_folder
+from crepa_cli.cli.progress import stage_progress
 from crepa_cli.cli.project import project_file, write_settings
-from crepa_cli.cli.terminal import interactive
 from crepa_cli.errors import UserError
 
 if TYPE_CHECKING:
-    from rich.progress import TaskID
-
-    from crepa_cli.events import Event
     from crepa_cli.models.family import Family
     from crepa_cli.probe.answer import Answer
     from crepa_cli.profile import Profile
@@ -93,7 +88,7 @@ def _answer(profile: Profile, *, measured: bool, demo: bool) -> Answer:
     from crepa_cli.events import drained
     from crepa_cli.probe.measure import measure
 
-    with _progress() as listener:
+    with stage_progress() as listener:
         measurement = drained(measure(profile, opened), listener)
     return replace(answer, measurement=measurement, recommended=recommend(measurement, answer.default))
 
@@ -109,41 +104,3 @@ def _open_family(profile: Profile) -> Family:
         "validation": profile.validation.model_copy(update={"every": 0, "prompts": (), "images": ()}),
     }
     return open_family(profile.model_copy(update=unasked))
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[Event], None]]:
-    """A listener that shows progress and skipped clips on stderr, because scripts read stdout.
-
-    In a terminal each stage has a bar; elsewhere plain lines appear.
-    """
-    from rich.console import Console
-    from rich.progress import Progress as ProgressBars
-    from rich.progress import TimeElapsedColumn
-    from rich.text import Text
-
-    from crepa_cli.events import ClipSkipped, Notice, Progress
-    from crepa_cli.report.plain import PlainLines, item_text
-
-    stages: dict[str, TaskID] = {}
-    console = Console(stderr=True)
-    if not interactive(console):
-        with PlainLines(console, every=1) as lines:
-            yield lines
-        return
-    with ProgressBars(
-        *ProgressBars.get_default_columns(), TimeElapsedColumn(), console=console, transient=True
-    ) as bars:
-
-        def listen(event: Event) -> None:
-            if isinstance(event, ClipSkipped):
-                console.print(f"skipped {event.name}: {event.reason}", markup=False)
-            elif isinstance(event, Notice):
-                console.print(event.message, markup=False)
-            elif isinstance(event, Progress):
-                if event.stage not in stages:
-                    stages[event.stage] = bars.add_task(event.stage, total=event.total)
-                what = Text(f"{event.stage} {item_text(event.item)}").markup
-                bars.update(stages[event.stage], completed=event.done, description=what)
-
-        yield listen

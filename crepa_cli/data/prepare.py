@@ -35,7 +35,6 @@ from crepa_cli.teachers.dinov2 import ENCODERS, Dinov2Teacher, input_size
 
 SAME_RATE = 0.99
 """Clips that have this share of a frame rate or more are trained frame by frame, as if they had it: 29.97 is 30."""
-LARGE_CROP = 0.1
 
 
 class Prompt(NamedTuple):
@@ -63,7 +62,8 @@ class ClipForm(NamedTuple):
 class PreparedClip:
     """A clip, the frame rate it is trained at, and the keys of its cache entries.
 
-    `repeated` of its frames repeat the one before. `features_key` is None if no encoder is the teacher.
+    `repeated` of its frames repeat the one before. `features_key` is None if no encoder is the teacher. A clip that is
+    `held_out` is never trained on.
     """
 
     clip: Clip
@@ -75,6 +75,7 @@ class PreparedClip:
     prompt_key: str = ""
     latents_key: str = ""
     features_key: str | None = None
+    held_out: bool = False
 
     @property
     def fit(self) -> Fit:
@@ -92,6 +93,7 @@ def prepare(
     device: torch.device,
     dtype: torch.dtype,
     negative_prompt: str | None = None,
+    scanned: Generator[Event, None, list[PreparedClip]] | None = None,
 ) -> Generator[Event, None, list[PreparedClip]]:
     """Fill the cache for a folder of clips; yields events and returns the usable clips.
 
@@ -105,13 +107,14 @@ def prepare(
         device: the device of the models.
         dtype: dtype of the text encoder.
         negative_prompt: of the validation, to encode too.
+        scanned: finds the clips; None for `scan`.
 
     Raises:
         UserError: if the cache cannot be written, no clip is usable, or a prompt of `prompts` cannot be encoded.
     """
     check_writable(cache.root, folder)
     cache.remove_leftovers()
-    clips = yield from scan(family, folder, form)
+    clips = yield from scanned or scan(family, folder, form)
     texts = {Prompt(text) for text in prompts} | ({Prompt(negative_prompt, True)} if negative_prompt else set())
     captions = {Prompt(clip.clip.caption) for clip in clips}
     reasons = yield from encode_prompts(family, texts | captions, cache, device, dtype)

@@ -149,6 +149,11 @@ def write_video(path: Path, frames: Tensor, fps: float) -> None:
     Raises:
         UserError: if the disk is full or the folder is not writable.
     """
+    write_whole(path, encoded_video(frames, fps))
+
+
+def encoded_video(frames: Tensor, fps: float) -> bytes:
+    """The content of the file that `write_video` writes."""
     pictures = frames.permute(0, 2, 3, 1).contiguous().cpu().numpy()
     content = io.BytesIO()
     with av.open(content, "w", format="mp4") as container:
@@ -164,7 +169,7 @@ def write_video(path: Path, frames: Tensor, fps: float) -> None:
             frame = VideoFrame.from_ndarray(picture, format="rgb24")
             container.mux(stream.encode(frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)))
         container.mux(stream.encode())
-    write_whole(path, content.getvalue())
+    return content.getvalue()
 
 
 class Span(NamedTuple):

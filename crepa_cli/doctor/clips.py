@@ -30,6 +30,14 @@ def describe_buckets(buckets: Sequence[BucketCount], data: DataSettings, family:
     return "\n".join(lines)
 
 
+def describe_held_out(held_out: int, usable: int, data: DataSettings) -> str:
+    """How many clips are held out of how many, and by which setting."""
+    if data.validation_path is not None:
+        return f"{counted(held_out, 'clip')} in data.validation_path = {data.validation_path}, never trained on"
+    share = f"data.validation_share = {data.validation_share}"
+    return f"{held_out} of {counted(usable, 'clip')} by {share}, never trained on"
+
+
 def enlarged(clips: Sequence[PreparedClip]) -> str | None:
     """The clips that are enlarged a lot, the most enlarged one by name; None without any."""
     much = [clip for clip in clips if clip.fit.enlargement > MUCH]

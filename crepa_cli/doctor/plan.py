@@ -9,10 +9,11 @@ from rich.filesize import decimal
 
 from crepa_cli.data.cache import cache_folder, check_writable
 from crepa_cli.data.clips import clips_folder, find_clips
-from crepa_cli.data.prepare import ClipForm, PreparedClip, encoder_config, encoder_need, scan
+from crepa_cli.data.held_out import divided, scan_all
+from crepa_cli.data.prepare import PreparedClip, encoder_config, encoder_need
 from crepa_cli.demo import write_demo
 from crepa_cli.doctor.cache_size import cache_bytes
-from crepa_cli.doctor.clips import describe_buckets, enlarged
+from crepa_cli.doctor.clips import describe_buckets, describe_held_out, enlarged
 from crepa_cli.doctor.disk import check_folder
 from crepa_cli.doctor.findings import BucketCount, Plan
 from crepa_cli.doctor.fit import Target, check_fit, check_memory
@@ -133,7 +134,7 @@ def _check_cache_folder(plan: Plan, profile: Profile) -> bool:
 
 
 def _check_clips(plan: Plan, family: Family | None, profile: Profile, listener: Listener) -> list[PreparedClip] | None:
-    """The usable clips; the plan names the skipped ones."""
+    """The usable clips, those that are held out among them; the plan names the skipped ones."""
     folder = plan.attempt("clips", lambda: clips_folder(profile.data))
     if folder is None:
         return None
@@ -149,8 +150,9 @@ def _check_clips(plan: Plan, family: Family | None, profile: Profile, listener: 
         elif isinstance(event, Notice):
             plan.add("clips", "warning", event.message)
 
-    clips = plan.attempt("clips", lambda: drained(scan(family, folder, ClipForm.of(profile.data)), listen))
-    if clips:
+    found = plan.attempt("clips", lambda: drained(scan_all(family, profile), listen))
+    if found:
+        clips, held_out = divided(found, profile)
         counts = Counter(clip.bucket for clip in clips)
         plan.buckets = [BucketCount(key.frames, key.height, key.width, counts[key]) for key in sorted(counts)]
         plan.add("clips", "fine", describe_buckets(plan.buckets, profile.data, family))
@@ -159,7 +161,9 @@ def _check_clips(plan: Plan, family: Family | None, profile: Profile, listener: 
             plan.add("clips", "warning", message, advice)
         for warning in neighbor_warnings(profile.crepa, family, (clip.bucket.frames for clip in clips)):
             plan.add("clips", "warning", warning)
-    return clips
+        if held_out:
+            plan.add("held-out clips", "fine", describe_held_out(len(held_out), len(found), profile.data))
+    return found
 
 
 def _check_cache(plan: Plan, family: Family, profile: Profile, clips: list[PreparedClip]) -> None:

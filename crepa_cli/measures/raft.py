@@ -39,9 +39,14 @@ class Raft:
                 "'torchvision>=0.24', in the version that belongs to the installed torch"
             ) from error
         try:
-            model = raft_large(weights=Raft_Large_Weights.DEFAULT, progress=False)
-        except OSError as error:
+            # torchvision's own way to load them would run whatever is pickled in the file.
+            weights = torch.hub.load_state_dict_from_url(
+                Raft_Large_Weights.DEFAULT.url, progress=False, check_hash=True, weights_only=True
+            )
+        except (OSError, RuntimeError) as error:
             raise UserError(f"the weights of RAFT cannot be downloaded: {error}") from error
+        model = raft_large()
+        model.load_state_dict(weights)
         return cls(model, device)
 
     @torch.no_grad()

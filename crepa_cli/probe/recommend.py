@@ -43,8 +43,9 @@ def default_choice(family: Family) -> Choice:
 def recommend(measurement: Measurement, default: Choice) -> Choice:
     """The earliest block that is as good as the best one.
 
-    A block's score is what CREPA maximizes: the cosine between features and projected states, with projectors fitted
-    on other clips, averaged over noise levels. Its gain is the score minus that of predicting the mean feature. A block
+    A block's score is what CREPA maximizes by default: the cosine between features and linearly projected states, with
+    projectors fitted on other clips, averaged over noise levels. It ranks blocks by what they hold of the features, so
+    the other objectives get the same answer. Its gain is the score minus that of predicting the mean feature. A block
     is as good as the best one if it has nine tenths of the best gain, or if the difference is within one standard error
     over clips (the one-standard-error rule of Breiman et al., 1984). The earliest such block is recommended, because
     all later blocks build on the aligned states and more of them remain to turn these into a velocity.
@@ -72,7 +73,7 @@ def recommend(measurement: Measurement, default: Choice) -> Choice:
 
 def _reason(measurement: Measurement, means: list[float], block: int, best: int, default: int) -> str:
     strongest = int(measurement.cknna.mean(1).argmax())
-    reason = f"a projector predicts the features of held-out clips with a cosine of {means[block]:.3f}"
+    reason = f"a linear projector predicts the features of held-out clips with a cosine of {means[block]:.3f}"
     if block == best:
         reason += ", more than from any other block"
     else:

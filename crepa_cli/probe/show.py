@@ -85,7 +85,7 @@ def _caption(projector: HeldOut | None) -> str:
     ]
     if projector:
         lines = [
-            "cosine: between a clip's features and a projector's prediction of them,",
+            "cosine: between a clip's features and a linear projector's prediction of them,",
             f"fitted on the other clips (predicting their mean: {projector.constant.mean():.3f}).",
             *lines,
         ]

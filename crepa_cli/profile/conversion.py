@@ -186,7 +186,7 @@ def written_alignment(profile: Profile, latent_frames: LatentFrames) -> tuple[di
             f"crepa.decay_steps = {crepa.decay_steps} becomes {warmup + decay}: there it is counted from step 0"
         )
     normalized = False
-    if threshold := crepa.similarity_threshold:
+    if threshold := values["similarity_threshold"]:
         frames, cumulative = latent_frames(), bool(values["cumulative_neighbors"])
         weight = mean_weight(frames, crepa.adjacent_distance, crepa.adjacent_tau, cumulative)
         normalized = threshold * weight > 1
@@ -219,6 +219,8 @@ def _lost(crepa: CrepaSettings, values: dict[str, Any]) -> list[str]:
     ]
     if _is_irepa(crepa):
         lost = [key for key in lost if key not in ("projector", "spatial_norm")]
+    # There it is compared with a sum of cosines, here with a correlation.
+    lost += ["similarity_threshold"] * (crepa.objective == "relation" and crepa.similarity_threshold is not None)
     lost += ["cumulative_neighbors"] * (crepa.cumulative_neighbors and crepa.adjacent_distance > 1)
     lost += ["encoder_image_size"] * isinstance(crepa.encoder_image_size, str)
     lost += ["encoder"] * (crepa.encoder_teaches and crepa.encoder not in ENCODERS)

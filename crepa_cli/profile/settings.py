@@ -183,6 +183,27 @@ class DataSettings(Table):
         default=None,
         description="Cache of latents, prompts and teacher features. none: .crepa-cache in the clips' folder.",
     )
+    validation_share: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Share of the clips, such as 0.1, that is never trained on: every validation measures the loss of "
+        "these held-out clips. none: no clips.",
+    )
+    validation_path: Text | None = Field(
+        default=None,
+        description="Folder of held-out clips with captions, in place of a share. none: no folder.",
+    )
+
+    @model_validator(mode="after")
+    def _one_kind_of_held_out_clips(self) -> DataSettings:
+        if self.validation_share is not None and self.validation_path is not None:
+            raise broken_rule(
+                "choose one: validation_share holds out some of the clips, validation_path those of another folder",
+                "validation_share",
+                "validation_path",
+            )
+        return self
 
 
 class TrainSettings(Table):

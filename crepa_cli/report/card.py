@@ -14,7 +14,8 @@ from crepa_cli.hub.layout import is_commit
 from crepa_cli.models.family import Family
 from crepa_cli.profile import Profile, dump_toml
 from crepa_cli.report.loading import DIFFUSERS, generating_code, loading_code, place_in_comfyui
-from crepa_cli.report.metrics import read_metrics
+from crepa_cli.report.metrics import read_held_out, read_metrics
+from crepa_cli.report.summary import held_out_words
 from crepa_cli.runs.facts import read_facts
 from crepa_cli.runs.folder import RunFolder
 
@@ -147,7 +148,16 @@ def _results(run: RunFolder) -> str:
         "## Training\n\n"
         + (curves if run.curves.exists() else "")
         + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        + _held_out(run)
     )
+
+
+def _held_out(run: RunFolder) -> str:
+    held_out = read_held_out(run.metrics)
+    if not held_out:
+        return ""
+    clips = counted(held_out[-1].clips, "clip")
+    return f"\n\nDiffusion loss of {clips} that the training has not seen: {held_out_words(held_out)}."
 
 
 def _cell(value: float | None) -> str:

@@ -19,6 +19,7 @@ from crepa_cli.report.panels import (
     BORDER,
     MARGIN,
     coefficient_lines,
+    held_out_line,
     losses_lines,
     message_lines,
     progress_lines,
@@ -28,7 +29,7 @@ from crepa_cli.report.panels import (
 )
 from crepa_cli.report.plain import StageClock, amount, duration, item_text
 from crepa_cli.report.state import RunState
-from crepa_cli.report.summary import Summary, steps_before, validations_before
+from crepa_cli.report.summary import Summary, held_out_before, steps_before, validations_before
 
 HEIGHT = 24
 LOSSES = "losses: total = diffusion + lambda x alignment, which falls below 0"
@@ -104,6 +105,7 @@ class Dashboard:
             for step in steps_before(event):
                 self.state(step)
             self.state.sampled += validations_before(event)
+            self.state.held_out += held_out_before(event)
         self.state(event)
         self.summary(event)
 
@@ -131,7 +133,8 @@ class Dashboard:
         """The panels during training; of a window's lines beyond 24, charts take a part and messages the rest."""
         state, extra = self.state, max(0, height - HEIGHT)
         rows, chart = 1 + extra // 8, CHART_HEIGHT + extra // 4
-        losses = BORDER + len(state.losses) * rows
+        held_out = [held_out_line(state.held_out)] if state.held_out else []
+        losses = BORDER + len(state.losses) * rows + len(held_out)
         inner, left = width - MARGIN, width // 2
         progress = progress_lines(started, state.latest, state.seconds_left, self.memory, inner)
         sampled = sampled_lines(state, inner)
@@ -145,7 +148,7 @@ class Dashboard:
         layout = Layout()
         layout.split_column(
             Layout(titled("training", progress + sampled), size=PROGRESS_HEIGHT + len(sampled)),
-            Layout(titled(LOSSES, losses_lines(state, inner, rows)), size=losses),
+            Layout(titled(LOSSES, [*losses_lines(state, inner, rows), *held_out]), size=losses),
             charts,
             Layout(messages),
         )

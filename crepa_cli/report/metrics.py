@@ -1,7 +1,7 @@
 """`metrics.jsonl`: one JSON object for each optimizer step.
 
-The measures of the validation videos are part of the line of the step that follows. They have a line of their own if no
-step follows, or if a run resumes from that moment.
+What a validation finds, the measures of its videos and the loss of held-out clips, is part of the line of the step that
+follows. It has a line of its own if no step follows, and the measures of videos if a run resumes from that moment.
 """
 
 from __future__ import annotations
@@ -11,11 +11,21 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from crepa_cli.events import Event, StepDone, StepSkipped, TrainingEnded, TrainingStarted, ValidationSampled
+from crepa_cli.events import (
+    Event,
+    HeldOutMeasured,
+    StepDone,
+    StepSkipped,
+    TrainingEnded,
+    TrainingStarted,
+    ValidationSampled,
+)
 from crepa_cli.files import write_whole
 
 VALIDATION = "validation_"
-"""The beginning of the keys of validation videos."""
+"""The beginning of the keys of measures of validation videos."""
+HELD_OUT = "held_out_"
+"""The beginning of the keys of values of held-out clips."""
 
 
 class MetricsFile:
@@ -26,40 +36,43 @@ class MetricsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.sampled: dict[str, float] = {}
-        """The measures of validation videos that are not written."""
+        self.waiting: dict[str, Any] = {}
+        """Values of a validation that wait for the line of the next step."""
 
     def __call__(self, event: Event) -> None:
         """Write the event, if it is a step; truncate the file when a run resumes."""
         if isinstance(event, TrainingStarted):
             self._keep_until(event.step)
+        elif isinstance(event, HeldOutMeasured):
+            self.waiting |= {f"{HELD_OUT}{key}": value for key, value in asdict(event).items() if key != "step"}
         elif isinstance(event, StepDone):
             self._append(asdict(event) | {"skipped": None})
         elif isinstance(event, StepSkipped):
             nothing = dict.fromkeys(field.name for field in fields(StepDone))
             self._append(nothing | {"step": event.step, "skipped": event.reason})
         elif isinstance(event, ValidationSampled):
-            self.sampled = validation_columns(event)
-        elif isinstance(event, TrainingEnded) and self.sampled:
+            self.waiting |= _columns(event)
+        elif isinstance(event, TrainingEnded) and self.waiting:
             self._append({"step": event.step})
 
     def _append(self, line: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line | self.sampled) + "\n")
-        self.sampled = {}
+            file.write(json.dumps(line | self.waiting) + "\n")
+        self.waiting = {}
 
     def _keep_until(self, step: int) -> None:
         kept = [line for line in _lines(self.path) if line["step"] < step]
-        # A run samples again if it starts from the beginning, and not if it resumes from a checkpoint.
+        # A run samples again if it starts from the beginning, and not if it resumes from a checkpoint. The loss of
+        # held-out clips comes again, from the checkpoint.
         sampled = [event for event in read_validations(self.path) if 0 < event.step == step]
-        kept += [{"step": step, **validation_columns(event)} for event in sampled]
+        kept += [{"step": step, **_columns(event)} for event in sampled]
         write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of the steps in a metrics file, without the measures of validation videos."""
+    """The lines of the steps in a metrics file, without what validations found."""
     steps = (line for line in _lines(path) if "loss" in line)
-    return [{key: value for key, value in line.items() if not key.startswith(VALIDATION)} for line in steps]
+    return [{key: value for key, value in line.items() if not key.startswith((VALIDATION, HELD_OUT))} for line in steps]
 
 
 def read_validations(path: Path) -> list[ValidationSampled]:
@@ -68,8 +81,15 @@ def read_validations(path: Path) -> list[ValidationSampled]:
     return [event for event in found if event.measures]
 
 
-def validation_columns(event: ValidationSampled) -> dict[str, float]:
-    """The measures of validation videos by their keys in a metrics file and in trackers."""
+def read_held_out(path: Path) -> list[HeldOutMeasured]:
+    """The values of held-out clips in a metrics file."""
+    keys = [field.name for field in fields(HeldOutMeasured) if field.name != "step"]
+    measured = (line for line in _lines(path) if f"{HELD_OUT}loss" in line)
+    return [HeldOutMeasured(line["step"], **{key: line[f"{HELD_OUT}{key}"] for key in keys}) for line in measured]
+
+
+def _columns(event: ValidationSampled) -> dict[str, float]:
+    """The measures of validation videos by their keys in a metrics file."""
     return {f"{VALIDATION}{name}": value for name, value in event.measures.items()}
 
 

@@ -10,7 +10,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from crepa_cli.errors import counted
-from crepa_cli.events import StepDone, TrainingStarted
+from crepa_cli.events import HeldOutMeasured, StepDone, TrainingStarted
 from crepa_cli.report.curves import draw_bars, draw_curve, draw_gauge
 from crepa_cli.report.plain import number
 from crepa_cli.report.state import RunState, phase
@@ -77,6 +77,17 @@ def sampled_lines(state: RunState, width: int) -> list[Text]:
         part += f" ({number(first.measures.get(name))})" if newest is not first else ""
         line += part if len(line + part) <= width else ""
     return [Text(line, style="yellow" if still else "")]
+
+
+def held_out_line(measured: Sequence[HeldOutMeasured]) -> Text:
+    """The newest loss and similarity of held-out clips, the lowest loss, and that of the first measurement."""
+    first, newest = measured[0], measured[-1]
+    best = min(measured, key=lambda one: one.loss)
+    similarity = "" if newest.similarity is None else f"  similarity {newest.similarity:.3f}"
+    return Text(
+        f"held out  {number(newest.loss):>9}  step {first.step:,} {number(first.loss)}  "
+        f"best {number(best.loss)} at {best.step:,}{similarity}"
+    )
 
 
 def coefficient_lines(state: RunState, console: Console, width: int, height: int) -> list[Text]:

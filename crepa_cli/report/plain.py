@@ -16,6 +16,7 @@ from crepa_cli.events import (
     CheckpointSaved,
     ClipSkipped,
     Event,
+    HeldOutMeasured,
     Notice,
     Progress,
     RunOpened,
@@ -97,6 +98,10 @@ def describe(event: Event) -> str:
             folder = f": {paths[0].parent}" if paths else f" at step {step}"
             figures = "".join(f" {name}={value:.4g}" for name, value in measures.items())
             return f"{counted(len(paths), 'validation video')} sampled{folder}{figures}"
+        case HeldOutMeasured(step, loss, similarity, clips):
+            return (
+                f"held-out loss={loss:.4f} similarity={number(similarity)} of {counted(clips, 'clip')} at step {step}"
+            )
         case TrainingEnded(step, weights):
             return f"weights written: {weights}" if weights else f"stopped after {counted(step, 'step')}"
 

@@ -6,10 +6,10 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from crepa_cli.events import Event, TrainingEnded, TrainingStarted
+from crepa_cli.events import Event, HeldOutMeasured, TrainingEnded, TrainingStarted
 from crepa_cli.files import write_whole
 from crepa_cli.report.curves import BUCKETS, Curve
-from crepa_cli.report.metrics import read_metrics
+from crepa_cli.report.metrics import read_held_out, read_metrics
 from crepa_cli.runs.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -38,11 +38,19 @@ class CurvesFile:
         """Draw the curves if the event is such a moment."""
         if isinstance(event, TrainingEnded) or (isinstance(event, TrainingStarted) and event.step):
             metrics = read_metrics(self.run.metrics)
-            write_whole(self.run.curves, draw_metrics(metrics, self.threshold))
+            write_whole(self.run.curves, draw_metrics(metrics, self.threshold, read_held_out(self.run.metrics)))
 
 
-def draw_metrics(metrics: Sequence[dict[str, Any]], threshold: float | None) -> bytes:
-    """An SVG of the lines of a metrics file; the same lines give the same bytes."""
+def draw_metrics(
+    metrics: Sequence[dict[str, Any]], threshold: float | None, held_out: Sequence[HeldOutMeasured] = ()
+) -> bytes:
+    """An SVG of the lines of a metrics file; the same lines give the same bytes.
+
+    Args:
+        metrics: from `read_metrics`.
+        threshold: of the similarity; drawn as a line if given.
+        held_out: from `read_held_out`, drawn beside loss and similarity.
+    """
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -52,6 +60,8 @@ def draw_metrics(metrics: Sequence[dict[str, Any]], threshold: float | None) -> 
         for axes, (title, keys) in zip(figure.subplots(len(CHARTS), sharex=True), CHARTS.items(), strict=True):
             for key, label in keys.items():
                 _draw_line(axes, metrics, key, label)
+            if points := _held_out_points(title, held_out):
+                axes.plot(*zip(*points, strict=True), label="held out", marker=".", color="black", linewidth=1.2)
             axes.set_ylabel(title)
             axes.grid(alpha=0.3)
         if threshold is not None:
@@ -62,6 +72,12 @@ def draw_metrics(metrics: Sequence[dict[str, Any]], threshold: float | None) -> 
                 axes.legend(loc="best")
         figure.savefig(content, format="svg", metadata={"Date": None, "Creator": None})
     return content.getvalue()
+
+
+def _held_out_points(chart: str, held_out: Sequence[HeldOutMeasured]) -> list[tuple[int, float]]:
+    """Steps and values of held-out clips that belong into a chart."""
+    value = {"losses": lambda one: one.loss, "similarity": lambda one: one.similarity}.get(chart)
+    return [(one.step, value(one)) for one in held_out if value(one) is not None] if value else []
 
 
 def _draw_line(axes: Axes, metrics: Sequence[dict[str, Any]], key: str, label: str) -> None:

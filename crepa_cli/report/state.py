@@ -6,7 +6,16 @@ from collections import deque
 from collections.abc import Callable
 
 from crepa_cli.alignment import CoefficientSchedule
-from crepa_cli.events import AlignmentDropped, Event, Progress, RunOpened, StepDone, TrainingStarted, ValidationSampled
+from crepa_cli.events import (
+    AlignmentDropped,
+    Event,
+    HeldOutMeasured,
+    Progress,
+    RunOpened,
+    StepDone,
+    TrainingStarted,
+    ValidationSampled,
+)
 from crepa_cli.report.curves import Curve
 from crepa_cli.report.plain import describe, one_line
 
@@ -52,6 +61,7 @@ class RunState:
         self.similarity = Series()
         self.sampled: list[ValidationSampled] = []
         """The validations with measures, the oldest first."""
+        self.held_out: list[HeldOutMeasured] = []
         self.messages: deque[str] = deque(maxlen=MESSAGES)
 
     def __call__(self, event: Event) -> None:
@@ -65,6 +75,8 @@ class RunState:
                 self.dropped = event
             case ValidationSampled() if event.measures:
                 self.sampled.append(event)
+            case HeldOutMeasured():
+                self.held_out.append(event)
         if not isinstance(event, Progress | RunOpened | StepDone):
             self.messages.append(one_line(describe(event)))
 

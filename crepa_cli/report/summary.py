@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from crepa_cli.events import Event, RunOpened, StepDone, TrainingEnded, TrainingStarted, ValidationSampled
-from crepa_cli.report.metrics import read_metrics, read_validations
+from crepa_cli.events import (
+    Event,
+    HeldOutMeasured,
+    RunOpened,
+    StepDone,
+    TrainingEnded,
+    TrainingStarted,
+    ValidationSampled,
+)
+from crepa_cli.report.metrics import read_held_out, read_metrics, read_validations
 from crepa_cli.report.state import Series
 from crepa_cli.runs.folder import RunFolder
 
@@ -20,6 +28,7 @@ class Summary:
         self.loss = Series()
         self.lowest_loss: tuple[float, int] | None = None
         self.highest_similarity: tuple[float, int] | None = None
+        self.held_out: list[HeldOutMeasured] = []
 
     def __call__(self, event: Event) -> None:
         """Update the summary with an event."""
@@ -30,6 +39,9 @@ class Summary:
                 self.started = event
                 for step in steps_before(event):
                     self._compare(step)
+                self.held_out += held_out_before(event)
+            case HeldOutMeasured():
+                self.held_out.append(event)
             case StepDone():
                 self._compare(event)
             case TrainingEnded():
@@ -50,12 +62,31 @@ class Summary:
             lines.append("Lowest diffusion loss (smoothed): {:.4f} at step {:,}".format(*self.lowest_loss))
         if self.highest_similarity is not None:
             lines.append("Highest similarity: {:.4f} at step {:,}".format(*self.highest_similarity))
+        if self.held_out:
+            lines.append(f"Held-out loss: {held_out_words(self.held_out)}")
         if self.ended is not None and self.ended.weights is not None:
             lines += [f"Weights: {self.ended.weights}", "Load them with:", ""]
             lines += [f"    {line}".rstrip() for line in self.loading.splitlines()]
+            lines += ["", f"Compare them with the base model: crepa eval {self.ended.weights.parent}"]
         elif self.started is not None:
             lines.append(f"Resume with: crepa train --resume --output {self.started.output}")
         return lines
+
+
+def held_out_words(held_out: Sequence[HeldOutMeasured]) -> str:
+    """The first, the last and the lowest loss of held-out clips."""
+    first, last, lowest = held_out[0], held_out[-1], min(held_out, key=lambda one: one.loss)
+    return (
+        f"{first.loss:.4f} at step {first.step:,}, {last.loss:.4f} at step {last.step:,}, "
+        f"lowest {lowest.loss:.4f} at step {lowest.step:,}"
+    )
+
+
+def held_out_before(started: TrainingStarted) -> list[HeldOutMeasured]:
+    """The values of held-out clips of earlier sessions; that of the first step comes as an event."""
+    if not started.step:
+        return []
+    return [one for one in read_held_out(RunFolder(started.output).metrics) if one.step < started.step]
 
 
 def steps_before(started: TrainingStarted) -> Iterator[StepDone]:

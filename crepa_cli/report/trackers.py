@@ -13,10 +13,19 @@ import numpy as np
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from PIL import Image
 
-from crepa_cli.events import Event, Notice, StepDone, TrainingEnded, TrainingStarted, ValidationSampled
+from crepa_cli.events import (
+    Event,
+    HeldOutMeasured,
+    Notice,
+    StepDone,
+    StepSkipped,
+    TrainingEnded,
+    TrainingStarted,
+    ValidationSampled,
+)
 from crepa_cli.files import remove_folder, write_whole
 from crepa_cli.profile import Profile
-from crepa_cli.report.metrics import read_metrics, read_validations, validation_columns
+from crepa_cli.report.metrics import read_held_out, read_metrics, read_validations
 from crepa_cli.runs.folder import RunFolder
 
 PROJECT = "crepa"
@@ -41,6 +50,8 @@ class Trackers:
         self.lacks: dict[GeneralTracker, int] = {}
         """The first step that each tracker in use does not have yet."""
         self.unsent: StepDone | None = None
+        self.measured: HeldOutMeasured | None = None
+        """A value of held-out clips that waits for the step that follows, as in the metrics file."""
         self.stack = ExitStack()
         """Undoes at the end what was set for the whole process."""
 
@@ -53,11 +64,18 @@ class Trackers:
                 self.unsent = event
                 if step % self.profile.report.every == 0:
                     self._send_step()
+                self._send_measured()
+            case HeldOutMeasured():
+                self.measured = event
+            case StepSkipped():
+                self._send_measured()
             case ValidationSampled(step=step, paths=paths) if paths:
                 self._each(lambda tracker: self._send_sheet(tracker, step))
                 self._each(lambda tracker: self._send_measures(tracker, event))
-            case TrainingEnded():
+            case TrainingEnded(weights=weights):
                 self._send_step()
+                if weights is not None:
+                    self._send_measured()
                 self.close()
 
     def close(self) -> None:
@@ -97,8 +115,11 @@ class Trackers:
             ids |= _id(tracker)
             write_whole(self.run.tracker_ids, json.dumps(ids).encode())
         sampled = read_validations(self.run.metrics)
+        measured = {one.step: one for one in read_held_out(self.run.metrics)}
         for line in read_metrics(self.run.metrics):
             done = line["step"] + 1
+            if line["step"] in measured:
+                self._send(tracker, _held_out(measured[line["step"]]))
             if line.pop("skipped") is None and line["step"] % self.profile.report.every == 0:
                 self._send(tracker, line)
             if self.run.sheet(done).exists():
@@ -112,6 +133,12 @@ class Trackers:
             values = asdict(self.unsent)
             self._each(lambda tracker: self._send(tracker, values))
             self.unsent = None
+
+    def _send_measured(self) -> None:
+        if self.measured is not None:
+            values = _held_out(self.measured)
+            self._each(lambda tracker: self._send(tracker, values))
+            self.measured = None
 
     def _send(self, tracker: GeneralTracker, values: dict[str, Any]) -> None:
         if values["step"] >= self.lacks[tracker]:
@@ -135,7 +162,7 @@ class Trackers:
         """Send the measures of validation videos, as part of the same step as their frames; the base's at step 0."""
         step = max(0, event.step - 1)
         if event.measures and step >= self.lacks[tracker]:
-            tracker.log(validation_columns(event), step=step)
+            tracker.log({f"validation/{name}": value for name, value in event.measures.items()}, step=step)
 
     def _each(self, action: Callable[[GeneralTracker], None]) -> None:
         for tracker in list(self.lacks):
@@ -153,6 +180,11 @@ class Trackers:
         notice = Notice(f"tracker {name} failed and receives nothing more; training continues: {reason}")
         for listener in self.listeners:
             listener(notice)
+
+
+def _held_out(measured: HeldOutMeasured) -> dict[str, Any]:
+    """The values of held-out clips, as trackers group them."""
+    return {"step": measured.step, "held_out/loss": measured.loss, "held_out/similarity": measured.similarity}
 
 
 def _tracker(name: str, run: RunFolder, identity: str | None, step: int) -> GeneralTracker:

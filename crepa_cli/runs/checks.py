@@ -12,6 +12,7 @@ from PIL import Image
 
 from crepa_cli.data.cache import cache_folder, check_writable
 from crepa_cli.data.clips import check_clips, clips_folder
+from crepa_cli.data.held_out import held_out_folder
 from crepa_cli.data.images import first_frame
 from crepa_cli.errors import UserError
 from crepa_cli.models import FAMILIES, load_family
@@ -67,8 +68,10 @@ def check_folders(profile: Profile) -> None:
     Raises:
         UserError: if not.
     """
-    folder = clips_folder(profile.data)
+    folder, held_out = clips_folder(profile.data), held_out_folder(profile)
     check_clips(folder)
+    if held_out is not None:
+        check_clips(held_out)
     check_writable(cache_folder(profile.data), folder)
 
 

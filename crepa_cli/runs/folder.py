@@ -131,6 +131,11 @@ class RunFolder:
         """The images that validation videos start from, if they were taken from clips."""
         return self.path / "first-frames"
 
+    @property
+    def evaluation(self) -> Path:
+        """The folder of what `crepa eval` writes."""
+        return self.path / "evaluation"
+
     def sheet(self, step: int) -> Path:
         """Frames of the validation videos after `step` steps, in one image."""
         return self.samples(step) / "sheet.png"

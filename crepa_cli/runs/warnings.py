@@ -15,8 +15,23 @@ LEAST_OF_PRODIGY = 0.1
 def setting_warnings(profile: Profile) -> list[str]:
     """One sentence for each such setting that can be told without the clips."""
     crepa, train = profile.crepa, profile.train
-    aligned = [*_alignment_steps(crepa, train.steps), *_teacher(crepa)] if crepa.enabled else []
-    return [*aligned, *_learning_rate_steps(train), *_prodigy(train)]
+    aligned = [*_alignment_steps(crepa, train.steps), *_teacher(crepa), *_threshold(crepa)] if crepa.enabled else []
+    return [*aligned, *_learning_rate_steps(train), *_prodigy(train), *_unmeasured(profile)]
+
+
+def _unmeasured(profile: Profile) -> Iterator[str]:
+    if profile.validation.every:
+        return
+    if profile.data.validation_share is not None:
+        yield (
+            f"data.validation_share = {profile.data.validation_share}: its clips are held out, but "
+            "validation.every = 0 measures no loss on them"
+        )
+    if profile.data.validation_path is not None:
+        yield (
+            f"data.validation_path = {profile.data.validation_path}: has no effect, because validation.every = 0 "
+            "measures nothing"
+        )
 
 
 def _prodigy(train: TrainSettings) -> Iterator[str]:
@@ -79,6 +94,15 @@ def _teacher(crepa: CrepaSettings) -> Iterator[str]:
         yield (
             "crepa.drop_vae_encoder = true: has no effect, because no VAE is held during training; "
             "it is for an encoder with crepa.teacher_cache = false"
+        )
+
+
+def _threshold(crepa: CrepaSettings) -> Iterator[str]:
+    if crepa.similarity_threshold is not None and crepa.objective == "relation":
+        yield (
+            f"crepa.similarity_threshold = {crepa.similarity_threshold:g}: with crepa.objective = "
+            '"relation" the similarity is a correlation, so a threshold chosen for cosines switches alignment off at '
+            "another point; none never does"
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from diffusers import ModelMixin
 from diffusers.training_utils import cast_training_params
@@ -11,7 +13,7 @@ from torch import nn
 
 from crepa_cli.errors import UserError
 from crepa_cli.models.family import Family
-from crepa_cli.models.lora import fetch_lora, read_lora
+from crepa_cli.models.lora import fetch_lora, lora_rank, read_lora
 from crepa_cli.profile import AdapterSettings
 
 
@@ -64,3 +66,30 @@ def start_from(transformer: ModelMixin, family: Family, adapter: AdapterSettings
             )
         ours[0].copy_(down)
         ours[1].copy_(up.float() * (scale * adapter.rank / adapter.alpha))
+
+
+def add_lora(transformer: ModelMixin, family: Family, path: Path, adapter: AdapterSettings) -> None:
+    """Add the LoRA of a file to a transformer, with the rank and the layers that it has there.
+
+    Args:
+        transformer: of the base model.
+        family: of the transformer.
+        path: of the file.
+        adapter: settings of which rank, layers and start are replaced.
+
+    Raises:
+        UserError: if the file holds no LoRA, or one that does not fit.
+    """
+    linears = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    rank = lora_rank(path)
+    update = {
+        "kind": "lora",
+        "rank": rank,
+        "alpha": float(rank),
+        "dropout": 0.0,
+        "target_modules": tuple(read_lora(path, family, linears)),
+        "init_from": str(path),
+    }
+    adapter = adapter.model_copy(update=update)
+    make_trainable(transformer, adapter)
+    start_from(transformer, family, adapter)

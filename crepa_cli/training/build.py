@@ -55,9 +55,7 @@ def build_model(
     if profile.memory.finer_recompute:
         recompute_finely(family, blocks)
     if profile.train.compile:
-        for block in blocks:
-            # Not block.compile(): that would compile the capturing hooks too.
-            block.forward = torch.compile(block.forward)
+        compile_blocks(blocks)
     crepa = None
     if feature_size is not None:
         crepa = Crepa(
@@ -81,6 +79,13 @@ def build_model(
         layersync=layersync_blocks(profile.layersync),
         row_major=family.row_major,
     ).train()
+
+
+def compile_blocks(blocks: nn.ModuleList) -> None:
+    """Have torch compile each block when it runs first."""
+    for block in blocks:
+        # Not block.compile(): that would compile the capturing hooks too.
+        block.forward = torch.compile(block.forward)
 
 
 def layersync_blocks(settings: LayerSyncSettings) -> BlockPair | None:

@@ -26,6 +26,9 @@ STRETCHED_QUANTILES = 0.005, 0.999
 UNIFORM_SHARE = 0.1
 """The share of the noise levels that `stretched` draws uniformly (LTX-2's trainer)."""
 
+SPREAD_DRAWS = 2**14
+"""Noise levels from which `spread_sigmas` takes its own; each is exact to about 0.01."""
+
 
 def sample_sigmas(
     count: int,
@@ -57,6 +60,13 @@ def sample_sigmas(
     if sampling == "uniform":
         return _shifted(torch.lerp(low, high, quantiles), shift).float()
     return _shifted(_logit_normal(quantiles, low, high), shift).float()
+
+
+def spread_sigmas(count: int, sampling: str, shift: float, bounds: tuple[float, float] = (0.0, 1.0)) -> Tensor:
+    """Noise levels `[count]` in ascending order that divide the distribution of `sample_sigmas` into equal shares."""
+    each = SPREAD_DRAWS // count
+    drawn = sample_sigmas(each * count, sampling, shift, seeded_generator("spread"), bounds).sort().values
+    return drawn[each // 2 :: each]
 
 
 def _stretched(quantiles: Tensor, ends: Tensor, shift: float) -> Tensor:

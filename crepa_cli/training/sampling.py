@@ -97,12 +97,18 @@ def sampling(transformer: nn.Module, accelerator: Accelerator) -> Iterator[None]
 
     Afterwards it is in training mode.
     """
-    transformer.eval()
+    with evaluating(transformer), torch.no_grad(), accelerator.autocast():
+        yield
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Within this context a module is in evaluation mode, and in training mode afterwards."""
+    module.eval()
     try:
-        with torch.no_grad(), accelerator.autocast():
-            yield
+        yield
     finally:
-        transformer.train()
+        module.train()
 
 
 def _to(tensors: Tensors, device: torch.device) -> Tensors:

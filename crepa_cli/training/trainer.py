@@ -36,6 +36,7 @@ from crepa_cli.training.checkpointer import Checkpointer
 from crepa_cli.training.checkpoints import trained_weights
 from crepa_cli.training.export import export_weights
 from crepa_cli.training.flow import seeded_generator
+from crepa_cli.training.held_out import HeldOutLoss
 from crepa_cli.training.learner import GradientNorms, Learner
 from crepa_cli.training.parallel import accumulating, describe_share
 from crepa_cli.training.peak import PeakMemory
@@ -62,6 +63,7 @@ class Trainer:
         online_teacher: computes features in every step, if they are not read from the cache.
         skipped: the steps that were not finite.
         done: optimizer steps so far, skipped ones included.
+        held_out: measures the loss of clips that are never trained on, if there are any.
         saved: `done` at the last checkpoint.
     """
 
@@ -76,6 +78,7 @@ class Trainer:
     online_teacher: OnlineTeacher | None
     skipped: SkippedSteps
     done: int = 0
+    held_out: HeldOutLoss | None = None
     saved: int = field(init=False)
     updating: bool = field(init=False, default=False)
     """Whether weights, averages and schedules are being changed, so that no checkpoint may be saved."""
@@ -103,6 +106,11 @@ class Trainer:
         )
         if self.profile.train.sharding:
             yield Notice(f"sharded: {describe_share(self.learner.aligned)}")
+        if self.held_out and self.held_out.changed:
+            yield Notice(
+                "the held-out loss is measured on other clips, or at other noise, than before: values from step "
+                f"{self.done} on do not compare with earlier ones"
+            )
         try:
             yield from self._steps(should_stop)
         except BaseException as error:
@@ -113,6 +121,7 @@ class Trainer:
     def _steps(self, should_stop: StopRequest) -> Iterator[Event]:
         profile, last = self.profile, self.profile.train.steps
         batches = self.batches.starting_at(self.done)
+        yield from self._measure_held_out(should_stop)
         if self.done == 0:
             yield from self._validate(should_stop)
         for step in range(self.done, last):
@@ -126,6 +135,8 @@ class Trainer:
             if isinstance(event, StepSkipped) and (excess := self.skipped.excess()):
                 yield self._save()
                 raise RunError(_too_many_skipped(event, excess))
+            # Before the checkpoint, which keeps the value for the run that resumes from it.
+            yield from self._measure_held_out(should_stop)
             if self.done == last or _due(self.done, profile.checkpoints.every):
                 yield self._save()
                 if self.done < last and profile.adapter.kind == "lora":
@@ -140,6 +151,20 @@ class Trainer:
         else:
             self._export()
             yield TrainingEnded(self.done, self.run.weights)
+
+    def _measure_held_out(self, should_stop: StopRequest) -> Iterator[Event]:
+        """Measure the held-out loss if it is due, unless the checkpoint that was resumed holds it."""
+        held_out, every = self.held_out, self.profile.validation.every
+        if held_out is None:
+            return
+        if held_out.latest is None or held_out.latest.step != self.done:
+            if not _due(self.done, every) and self.done < self.profile.train.steps:
+                return
+            yield Progress("validation", 0, len(held_out.dataset.clips), "measuring the held-out loss")
+            held_out.measure(self.learner, self.online_teacher, self.done, lambda: self._stopping(should_stop))
+            self.peak.restart()
+        if held_out.latest is not None and held_out.latest.step == self.done:
+            yield held_out.latest
 
     def _validate(self, should_stop: StopRequest) -> Iterator[Event]:
         """Sample videos if they are due."""
@@ -267,6 +292,7 @@ class Trainer:
             "revisions": {"model": self.profile.model.revision, "encoder": self.profile.crepa.encoder_revision},
             "decoding": DECODING_VERSION,
             "quantize_base": self.profile.memory.quantize_base,
+            "held_out": self.held_out.state_dict() if self.held_out else None,
         }
         event = self.checkpointer.save(self.learner, progress)
         self.saved = self.done
