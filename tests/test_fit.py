@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ CHECKPOINTING = Setting("train", "activation_checkpointing", True)
 OFFLOADING = Setting("memory", "offload_activations", True)
 FINER = Setting("memory", "finer_recompute", True)
 STREAMING = Setting("memory", "stream_weights", True)
+PEAK_OF_WAN_14B = 56.4e9
+"""Predicted bytes of training it at 832x480 with 81 frames, without settings that save memory (docs/memory.md)."""
 HEAVY = {"train": {"batch_size": 16, "activation_checkpointing": False}}
 
 
@@ -289,6 +292,43 @@ def test_features_made_in_every_step_are_predicted(batch_size: int, plan: Plan, 
     tables["crepa"] = {**plan.settings["crepa"], "teacher_cache": False}
     (measured,) = measure(replace(plan, settings=tables), torch.device("cpu"), tmp_path)
     assert measured.predicted == pytest.approx(measured.peak, rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_the_settings_for_small_cards_train_in_proportion(
+    open_tiny: OpenTiny, tiny_dinov2: Path, tmp_path: Path
+) -> None:
+    """A small Wan under limits that are to its peak as cards of 24, 16 and 12 GB are to that of Wan 14B.
+
+    As many blocks as Wan 14B, long clips and a low rank give its parts about the same shares: about half of the peak is
+    weights, and the rest activations. Tensors on the host's buffers are not counted.
+    """
+    tables: dict[str, dict[str, object]] = {
+        "model": {"dtype": "float32"},
+        "adapter": {"rank": 1, "alpha": 1.0},
+        "crepa": {"encoder": str(tiny_dinov2), "encoder_image_size": 56, "block_index": 8},
+        "data": {"width": 128, "height": 96, "frames": 25},
+        "train": {"batch_size": 4},
+    }
+    sizes = {"num_layers": 40, "num_attention_heads": 4, "attention_head_dim": 32, "ffn_dim": 512}
+    plan = Plan("wan", open_tiny("wan", "t2v").base.name, tables, sizes, timed=1)
+    profile, family, bucket = opened(plan)
+    peak = sum(training_memory(profile, family, bucket, GPU).values())
+    found: dict[int, Sequence[Setting]] = {}
+    measured: dict[str, int] = {}
+    for card in (24, 16, 12):
+        limit = int(peak * card * 10**9 / PEAK_OF_WAN_14B)
+        fit = cheapest_fit(profile, family, bucket, GPU, limit)
+        assert fit is not None, card
+        found[card] = fit.settings
+        if str(fit) not in measured:
+            memory = {key: value for _, key, value in fit.settings}
+            (one,) = measure(replace(plan, settings=tables | {"memory": memory}), torch.device("cpu"), tmp_path)
+            measured[str(fit)] = one.peak
+        assert measured[str(fit)] <= limit, card
+    all_three = [OFFLOADING, STREAMING, FINER]
+    assert found == {24: all_three[:2], 16: all_three, 12: all_three}, "as for Wan 14B, but for the VAE"
 
 
 @pytest.mark.slow
