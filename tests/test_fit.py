@@ -268,7 +268,7 @@ def test_doctor_says_what_fits_and_what_remains_if_nothing_does(plan: Plan) -> N
     fine = DoctorPlan()
     check_fit(fine, family, profile, Target(GPU, peaks[0] - 1), lambda _: None)
     assert [one.status for one in fine.checks] == ["fine"]
-    assert "with --set train.activation_checkpointing=true; a step takes about 50% longer" in fine.checks[0].message
+    assert "with --set train.activation_checkpointing=true" in fine.checks[0].message
     assert fine.memory is not None
     assert fine.memory.peak <= peaks[0] - 1
     as_it_is = DoctorPlan()

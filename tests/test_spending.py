@@ -10,7 +10,7 @@ from recompute import settings as published_settings
 from steps import Plan
 from test_fit import plan  # noqa: F401  # a fixture
 
-from crepa_cli.memory.fit import Work, cheapest_fit
+from crepa_cli.memory.fit import Work, fastest_fit
 from crepa_cli.memory.prediction import training_memory
 from crepa_cli.memory.savings import Setting, with_settings
 from crepa_cli.memory.shapes import form_bucket
@@ -34,7 +34,7 @@ def test_more_is_kept_as_the_card_grows(plan: Plan) -> None:  # noqa: F811
 
     lowest, highest = peak(), peak(ALL)
     assert lowest < peak(KEEP) < highest
-    fits = [cheapest_fit(profile, family, bucket, GPU, lowest + (highest - lowest) * part // 4) for part in range(5)]
+    fits = [fastest_fit(profile, family, bucket, GPU, lowest + (highest - lowest) * part // 4) for part in range(5)]
     kept, saved = [], []
     for fit in fits:
         assert fit is not None

@@ -12,7 +12,7 @@ from rich.filesize import decimal
 
 from crepa_cli.data.buckets import Bucket
 from crepa_cli.doctor.findings import BucketCount, Memory, Plan
-from crepa_cli.memory.fit import cheapest_fit, lightest
+from crepa_cli.memory.fit import fastest_fit, lightest
 from crepa_cli.memory.host import host_shortage
 from crepa_cli.memory.prediction import Prediction, pinned_memory, predict
 from crepa_cli.memory.savings import Fitting, Saving, largest_that_fits, last_that_holds, savings
@@ -76,7 +76,7 @@ def check_fit(plan: Plan, family: Family, profile: Profile, target: Target, repo
 def _add_fit(plan: Plan, family: Family, profile: Profile, target: Target, report: Callable[[str], None]) -> None:
     bucket, device, limit = largest_bucket(plan.buckets) or form_bucket(profile, family), target.device, target.free
     assert limit is not None, "it is given"
-    fit = cheapest_fit(profile, family, bucket, device, limit, lambda tried: report(f"predicting memory with {tried}"))
+    fit = fastest_fit(profile, family, bucket, device, limit, lambda tried: report(f"predicting memory with {tried}"))
     chosen = fit.profile if fit else lightest(profile, device)
     family = configured(family, chosen)
     prediction = predict(chosen, family, bucket, device)

@@ -92,7 +92,7 @@ def cheapest_fit(
 
     The settings that the profile has are kept, and others are added to them. A VAE in bfloat16 and int8 weights change
     the numbers: they are tried after all combinations without them, in this order. Validations are turned off only if
-    they fit with none. Memory that is left over is spent on activations that are kept in place of recomputed.
+    they fit with none.
 
     Args:
         profile: the resolved settings.
@@ -105,30 +105,50 @@ def cheapest_fit(
     Raises:
         UserError: if a configuration cannot be read.
     """
-
-    def training(settings: Sequence[Setting], *others: Setting) -> int:
-        report(", ".join(map(str, (*settings, *others))) or "the settings as they are")
-        return sum(training_memory(with_settings(profile, settings), family, bucket, device).values())
-
     work = Work.of(profile, family, bucket)
     dtypes: list[tuple[Setting, ...]] = [()] if profile.model.vae_dtype == "bfloat16" else [(), (VAE_BFLOAT16,)]
     tried = sorted(product(_cheapest_first(profile, device, work), dtypes), key=lambda one: (INT8 in one[0], one[1]))
     for validation in ((), (NO_VALIDATION,)) if profile.validation.every else ((),):
         for settings, dtype in tried:
-            if work.least_memory(with_settings(profile, settings)) > limit:
+            lighter = with_settings(profile, settings)
+            if work.least_memory(lighter) > limit:
                 continue  # a prediction takes seconds
-            if training(settings, *dtype) > limit:
+            report(", ".join(map(str, (*settings, *dtype))) or "the settings as they are")
+            training = sum(training_memory(lighter, family, bucket, device).values())
+            if training > limit:
                 continue
             for tiling in ((),) if family.vae_tiling else ((), (TILING,)):
-                others = [*tiling, *dtype, *validation]
-                fitted = with_settings(profile, [*settings, *others])
-                beside = _peak_beside_training(fitted, configured(family, fitted), bucket, device, limit)
-                if beside <= limit:
-                    spending = _spending(
-                        profile, settings, family.block_count, device, work, lambda one: training(one) <= limit
-                    )
-                    return work.fit(profile, [*spending, *others], max(training(spending), beside), limit)
+                chosen = [*settings, *tiling, *dtype, *validation]
+                fitted = with_settings(profile, chosen)
+                peak = max(training, _peak_beside_training(fitted, configured(family, fitted), bucket, device, limit))
+                if peak <= limit:
+                    return work.fit(profile, chosen, peak, limit)
     return None
+
+
+def fastest_fit(
+    profile: Profile,
+    family: Family,
+    bucket: Bucket,
+    device: torch.device,
+    limit: int,
+    report: Callable[[str], None] = lambda _: None,
+) -> Fit | None:
+    """Like `cheapest_fit`, and spends the memory that is left over on activations that are kept, not recomputed."""
+    fit = cheapest_fit(profile, family, bucket, device, limit, report)
+    if fit is None:
+        return None
+
+    def training(settings: Sequence[Setting]) -> int:
+        report(", ".join(map(str, settings)))
+        return sum(training_memory(with_settings(profile, settings), family, bucket, device).values())
+
+    work = Work.of(profile, family, bucket)
+    spending = _spending(profile, fit.settings, family.block_count, device, work, lambda one: training(one) <= limit)
+    if spending == fit.settings:
+        return fit
+    beside = _peak_beside_training(fit.profile, configured(family, fit.profile), bucket, device, limit)
+    return work.fit(profile, spending, max(training(spending), beside), limit)
 
 
 def _spending(
