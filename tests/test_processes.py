@@ -77,7 +77,7 @@ def test_two_processes_learn_what_one_does_and_go_on_after_the_cutoff(
     assert sum(second) >= 20, "steps after the cutoff"
     average = two / "checkpoints/step-000028/average.safetensors"
     assert all(tensor.isfinite().all() for tensor in load_file(average).values())
-    by_one = demo / "crepa-demo/clips/.crepa-cache"
+    by_one = demo / "crepa-demo/scenes/.crepa-cache"
     filled = [path.relative_to(cache) for path in cache.rglob("*.safetensors")]
     assert {path.parts[0] for path in filled} == {"prompts", "latents", "features"}
     assert all(largest_difference(cache / path, by_one / path) == 0 for path in filled)
