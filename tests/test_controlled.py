@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import logging
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import controlled
 import pytest
 import torch
 from small_video.arms import ARMS, teaching
@@ -15,22 +17,34 @@ from small_video.outcome import interval
 from crepa_cli.alignment import Crepa, TokenGrid
 
 
+@pytest.fixture
+def run_quick(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., list[str]]]:
+    """Runs the quick form in this process, and returns the runs that it took."""
+
+    def run(*arguments: str) -> list[str]:
+        monkeypatch.setattr(sys, "argv", ["controlled.py", "--quick", "--output", str(tmp_path / "out"), *arguments])
+        controlled.main()
+        return [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
+
+    yield run
+    logging.captureWarnings(False)
+
+
 @pytest.mark.slow
-def test_a_short_controlled_experiment_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
-    script = str(Path(__file__).with_name("benchmarks") / "controlled.py")
-    command = [sys.executable, script, "--quick", "--output", "out"]
-    first = subprocess.run([*command, "--arms", "none"], cwd=tmp_path, check=True, stdout=subprocess.PIPE, text=True)
-    assert [line.split(":")[0] for line in first.stdout.splitlines()] == ["scratch/none/0", "lora/none/0"]
-    rest = subprocess.run(command, cwd=tmp_path, check=True, stdout=subprocess.PIPE, text=True)
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_a_short_controlled_experiment_goes_on_where_it_was_stopped(
+    tmp_path: Path, run_quick: Callable[..., list[str]]
+) -> None:
+    assert run_quick("--arms", "none") == ["scratch/none/0", "lora/none/0"]
     arms = ("adjacent", "scrambled")
-    assert [line.split(":")[0] for line in rest.stdout.splitlines()] == [
-        f"{start}/{arm}/0" for arm in arms for start in ("scratch", "lora")
-    ]
+    assert run_quick() == [f"{start}/{arm}/0" for arm in arms for start in ("scratch", "lora")]
     results = json.loads((tmp_path / "out/results.json").read_text(encoding="utf-8"))
     assert len(results["runs"]) == 6
     losses = {key: run["values"]["held_out_loss"] for key, run in results["runs"].items()}
     assert len({tuple(loss) for loss in losses.values()}) == 6, "arms with the same weights differ in nothing"
-    real = results["references"]["scratch"]
+    real = results["references"]["scratch"]["real clips"]
     assert real["direction"] == real["color"] == [1.0, 1.0]
     assert max(real["way"]) < 0.15
     table = (tmp_path / "out/table.md").read_text(encoding="utf-8")

@@ -25,9 +25,8 @@ from small_video.experiment import Lab, Start, starts
 from small_video.outcome import as_markdown, as_svg
 
 from crepa_cli.cli.view import silence_libraries
-from crepa_cli.demo import write_tiny
-from crepa_cli.demo.teacher import write_tiny_dinov2
 from crepa_cli.demo.tiny import write_once
+from crepa_cli.demo.trained import write_trained_dinov2, write_trained_wan
 from crepa_cli.files import write_whole
 
 QUICK_ARMS = (BASE, DEFAULT, "scrambled")
@@ -42,8 +41,8 @@ def main() -> None:
     folder: Path = options.output
     lab = Lab(
         folder,
-        write_once(folder / "wan", lambda path: write_tiny("wan", path, "t2v")),
-        write_once(folder / "dinov2", write_tiny_dinov2),
+        write_once(folder / "wan", write_trained_wan),
+        write_once(folder / "dinov2", write_trained_dinov2),
     )
     chosen = {name: start for name, start in starts().items() if name in options.starts}
     if options.quick:
@@ -51,8 +50,9 @@ def main() -> None:
     overrides: Tables = {"train": {"steps": options.steps}} if options.steps else {}
     for name, start in chosen.items():
         with FileLock(folder / "prepared.lock"):  # the first process prepares the clips, the others find them
-            _add(folder, references={name: lab.reference(start)})
             lab.prepare(name, start)
+            if name not in _results(folder)["references"]:
+                _add(folder, references={name: lab.references(name, start)})
     for seed, arm, name in itertools.product(options.seeds, options.arms, chosen):
         key = f"{name}/{arm}/{seed}"
         with _taken(folder / "taken" / key.replace("/", "-")) as taken:

@@ -48,8 +48,7 @@ IMAGE_SIDE = 64
 """The largest side of the teacher's square input in pixels."""
 SIGMAS = (0.2, 0.4, 0.6, 0.8, 0.95)
 """Noise levels of the held-out loss."""
-SAMPLER_STEPS = 12
-GUIDANCE = 3.0
+SAMPLER_STEPS = 8
 LOST = 0.5
 """The distance that counts if a frame shows no shape: from the middle of the picture to its edge."""
 Values = dict[str, list[float]]
@@ -63,6 +62,7 @@ class Start(NamedTuple):
         trained: scenes of the training clips, each with a way of its own.
         held_out: scenes whose captions are sampled.
         settings: of all its runs.
+        guidance: of the samples.
         prompt_tokens: length that prompts are padded to. A model that begins anew needs no 512 of them.
         fresh: whether the transformer begins with random weights.
     """
@@ -70,6 +70,7 @@ class Start(NamedTuple):
     trained: list[Scene]
     held_out: list[Scene]
     settings: Tables
+    guidance: float
     prompt_tokens: int
     fresh: bool
 
@@ -80,15 +81,17 @@ def starts() -> dict[str, Start]:
     rings = all_scenes((UNSEEN_SHAPE,))
     scratch: Tables = {
         "adapter": {"kind": "full"},
-        "train": {"steps": 240, "batch_size": 8, "learning_rate": 2e-3, "lr_warmup_steps": 10, "ema": 0.97},
+        "train": {"steps": 600, "batch_size": 8, "learning_rate": 2e-3, "lr_warmup_steps": 10, "ema": 0.98},
     }
     lora: Tables = {
-        "adapter": {"kind": "lora", "rank": 8},
-        "train": {"steps": 60, "batch_size": 4, "learning_rate": 1e-3, "lr_warmup_steps": 5},
+        "adapter": {"kind": "lora", "rank": 16},
+        "train": {"steps": 60, "batch_size": 4, "learning_rate": 5e-3, "lr_warmup_steps": 5},
     }
     return {
-        "scratch": Start(2 * simple[PROMPTS:], simple[:PROMPTS], scratch, prompt_tokens=16, fresh=True),
-        "lora": Start(rings[PROMPTS : PROMPTS + 32], rings[:PROMPTS], lora, prompt_tokens=512, fresh=False),
+        "scratch": Start(2 * simple[PROMPTS:], simple[:PROMPTS], scratch, guidance=2.0, prompt_tokens=16, fresh=True),
+        "lora": Start(
+            rings[PROMPTS : PROMPTS + 32], rings[:PROMPTS], lora, guidance=4.0, prompt_tokens=512, fresh=False
+        ),
     }
 
 
@@ -126,15 +129,20 @@ class Lab:
         with patch("crepa_cli.models.wan.PROMPT_TOKENS", start.prompt_tokens), teaching(ARMS[arm]):
             run = api.train(profile, output=output)
         metrics = read_metrics(run.metrics)
-        pipeline = trained_pipeline(base, run, fresh=start.fresh)
-        values = {"held_out_loss": held_out_losses(pipeline, start, self.held_out_latents(name, start))}
-        values |= self.measures(sampled(pipeline, start, output.with_suffix(".png")), start.held_out)
+        values = self.values(trained_pipeline(base, run, fresh=start.fresh), name, start, output.with_suffix(".png"))
         shutil.rmtree(output)
         return {
             "steps": len(metrics),
             "seconds": sum(line["step_seconds"] for line in metrics),
             "similarity": metrics[-1]["crepa_similarity_ema"],
             "values": values,
+        }
+
+    def values(self, pipeline: WanPipeline, name: str, start: Start, sheet: Path) -> Values:
+        """The held-out loss of a model, and the measures of its samples."""
+        return {
+            "held_out_loss": held_out_losses(pipeline, start, self.held_out_latents(name, start)),
+            **self.measures(sampled(pipeline, start, sheet), start.held_out),
         }
 
     def measures(self, videos: Iterable[Tensor], scenes: list[Scene]) -> Values:
@@ -147,13 +155,17 @@ class Lab:
 
     def _measures(self, video: Tensor) -> Mapping[str, float]:
         def encode(frames: Tensor) -> Tensor:
-            return self._encoder.features((frames * 255).byte(), (self._side, self._side)).float()
+            return self._encoder.features((frames * 255).round().byte(), (self._side, self._side)).float()
 
         return measure(video.float() / 255, encode).values
 
-    def reference(self, start: Start) -> Values:
-        """The measures of real clips of the held-out scenes."""
-        return self.measures([scene.render(0) for scene in start.held_out], start.held_out)
+    def references(self, name: str, start: Start) -> dict[str, Values]:
+        """The measures of real clips of the held-out scenes, and of a model that has been trained before."""
+        found = {"real clips": self.measures([scene.render(0) for scene in start.held_out], start.held_out)}
+        if not start.fresh:
+            pipeline = WanPipeline.from_pretrained(self.wan, dtype=torch.float32)
+            found["before the training"] = self.values(pipeline, name, start, self.folder / f"{name}.png")
+        return found
 
     @property
     def _side(self) -> int:
@@ -240,7 +252,7 @@ def sampled(pipeline: WanPipeline, start: Start, sheet: Path) -> list[Tensor]:
         width=SIZE.width,
         num_frames=FRAMES,
         num_inference_steps=SAMPLER_STEPS,
-        guidance_scale=GUIDANCE,
+        guidance_scale=start.guidance,
         max_sequence_length=start.prompt_tokens,
         generator=[seeded_generator("sample", index) for index in range(len(captions))],
         output_type="pt",

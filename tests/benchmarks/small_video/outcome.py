@@ -92,19 +92,20 @@ def interval(differences: Tensor) -> Difference:
     return Difference(float(differences.mean()), low, high, len(differences))
 
 
-def as_markdown(runs: Runs, references: Mapping[str, Values]) -> str:
+def as_markdown(runs: Runs, references: Mapping[str, Mapping[str, Values]]) -> str:
     """Tables of all starts: the means, then the differences from no alignment."""
     return "\n".join(line for start in references for line in _tables(runs, start, references[start]))
 
 
-def _tables(runs: Runs, start: str, reference: Values) -> Iterator[str]:
+def _tables(runs: Runs, start: str, references: Mapping[str, Values]) -> Iterator[str]:
     found = outcomes(runs, start)
     names = [name for name in LABELS if any(name in measures for measures in found.values())]
     head = [LABELS[name] for name in names]
-    real = [f"{torch.tensor(reference[name]).mean():.3g}" if name in reference else "" for name in names]
     yield f"### {start}: means\n"
     yield from _rows(["arm", "seeds", *head])
-    yield _row(["real clips", "", *real])
+    for label, values in references.items():
+        means = {name: torch.tensor(values[name]).mean() for name in names if name in values}
+        yield _row([label, "", *(f"{means[name]:.3g}" if name in means else "" for name in names)])
     for arm, measures in found.items():
         seeds = next(iter(measures.values())).seeds
         yield _row([ARMS[arm].label, str(seeds), *(f"{measures[name].mean:.3g}" for name in names)])
