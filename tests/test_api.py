@@ -162,7 +162,7 @@ def test_a_resumed_run_takes_a_new_learning_rate_and_weight_decay_and_names_anot
     profile = api.resolve("t2v", {"model.family": "wan"}, sets, demo=True).profile
     run = api.train(profile, output=tmp_path / "run", should_stop=_after(tmp_path / "run/checkpoints/step-000002"))
     slower = api.resolve(
-        "t2v", {"model.family": "wan"}, [*sets, "train.learning_rate=1e-3", "train.weight_decay=0.5"], demo=True
+        "t2v", {"model.family": "wan"}, [*sets, "train.learning_rate=2.5e-3", "train.weight_decay=0.5"], demo=True
     ).profile
     events: list[Event] = []
     with monkeypatch.context() as patch:
@@ -207,7 +207,7 @@ def test_a_resume_names_the_settings_that_it_cannot_change(demo: Path, monkeypat
     run = "runs/wan-t2v-1"
     saved = str(demo / run / "profile.toml")
     for changed, old in {
-        "adapter.rank=4": "8",
+        "adapter.rank=4": "16",
         "adapter.kind=full": "'lora'",
         "train.optimizer=adamw8bit": "'adamw'",
         "train.ema=0.9": "0",

@@ -78,7 +78,8 @@ def start(run_crepa: RunCrepa, *more: object) -> int:
     """Train the demo's clips with the models of the Hub."""
     return run_crepa(
         *("train", "--profile", "t2v", "--model", "wan", "--demo", "--plain", "--steps", 1, "--checkpoint", WAN),
-        *("--set", f"crepa.encoder={TEACHER}", "--set", "validation.every=0", *more),
+        *("--set", f"crepa.encoder={TEACHER}", "--set", "crepa.encoder_image_size=56"),
+        *("--set", "validation.every=0", *more),
     )
 
 
@@ -364,6 +365,7 @@ def command(stub: HubStub, folder: Path, *more: str) -> subprocess.Popen[str]:
     environment = os.environ | {"HF_ENDPOINT": stub.address, "HF_HOME": str(folder / "hf"), "PYTHONUNBUFFERED": "1"}
     environment.pop("HF_HUB_OFFLINE", None)
     arguments = ["--profile", "t2v", "--model", "wan", "--demo", "--plain", "--steps", "1", "--checkpoint", WAN]
+    arguments += ["--set", "crepa.encoder_image_size=56"]
     return subprocess.Popen(
         [*CREPA, "train", *arguments, "--set", f"crepa.encoder={TEACHER}", "--set", "validation.every=0", *more],
         cwd=folder,

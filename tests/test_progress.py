@@ -208,8 +208,8 @@ def test_every_stage_names_its_items_before_it_works_on_them(
     for name, model in {"latents": "the VAE", "features": "the teacher"}.items():
         assert list(stage(events, name)) == [Progress(name, 0, 8, f"loading {model}"), *named(name, clips)]
     prompts = list(stage(events, "prompts"))
-    assert prompts[0] == Progress("prompts", 0, 11, "loading the text encoder")
-    assert [event.done for event in prompts] == [0, *range(12)]
+    assert prompts[0] == Progress("prompts", 0, 10, "loading the text encoder")
+    assert [event.done for event in prompts] == [0, *range(11)]
 
 
 def stage(events: list[Event], name: str) -> Iterator[Progress]:
