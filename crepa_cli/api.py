@@ -11,6 +11,7 @@ print(run.weights)
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -33,8 +34,10 @@ from crepa_cli.events import Event, Notice, Progress, RunOpened, TrainingEnded, 
 from crepa_cli.follow import Listener, StopRequest, follow
 from crepa_cli.hub.download import download as download_needs
 from crepa_cli.hub.question import ask_anew, unreachable
+from crepa_cli.memory.host import host_shortage
+from crepa_cli.memory.prediction import pinned_memory
 from crepa_cli.memory.savings import with_setting
-from crepa_cli.memory.shapes import encoded_clip
+from crepa_cli.memory.shapes import form_bucket, token_count
 from crepa_cli.models.attention import Attention, described, fastest
 from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
@@ -227,6 +230,8 @@ def _run(
     yield RunOpened(run.path, device_memory(accelerator.device), loading_lines(run, family, profile))
     for warning in setting_warnings(profile):
         yield Notice(warning)
+    if shortage := _host_shortage(profile, family, accelerator.device):
+        yield Notice(shortage)
     checkpoint = (yield from _newest_checkpoint(run, profile)) if resume else None
     prepared = yield from _prepared(profile, family, accelerator)
     for warning in neighbor_warnings(profile.crepa, family, (clip.bucket.frames for clip in prepared.clips)):
@@ -246,10 +251,17 @@ def _run(
 
 def _kernel_times(profile: Profile, family: Family, clips: list[PreparedClip], device: torch.device) -> dict[str, int]:
     """Nanoseconds of the largest clips' self-attention, by kernel."""
-    bucket = max((clip.bucket for clip in clips), key=lambda one: one.frames * one.height * one.width)
-    grid = family.token_grid(encoded_clip(family, bucket)["latents"][None])
+    tokens = max(token_count(family, clip.bucket) for clip in clips)
     dtype, clips_of_batch = torch_dtype(profile.model.dtype), profile.train.batch_size
-    return Attention.of(family, dtype, clips=clips_of_batch, tokens=grid.frames * grid.tokens).times(device)
+    return Attention.of(family, dtype, clips=clips_of_batch, tokens=tokens).times(device)
+
+
+def _host_shortage(profile: Profile, family: Family, device: torch.device) -> str:
+    """The warning that the run's processes on this machine pin more memory than it has free; empty if they do not."""
+    if not (profile.memory.stream_weights or profile.memory.offload_activations):
+        return ""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return host_shortage(profile, processes * pinned_memory(profile, family, form_bucket(profile, family), device))
 
 
 def _newest_checkpoint(run: RunFolder, profile: Profile) -> Generator[Event, None, Path | None]:

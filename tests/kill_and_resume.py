@@ -133,7 +133,7 @@ def kill_and_resume(count: int, seed: int, settings: list[str], kill_at: str | N
         shutil.rmtree(RUN, ignore_errors=True)
         if randomness.random() < 0.5:
             # The next run may be killed during its preparation too.
-            shutil.rmtree("crepa-demo/clips/.crepa-cache", ignore_errors=True)
+            shutil.rmtree("crepa-demo/scenes/.crepa-cache", ignore_errors=True)
         for number in range(MOST_SESSIONS):
             after = randomness.uniform(0.1, longest) if killed < count and not kill_at else None
             ended, output = session(settings, after, kill_at if number == 0 else None)

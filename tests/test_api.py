@@ -24,7 +24,8 @@ from crepa_cli.data.video import DECODING_VERSION, decode
 from crepa_cli.errors import UserError
 from crepa_cli.events import Event, Notice, RunOpened, StepDone, TrainingEnded, TrainingStarted, ValidationSampled
 from crepa_cli.measures import measure
-from crepa_cli.profile import Profile
+from crepa_cli.profile import Profile, dump_toml
+from crepa_cli.report.card import without_folders
 from crepa_cli.report.metrics import read_metrics, read_validations
 from crepa_cli.runs.folder import RunFolder
 from crepa_cli.training.trainer import Trainer
@@ -312,3 +313,13 @@ def test_a_resumed_demo_keeps_its_own_settings(tmp_path: Path, run_crepa: RunCre
     assert run_crepa("train", "--resume", *flags[:-2], "--output", run) == 0
     assert (run / "profile.toml").read_text() == before
     assert [line["step"] for line in read_metrics(run / "metrics.jsonl")] == [0, 1, 2]
+
+
+def test_a_card_names_folders_without_the_way_to_them(tmp_path: Path) -> None:
+    """An encoder in a folder too, whose name alone would be refused in settings."""
+    encoder, clips = tmp_path / "encoder", tmp_path / "clips"
+    encoder.mkdir()
+    flags = {"model.family": "wan", "crepa.encoder": str(encoder), "data.path": str(clips)}
+    profile = without_folders(api.resolve("t2v", flags).profile)
+    assert (profile.crepa.encoder, profile.data.path) == ("encoder", "clips")
+    assert str(tmp_path) not in dump_toml(profile)

@@ -93,8 +93,8 @@ def test_a_typo_in_a_toml_key(run_crepa: RunCrepa, capsys: pytest.CaptureFixture
 def test_a_block_past_the_last_one(run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str]) -> None:
     message = refused(run_crepa, capsys, *DEMO, "--set", "crepa.block_index=99")
     assert "crepa.block_index = 99" in message
-    assert "12 blocks" in message
-    assert "0 to 11" in message
+    assert "10 blocks" in message
+    assert "0 to 9" in message
 
 
 def test_a_teacher_block_past_the_last_one(run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str]) -> None:

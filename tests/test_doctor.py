@@ -35,7 +35,7 @@ from crepa_cli.models import FAMILIES
 from crepa_cli.profile import CrepaSettings
 from crepa_cli.settings import resolve
 
-DEMO = ["--profile", "t2v", "--model", "wan", "--demo"]
+DEMO = ["--profile", "i2v", "--model", "wan", "--demo"]
 
 
 @pytest.fixture(autouse=True)
@@ -184,11 +184,11 @@ def test_a_block_past_the_last_one(doctor: Any) -> None:
 def test_unreadable_and_short_clips_are_named(doctor: Any) -> None:
     doctor(*DEMO, exit_code=0)
     clips = Path("crepa-demo/clips")
-    (clips / "clip-00.mp4").write_bytes(b"no video")
+    (clips / "clip-03.mp4").write_bytes(b"no video")
     (clips / "clip-01.txt").unlink()
     report = doctor("--model", "wan", *local_flags(), exit_code=0)
     skipped = report["plan"]["skipped"]
-    assert skipped.keys() == {"clip-00.mp4", "clip-01.mp4"}
+    assert skipped.keys() == {"clip-01.mp4", "clip-03.mp4"}
     assert "caption" in skipped["clip-01.mp4"]
     assert sum(one["clips"] for one in report["plan"]["buckets"]) == 6
     too_long = doctor(*DEMO, "--set", "data.frames=17", "--set", "data.fps=0.5", exit_code=2)
@@ -226,7 +226,7 @@ def local_flags() -> list[str]:
     settings = {"crepa.encoder": "crepa-demo/dinov2", "crepa.encoder_image_size": 56, "data.width": 96}
     settings |= {"data.height": 64, "data.frames": 17}
     sets = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
-    return ["--checkpoint", "crepa-demo/wan-t2v", "--data", "crepa-demo/clips", *sets]
+    return ["--task", "i2v", "--checkpoint", "crepa-demo/wan-i2v", "--data", "crepa-demo/clips", *sets]
 
 
 def test_no_features_where_no_encoder_teaches(doctor: Any) -> None:

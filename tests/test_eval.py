@@ -101,7 +101,7 @@ def test_equal_videos_give_equal_reports_and_no_difference(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "nothing to compare"),
+        ([], "nothing to evaluate: name the folder of a run"),
         (["--videos", "nowhere"], "--videos nowhere: there is no such folder"),
         (["--videos", "base", "--videos", "."], "--videos .: it holds no file that ends in .mp4"),
         (["--videos", "base", "--videos", "other"], "no name of a video is in all of base, other"),
@@ -238,8 +238,9 @@ def test_runs_are_compared_with_the_base_and_an_interruption_changes_nothing(
     interrupted_at = -1
     assert run_crepa(*command, tmp_path / "stopped") == 0
     assert len(sampled) == 4 * len(TEXTS)
-    # Streamed weights compute the same, too.
-    assert run_crepa(*command, tmp_path / "whole", "--set", "memory.stream_weights=true") == 0
+    # Streamed weights compute the same, and so do prompts that are encoded anew.
+    cache = f"data.cache={(tmp_path / 'cache').as_posix()}"
+    assert run_crepa(*command, tmp_path / "whole", "--set", "memory.stream_weights=true", "--set", cache) == 0
     written = [(tmp_path / folder / "report.json").read_bytes() for folder in ("stopped", "whole")]
     assert written[0] == written[1]
 

@@ -45,7 +45,7 @@ def test_a_step_is_exported_in_another_dtype(run_crepa: RunCrepa, capsys: pytest
 def test_a_lora_is_merged_into_its_base(run_crepa: RunCrepa) -> None:
     assert run_crepa("export", RUN, "--merge", "--dtype", "float32") == 0
     folder = RUN / "weights/merged"
-    base = WanTransformer3DModel.from_pretrained("crepa-demo/wan-t2v/transformer").state_dict()
+    base = WanTransformer3DModel.from_pretrained("crepa-demo/wan-trained/transformer").state_dict()
     merged = WanTransformer3DModel.from_pretrained(folder / "transformer").state_dict()
     saved = load_file(RUN / "checkpoints/step-000060/model.safetensors")
     changed = 0
@@ -60,7 +60,7 @@ def test_a_lora_is_merged_into_its_base(run_crepa: RunCrepa) -> None:
         changed += up is not None
     assert changed == len([name for name in saved if "lora_A" in name])
     comfyui = load_file(folder / "wan-t2v-1_merged_comfyui.safetensors")
-    assert comfyui.keys() == comfyui_parameters(Wan("crepa-demo/wan-t2v", "t2v"))
+    assert comfyui.keys() == comfyui_parameters(Wan("crepa-demo/wan-trained", "t2v"))
     assert torch.equal(comfyui["blocks.3.self_attn.q.weight"], merged["blocks.3.attn1.to_q.weight"])
 
 

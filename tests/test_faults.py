@@ -135,7 +135,7 @@ def test_a_gradient_that_overflows_is_not_taken(
 def test_too_many_steps_that_are_not_finite_end_the_run(
     tmp_path: Path, run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache = shutil.copytree("crepa-demo/clips/.crepa-cache", tmp_path / "cache")
+    cache = shutil.copytree("crepa-demo/scenes/.crepa-cache", tmp_path / "cache")
     spoil_at_start(monkeypatch, cache, "latents", "latents", math.nan, entries=1000)
     flags = ["--set", f"data.cache={cache}", "--set", "train.max_skipped_steps=2", "--output", tmp_path / "run"]
     assert run_crepa(*DEMO, *flags) == 1
@@ -227,7 +227,7 @@ def test_an_error_saves_a_checkpoint_first(
 def test_entries_that_vanish_during_a_run_cost_no_step(
     tmp_path: Path, run_crepa: RunCrepa, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    cache = shutil.copytree("crepa-demo/clips/.crepa-cache", tmp_path / "cache")
+    cache = shutil.copytree("crepa-demo/scenes/.crepa-cache", tmp_path / "cache")
     write = MetricsFile.__call__
 
     def delete_after_step_2(self: MetricsFile, event: Any) -> None:

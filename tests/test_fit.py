@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gpu
+import psutil
 import pytest
 import torch
 from conftest import OpenTiny, RunCrepa
@@ -17,9 +19,9 @@ from steps import Plan, measure
 from crepa_cli.data.buckets import Bucket
 from crepa_cli.doctor.findings import BucketCount
 from crepa_cli.doctor.findings import Plan as DoctorPlan
-from crepa_cli.doctor.fit import Target, check_fit
+from crepa_cli.doctor.fit import Target, _check_host, check_fit
 from crepa_cli.memory.fit import INT8, TILING, VAE_BFLOAT16, Fit, Work, _cheapest_first, cheapest_fit, lightest
-from crepa_cli.memory.prediction import preparation_memory, training_memory, validation_memory
+from crepa_cli.memory.prediction import pinned_memory, preparation_memory, training_memory, validation_memory
 from crepa_cli.memory.savings import Setting, lossless_settings, with_setting, with_settings
 from crepa_cli.memory.shapes import form_bucket
 from crepa_cli.models.family import Family
@@ -32,6 +34,8 @@ CHECKPOINTING = Setting("train", "activation_checkpointing", True)
 OFFLOADING = Setting("memory", "offload_activations", True)
 FINER = Setting("memory", "finer_recompute", True)
 STREAMING = Setting("memory", "stream_weights", True)
+PEAK_OF_WAN_14B = 56.4e9
+"""Predicted bytes of training it at 832x480 with 81 frames, without settings that save memory (docs/memory.md)."""
 HEAVY = {"train": {"batch_size": 16, "activation_checkpointing": False}}
 
 
@@ -234,6 +238,29 @@ def test_a_crepa_toml_of_another_family_is_left_alone(
     assert project.read_text(encoding="utf-8") == before
 
 
+def test_doctor_says_what_the_host_needs_and_lacks(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    profile, family, bucket = opened(plan)
+    streamed = lightest(profile, GPU)
+    pinned = pinned_memory(streamed, family, bucket, GPU)
+
+    def checks(profile: Profile, free: int) -> list[tuple[str, str]]:
+        memory = psutil.virtual_memory()._replace(available=free)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+        found = DoctorPlan()
+        _check_host(found, family, profile, bucket, GPU)
+        return [(one.status, one.message) for one in found.checks]
+
+    assert checks(profile, 0) == []
+    (elsewhere,) = checks(streamed, pinned - 1)
+    assert elsewhere[0] == "fine", "this machine has no GPU, so another one trains"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert checks(streamed, pinned) == [elsewhere]
+    (lacking,) = checks(streamed, pinned - 1)
+    assert lacking[0] == "warning"
+    assert "memory.stream_weights and memory.offload_activations pin" in lacking[1]
+    assert "int8 halves" in lacking[1]
+
+
 @pytest.mark.slow
 def test_doctor_says_what_fits_and_what_remains_if_nothing_does(plan: Plan) -> None:
     profile, family, bucket = opened(plan)
@@ -257,6 +284,55 @@ def test_doctor_says_what_fits_and_what_remains_if_nothing_does(plan: Plan) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_features_made_in_every_step_are_predicted(batch_size: int, plan: Plan, tmp_path: Path) -> None:
+    """Beside a small step, the decoding of a clip is the peak."""
+    tables = {**plan.settings, "train": {"batch_size": batch_size}}
+    tables["crepa"] = {**plan.settings["crepa"], "teacher_cache": False}
+    (measured,) = measure(replace(plan, settings=tables), torch.device("cpu"), tmp_path)
+    assert measured.predicted == pytest.approx(measured.peak, rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_accelerate")
+def test_the_settings_for_small_cards_train_in_proportion(
+    open_tiny: OpenTiny, tiny_dinov2: Path, tmp_path: Path
+) -> None:
+    """A small Wan under limits that are to its peak as cards of 24, 16 and 12 GB are to that of Wan 14B.
+
+    As many blocks as Wan 14B, long clips and a low rank give its parts about the same shares: about half of the peak is
+    weights, and the rest activations. Tensors on the host's buffers are not counted.
+    """
+    tables: dict[str, dict[str, object]] = {
+        "model": {"dtype": "float32"},
+        "adapter": {"rank": 1, "alpha": 1.0},
+        "crepa": {"encoder": str(tiny_dinov2), "encoder_image_size": 56, "block_index": 8},
+        "data": {"width": 128, "height": 96, "frames": 25},
+        "train": {"batch_size": 4},
+    }
+    sizes = {"num_layers": 40, "num_attention_heads": 4, "attention_head_dim": 32, "ffn_dim": 512}
+    plan = Plan("wan", open_tiny("wan", "t2v").base.name, tables, sizes, timed=1)
+    profile, family, bucket = opened(plan)
+    peak = sum(training_memory(profile, family, bucket, GPU).values())
+    found: dict[int, Sequence[Setting]] = {}
+    measured: dict[str, int] = {}
+    for card in (24, 16, 12):
+        limit = int(peak * card * 10**9 / PEAK_OF_WAN_14B)
+        fit = cheapest_fit(profile, family, bucket, GPU, limit)
+        assert fit is not None, card
+        found[card] = fit.settings
+        if str(fit) not in measured:
+            memory = {key: value for _, key, value in fit.settings}
+            (one,) = measure(replace(plan, settings=tables | {"memory": memory}), torch.device("cpu"), tmp_path)
+            measured[str(fit)] = one.peak
+        assert measured[str(fit)] <= limit, card
+    all_three = [OFFLOADING, STREAMING, FINER]
+    assert found == {24: all_three[:2], 16: all_three, 12: all_three}, "as for Wan 14B, but for the VAE"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("fresh_accelerate")
 @pytest.mark.parametrize("setting", [(), (CHECKPOINTING, OFFLOADING, STREAMING)])
 def test_what_fits_trains_below_the_limit(setting: tuple[Setting, ...], plan: Plan, tmp_path: Path) -> None:
     """The bytes of tensors outside the host's buffers, counted in steps of the trainer."""

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 import math
 import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
 import torch
-from conftest import RunCrepa
+from conftest import OpenTiny, RunCrepa
 from rich.console import Console
 from safetensors.torch import load_file
 from test_dashboard import RUN, recorded_events, schedule
@@ -181,7 +183,12 @@ def test_an_interrupted_run_has_every_value_once(tmp_path: Path, known: Path) ->
     assert [one.step for one in expected] == [0, 2, 4]
 
     output, events = tmp_path / "cut", list[Event]()
-    api.train(profile, output=output, listeners=[events.append], should_stop=lambda: _measures(events, after_step=1))
+
+    def in_second_measurement() -> bool:
+        measures = Progress("validation", 0, 2, "measuring the held-out loss")
+        return events.count(measures) == 2
+
+    api.train(profile, output=output, listeners=[events.append], should_stop=in_second_measurement)
     assert events[-1] == TrainingEnded(2, None)
     assert [one.step for one in measured(events)] == [0]
 
@@ -200,12 +207,6 @@ def test_an_interrupted_run_has_every_value_once(tmp_path: Path, known: Path) ->
     assert read_held_out(run.metrics)[:3] == expected
     assert [one.step for one in measured(resumed)] == [4, 5]
     assert not [event for event in resumed if isinstance(event, Notice) and "held-out" in event.message]
-
-
-def _measures(events: list[Event], after_step: int) -> bool:
-    """Whether a measurement is under way after this step."""
-    done = any(isinstance(event, StepDone) and event.step == after_step for event in events)
-    return done and isinstance(events[-1], Progress)
 
 
 @pytest.mark.slow
@@ -228,9 +229,12 @@ def test_other_held_out_clips_are_announced(tmp_path: Path, known: Path) -> None
 @pytest.mark.slow
 @pytest.mark.usefixtures("in_demo", "fresh_accelerate", "no_videos")
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_measures(family: str, tmp_path: Path, known: Path, again: list[HeldOutMeasured | None]) -> None:
+def test_every_family_measures(
+    family: str, tmp_path: Path, known: Path, open_tiny: OpenTiny, again: list[HeldOutMeasured | None]
+) -> None:
+    flags = {"model.family": family, "model.checkpoint": open_tiny(family, "t2v").base.name}
     sets = [*SETS, "train.steps=1", "data.validation_share=1e-6", f"data.path={known}", "validation.steps=2"]
-    profile = api.resolve("t2v", {"model.family": family}, [*sets, "validation.frames=none"], demo=True).profile
+    profile = api.resolve("t2v", flags, [*sets, "validation.frames=none"], demo=True).profile
     _, events = train(profile, tmp_path / "run")
     before, after = measured(events)
     assert [before, after] == again
@@ -238,6 +242,26 @@ def test_every_family_measures(family: str, tmp_path: Path, known: Path, again: 
     assert math.isfinite(before.loss)
     assert before.loss != after.loss
     assert before.similarity != after.similarity
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_demo", "fresh_accelerate", "no_videos")
+def test_the_loss_rises_once_a_clip_is_learned_by_heart(tmp_path: Path) -> None:
+    """The loss of the training goes on falling."""
+    write_demo_clips(tmp_path / "one", count=1)
+    write_demo_clips(tmp_path / "unseen", count=3, seed=1)
+    sets = [f"data.path={tmp_path}/one", f"data.validation_path={tmp_path}/unseen", "validation.every=30"]
+    sets += ["data.width=48", "data.height=48", "data.frames=5", "data.caption_dropout=0", "crepa.enabled=false"]
+    sets += ["adapter.kind=full", "train.learning_rate=3e-3", "train.batch_size=4", "train.steps=150"]
+    run, events = train(
+        settings(*sets, "checkpoints.every=0", "train.activation_checkpointing=false"), tmp_path / "run"
+    )
+    held_out = {one.step: one.loss for one in measured(events)}
+    lowest = min(held_out, key=lambda step: held_out[step])
+    assert held_out[lowest] < 0.5 * held_out[0], "it generalizes at first"
+    assert held_out[150] > 1.05 * held_out[lowest]
+    losses = [line["diffusion_loss"] for line in read_metrics(run.metrics)]
+    assert fmean(losses[-20:]) < fmean(losses[lowest - 20 : lowest])
 
 
 @pytest.mark.usefixtures("in_demo")
@@ -258,6 +282,19 @@ def test_clips_in_both_folders_are_named_and_unusable_ones_skipped(tmp_path: Pat
     assert len(trained) == 8
     line = f"2 clips in data.validation_path = {tmp_path}, never trained on"
     assert describe_held_out(2, 10, profile.data) == line
+
+
+@pytest.mark.usefixtures("in_demo")
+def test_doctor_says_how_many_clips_are_held_out(
+    run_crepa: RunCrepa, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("crepa_cli.doctor.plan.check_memory", lambda *_: None)
+    flags = ["--profile", "t2v", "--model", "wan", "--demo", "--set", "data.validation_share=1e-6"]
+    assert run_crepa("doctor", "--json", *flags) == 0
+    report = json.loads(capsys.readouterr().out)
+    (line,) = (check["message"] for check in report["checks"] if check["name"] == "held-out clips")
+    assert line == "1 of 8 clips by data.validation_share = 1e-06, never trained on"
+    assert sum(bucket["clips"] for bucket in report["plan"]["buckets"]) == 7
 
 
 @pytest.mark.usefixtures("in_demo")

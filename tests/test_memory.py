@@ -29,6 +29,7 @@ from crepa_cli.doctor.fit import Target, check_memory, largest_bucket, training_
 from crepa_cli.kept import folder, kept
 from crepa_cli.memory.live_bytes import LiveBytes
 from crepa_cli.memory.prediction import predict, preparation_memory, training_memory
+from crepa_cli.memory.preparation import online_teacher_weights
 from crepa_cli.memory.savings import last_that_holds, lighter_settings, memory_advice, smaller_sizes, with_setting
 from crepa_cli.memory.shapes import Clips, clips_of, encoded_clip
 from crepa_cli.memory.step import PARTS, predict_training
@@ -373,20 +374,20 @@ def test_an_overview_of_the_families(open_tiny: OpenTiny, tiny_dinov2: Path, mon
 
 def test_a_teacher_that_stays_is_counted(open_tiny: OpenTiny, tiny_dinov2: Path) -> None:
     family = shallow(open_tiny("wan", "t2v"))
-    bucket = Bucket(5, 64, 96)
     encoder = {"encoder": str(tiny_dinov2), "encoder_image_size": 56}
-    stays = settings(family, crepa=encoder | {"teacher_cache": False})
-    lighter = settings(family, crepa=encoder | {"teacher_cache": False, "drop_vae_encoder": True})
-    assert "teacher" not in training_memory(settings(family, crepa=encoder), family, bucket, GPU)
-    whole, half = (training_memory(profile, family, bucket, GPU)["teacher"] for profile in (stays, lighter))
+    profile = settings(family, crepa=encoder)
+    assert "teacher" not in training_memory(profile, family, Bucket(5, 64, 96), GPU)
+    stays, lighter = (with_setting(profile, "crepa", "drop_vae_encoder", drops).crepa for drops in (False, True))
+    whole = online_teacher_weights(family, stays, GPU)
     vae, teacher = family.load_vae_pipeline().vae, Dinov2Teacher.load(tiny_dinov2, torch.device("cpu"))
     halves = (
         sum(weight.nbytes for weight in teacher.model.parameters()) // 2,
         sum(one.nbytes for one in vae.parameters()),
     )
     assert whole == sum(halves), "a GPU holds the encoder in float16"
-    assert training_memory(stays, family, bucket, CPU)["teacher"] == whole + halves[0], "a CPU in float32"
-    assert whole - half == sum(weight.nbytes for weight in vae.encoder.parameters())
+    assert online_teacher_weights(family, stays, CPU) == whole + halves[0], "a CPU in float32"
+    dropped = sum(weight.nbytes for weight in vae.encoder.parameters())
+    assert whole - online_teacher_weights(family, lighter, GPU) == dropped
 
 
 def test_the_encoder_is_predicted_for_the_device_that_runs_it(open_tiny: OpenTiny, tiny_dinov2: Path) -> None:

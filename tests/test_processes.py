@@ -16,7 +16,7 @@ import torch
 from conftest import RunCrepa
 from safetensors.torch import load_file
 
-from crepa_cli.report.metrics import read_metrics
+from crepa_cli.report.metrics import read_held_out, read_metrics
 
 CREPA = [sys.executable, "-m", "crepa_cli"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "crepa_cli"]
@@ -44,6 +44,20 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in read_metrics(run / "metrics.jsonl")]
 
 
+def held_out(run: Path) -> dict[int, float]:
+    """The losses of held-out clips, by step."""
+    return {one.step: one.loss for one in read_held_out(run / "metrics.jsonl")}
+
+
+@pytest.fixture(scope="session", name="known")
+def _known(tmp_path_factory: pytest.TempPathFactory, demo: Path) -> Path:
+    """Copies of three of the demo's clips, which two processes cannot share out evenly."""
+    folder = tmp_path_factory.mktemp("known")
+    for path in (demo / "crepa-demo/clips").glob("clip-0[036].*"):
+        shutil.copy(path, folder)
+    return folder
+
+
 def largest_difference(ours: Path, theirs: Path) -> float:
     first, second = load_file(ours), load_file(theirs)
     assert first.keys() == second.keys()
@@ -52,14 +66,15 @@ def largest_difference(ours: Path, theirs: Path) -> float:
 
 @pytest.mark.slow
 def test_two_processes_learn_what_one_does_and_go_on_after_the_cutoff(
-    demo: Path, tmp_path: Path, run_crepa: RunCrepa, monkeypatch: pytest.MonkeyPatch
+    demo: Path, known: Path, tmp_path: Path, run_crepa: RunCrepa, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One process that accumulates two micro-batches has the same global batch; two processes fill the cache.
 
     The two keep frozen weights and hidden states on the host.
     """
     cutoff = ["crepa.similarity_threshold=0.12", "crepa.similarity_ema_decay=0.5", "crepa.warmup_steps=2"]
-    flags = [*DEMO, "--steps", "28", *(word for setting in cutoff for word in ("--set", setting))]
+    validation = [f"data.validation_path={known}", "validation.every=99", "validation.steps=1", "validation.frames=5"]
+    flags = [*DEMO, "--steps", "28", *(word for setting in cutoff + validation for word in ("--set", setting))]
     monkeypatch.chdir(demo)
     one, two = tmp_path / "one", tmp_path / "two"
     assert run_crepa(*flags, "--output", one, "--set", "train.gradient_accumulation=2") == 0
@@ -70,6 +85,9 @@ def test_two_processes_learn_what_one_does_and_go_on_after_the_cutoff(
     crepa(demo, *flags, "--output", two, "--processes", "2", *sets)
 
     assert losses(two) == pytest.approx(losses(one), abs=1e-5)
+    # At the end, one of them keeps an average of the weights.
+    assert held_out(two)[0] == pytest.approx(held_out(one)[0], abs=1e-5)
+    assert list(held_out(two)) == [0, 28]
     first, second = (
         [line["crepa_similarity"] is None for line in read_metrics(run / "metrics.jsonl")] for run in (one, two)
     )
@@ -77,28 +95,30 @@ def test_two_processes_learn_what_one_does_and_go_on_after_the_cutoff(
     assert sum(second) >= 20, "steps after the cutoff"
     average = two / "checkpoints/step-000028/average.safetensors"
     assert all(tensor.isfinite().all() for tensor in load_file(average).values())
-    by_one = demo / "crepa-demo/clips/.crepa-cache"
+    by_one = demo / "crepa-demo/scenes/.crepa-cache"
     filled = [path.relative_to(cache) for path in cache.rglob("*.safetensors")]
     assert {path.parts[0] for path in filled} == {"prompts", "latents", "features"}
     assert all(largest_difference(cache / path, by_one / path) == 0 for path in filled)
 
 
 @pytest.mark.slow
-def test_sharded_processes_save_what_one_process_does(demo: Path, tmp_path: Path) -> None:
+def test_sharded_processes_save_what_one_process_does(demo: Path, known: Path, tmp_path: Path) -> None:
     """With accumulation; a single process also resumes from their checkpoint, with the same result."""
     settings = ["adapter.kind=full", "train.learning_rate=1e-3", "checkpoints.every=2", "train.ema=0.9"]
-    settings += ["adapter.export_dtype=float32"]
+    settings += ["adapter.export_dtype=float32", f"data.validation_path={known}"]
+    settings += ["validation.every=3", "validation.steps=2"]
     sets = [word for setting in settings for word in ("--set", setting)]
     one, two = tmp_path / "one", tmp_path / "two"
     crepa(demo, *DEMO, "--steps", "4", *sets, "--set", "train.gradient_accumulation=4", "--output", one)
     sharding = ["--set", "train.sharding=true", "--set", "train.gradient_accumulation=2"]
-    sharding += ["--set", "validation.every=3", "--set", "validation.steps=2"]
     sharding += ["--set", "memory.offload_activations=true", "--set", "memory.finer_recompute=true"]
     told = crepa(demo, *DEMO, "--steps", "4", *sets, *sharding, "--output", two, launcher=TORCHRUN)
 
     here, total = (int(number.replace(",", "")) for number in _share(told))
     assert here == pytest.approx(total / 2, rel=0.02)
     assert losses(two) == pytest.approx(losses(one), abs=1e-5)
+    assert held_out(two) == pytest.approx(held_out(one), abs=1e-5)
+    assert list(held_out(two)) == [0, 3, 4]
     assert largest_difference(one / FULL, two / FULL) < 1e-5
 
     shutil.rmtree(two / "checkpoints/step-000004")

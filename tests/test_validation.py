@@ -23,7 +23,6 @@ from crepa_cli.errors import UserError
 from crepa_cli.events import Event, ValidationSampled
 from crepa_cli.models import FAMILIES
 from crepa_cli.models.family import Family
-from crepa_cli.models.wan import Wan
 from crepa_cli.profile import Profile
 from crepa_cli.runs.checks import open_family
 from crepa_cli.runs.folder import RunFolder
@@ -155,15 +154,15 @@ def test_a_run_without_prompts_samples_the_base_first_and_keeps_its_prompts_when
 
 def base_sample(demo: Path, prompt: str) -> Tensor:
     """The frames that the published pipeline samples from the base model: uint8 `[F, 3, H, W]`."""
-    pipeline: Any = diffusers.WanPipeline.from_pretrained(demo / "crepa-demo/wan-t2v")
+    pipeline: Any = diffusers.WanPipeline.from_pretrained(demo / "crepa-demo/wan-trained")
     frames: Tensor = pipeline(
         prompt=prompt,
-        negative_prompt=Wan.negative_prompt,
+        negative_prompt="",
         width=96,
         height=64,
         num_frames=17,
         num_inference_steps=2,
-        guidance_scale=5.0,
+        guidance_scale=4.0,
         generator=torch.Generator().manual_seed(42),
         output_type="pt",
     ).frames[0]

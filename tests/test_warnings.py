@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import OpenTiny, RunCrepa
 
@@ -143,10 +144,14 @@ def test_a_run_and_doctor_give_the_warnings(
 ) -> None:
     monkeypatch.chdir(demo)
     monkeypatch.setattr("crepa_cli.doctor.plan.check_memory", lambda *_: None)
+    little = psutil.virtual_memory()._replace(available=10**5)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: little)
     common = ["--profile", "t2v", "--model", "wan", "--demo", "--set", "crepa.adjacent_distance=5"]
     common += ["--set", "crepa.cutoff_step=5"]
-    run_crepa("train", *common, "--set", "train.steps=1", "--plain", "--output", tmp_path / "run")
+    streamed = ["--set", "memory.stream_weights=true"]
+    run_crepa("train", *common, *streamed, "--set", "train.steps=1", "--plain", "--output", tmp_path / "run")
     trained = capsys.readouterr().out
+    assert "memory.stream_weights pin " in trained
     run_crepa("doctor", *common, "--set", "train.steps=1", "--json")
     checked = capsys.readouterr().out
     for output in (trained, checked):

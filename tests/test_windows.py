@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import windows_rules
 
+from crepa_cli.demo import demo_files
 from crepa_cli.report.metrics import read_metrics
 
 pytestmark = pytest.mark.skipif(not windows_rules.NEEDS.exists(), reason="the rules are enforced on Linux alone")
@@ -29,7 +30,7 @@ def run(folder: Path, *arguments: str) -> str:
 
 def train_and_resume(folder: Path, family: str) -> None:
     """With a clip that cannot be read, whose name cp1252 lacks."""
-    unreadable = folder / "crepa-demo/clips/клип.mp4"
+    unreadable = folder / demo_files(family, "t2v").clips / "клип.mp4"
     unreadable.parent.mkdir(parents=True)
     unreadable.touch()
     told = run(folder, "train", "--profile", "t2v", "--model", family, "--demo", "--plain", *FEW_STEPS, *KEEP_ONE)

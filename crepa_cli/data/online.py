@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from crepa_cli.alignment import TokenGrid
@@ -10,7 +11,7 @@ from crepa_cli.alignment.grid import teaching_frames
 from crepa_cli.data.prepare import load_teacher
 from crepa_cli.models.family import Family
 from crepa_cli.profile import CrepaSettings
-from crepa_cli.teachers.dinov2 import input_size
+from crepa_cli.teachers.dinov2 import Dinov2Teacher, input_size
 
 
 class OnlineTeacher:
@@ -23,8 +24,7 @@ class OnlineTeacher:
     """
 
     def __init__(self, family: Family, crepa: CrepaSettings, device: torch.device) -> None:
-        self.family = family
-        self.image_size, self.teacher_frame = crepa.encoder_image_size, crepa.teacher_frame
+        self.family, self.crepa = family, crepa
         self.pipeline = family.load_vae_pipeline()
         if crepa.drop_vae_encoder:
             self.pipeline.vae.encoder = None
@@ -34,14 +34,18 @@ class OnlineTeacher:
     @torch.no_grad()
     def features(self, latents: Tensor) -> tuple[Tensor, TokenGrid]:
         """Features `[B, T, N, D]` of clean latents `[B, C, T, h, w]`, on the latents' device, and their grid."""
-        grid = self.family.token_grid(latents)
-        features = torch.stack([self._clip_features(clip, grid) for clip in latents])
+        clips = [clip_features(self.family, self.crepa, self.pipeline, self.teacher, clip) for clip in latents]
+        features = torch.stack(clips)
         return features.flatten(2, 3).to(latents.device), TokenGrid(*features.shape[1:4])
 
-    def _clip_features(self, latents: Tensor, grid: TokenGrid) -> Tensor:
-        video = self.family.decode_latents(self.pipeline, latents)
-        taught = teaching_frames(video.shape[1], grid.frames, self.teacher_frame)
-        chosen = video[:, taught].transpose(0, 1)
-        frames = ((chosen + 1) * 127.5).round().clamp(0, 255).byte()
-        size = input_size(self.image_size, grid, self.teacher.patch_size)
-        return self.teacher.features(frames, size)
+
+def clip_features(
+    family: Family, crepa: CrepaSettings, pipeline: DiffusionPipeline, teacher: Dinov2Teacher, latents: Tensor
+) -> Tensor:
+    """Features `[T, rows, columns, D]` of one clip's latents `[C, T, h, w]`, decoded by a pipeline's VAE."""
+    grid = family.token_grid(latents[None])
+    video = family.decode_latents(pipeline, latents)
+    taught = teaching_frames(video.shape[1], grid.frames, crepa.teacher_frame)
+    chosen = video[:, taught].transpose(0, 1)
+    frames = ((chosen + 1) * 127.5).round().clamp(0, 255).byte()
+    return teacher.features(frames, input_size(crepa.encoder_image_size, grid, teacher.patch_size))

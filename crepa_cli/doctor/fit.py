@@ -13,7 +13,8 @@ from rich.filesize import decimal
 from crepa_cli.data.buckets import Bucket
 from crepa_cli.doctor.findings import BucketCount, Memory, Plan
 from crepa_cli.memory.fit import fastest_fit, lightest
-from crepa_cli.memory.prediction import Prediction, predict
+from crepa_cli.memory.host import host_shortage
+from crepa_cli.memory.prediction import Prediction, pinned_memory, predict
 from crepa_cli.memory.savings import Fitting, Saving, largest_that_fits, last_that_holds, savings
 from crepa_cli.memory.shapes import form_bucket
 from crepa_cli.models.family import Family
@@ -64,6 +65,7 @@ def check_memory(plan: Plan, family: Family, profile: Profile, target: Target, r
     elif limit is not None and fits and (frames := longest_that_fits(profile, family, bucket, target, report)):
         message += f"; clips of up to {frames} frames fit at this size"
     plan.add("memory", "fine" if fits else "failure", message, _advice(prediction, limit, saved, fitting))
+    _check_host(plan, family, profile, bucket, target.device)
 
 
 def check_fit(plan: Plan, family: Family, profile: Profile, target: Target, report: Callable[[str], None]) -> None:
@@ -89,8 +91,17 @@ def _add_fit(plan: Plan, family: Family, profile: Profile, target: Target, repor
         plan.add("memory", "fine", f"{message}, with the settings as they are")
     else:
         plan.add("memory", "fine", f"{message}, with {fit}; {fit.price}")
+    _check_host(plan, family, chosen, bucket, device)
     plan.fit = fit
     plan.memory = Memory(**asdict(prediction), peak=prediction.peak, limit=limit, savings=[], fitting=fitting)
+
+
+def _check_host(plan: Plan, family: Family, profile: Profile, bucket: Bucket, device: torch.device) -> None:
+    """Say how much memory of the host the settings pin; whether this one has it, if it has the GPU that trains."""
+    pinned = pinned_memory(profile, family, bucket, device)
+    shortage = host_shortage(profile, pinned) if torch.cuda.is_available() else ""
+    if pinned:
+        plan.add("host", "warning" if shortage else "fine", shortage or f"{decimal(pinned)} of its memory are pinned")
 
 
 def longest_that_fits(

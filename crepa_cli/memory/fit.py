@@ -11,8 +11,7 @@ import torch
 from crepa_cli.data.buckets import Bucket
 from crepa_cli.memory.prediction import preparation_memory, training_memory, validation_memory
 from crepa_cli.memory.savings import Setting, last_that_holds, lossless_settings, with_settings
-from crepa_cli.memory.shapes import encoded_clip
-from crepa_cli.memory.step import WEIGHTS
+from crepa_cli.memory.shapes import hidden_bytes, token_count
 from crepa_cli.models.family import Family
 from crepa_cli.profile import Profile
 from crepa_cli.runs.checks import configured, memory_mistakes
@@ -24,7 +23,6 @@ BUS = 20e9
 """Bytes per second between host and GPU, in each direction: two thirds of PCIe 4.0 x16."""
 SAME_TIME = 0.02
 """Steps whose times differ by less than this share take equally long."""
-LIGHTER_WEIGHTS = ("stream_weights", "quantize_base")
 TILING = Setting("model", "vae_tiling", True)
 VAE_BFLOAT16 = Setting("model", "vae_dtype", "bfloat16")
 INT8 = Setting("memory", "quantize_base", "int8")
@@ -107,16 +105,16 @@ def cheapest_fit(
     Raises:
         UserError: if a configuration cannot be read.
     """
-    weights = training_memory(profile, family, bucket, device)[WEIGHTS]
     work = Work.of(profile, family, bucket)
     dtypes: list[tuple[Setting, ...]] = [()] if profile.model.vae_dtype == "bfloat16" else [(), (VAE_BFLOAT16,)]
     tried = sorted(product(_cheapest_first(profile, device, work), dtypes), key=lambda one: (INT8 in one[0], one[1]))
     for validation in ((), (NO_VALIDATION,)) if profile.validation.every else ((),):
         for settings, dtype in tried:
-            if weights > limit and not any(one.key in LIGHTER_WEIGHTS for one in settings):
-                continue  # whatever the activations take
+            lighter = with_settings(profile, settings)
+            if work.least_memory(lighter) > limit:
+                continue  # a prediction takes seconds
             report(", ".join(map(str, (*settings, *dtype))) or "the settings as they are")
-            training = sum(training_memory(with_settings(profile, settings), family, bucket, device).values())
+            training = sum(training_memory(lighter, family, bucket, device).values())
             if training > limit:
                 continue
             for tiling in ((),) if family.vae_tiling else ((), (TILING,)):
@@ -241,19 +239,27 @@ class Work:
         """The work for clips of a shape."""
         with torch.device("meta"):
             blocks = family.blocks(family.empty_transformer(frozen_dtype(profile)))
-        grid = family.token_grid(encoded_clip(family, bucket)["latents"][None])
-        clips, tokens, width = profile.train.batch_size, grid.frames * grid.tokens, family.hidden_size
+        tokens = token_count(family, bucket)
         parameters = sum(parameter.numel() for parameter in blocks.parameters())
+        # Families of linear attention compare no tokens.
         attention = (
-            clips * 4 * tokens**2 * width * len(blocks) if family.attention_heads or family.needs_compilation else 0
+            profile.train.batch_size * 4 * tokens**2 * family.hidden_size * len(blocks)
+            if family.attention_heads or family.needs_compilation
+            else 0
         )
         return cls(
-            forward=clips * 2 * tokens * parameters + attention,
+            forward=profile.train.batch_size * 2 * tokens * parameters + attention,
             weights=sum(parameter.nbytes for parameter in blocks.parameters()),
-            states=clips * tokens * width * len(blocks) * (4 if profile.model.dtype == "float32" else 2),
+            states=hidden_bytes(profile, family, bucket) * len(blocks),
             attention=attention if family.attention_heads else 0,
             blocks=len(blocks),
         )
+
+    def least_memory(self, profile: Profile) -> int:
+        """Bytes that a device needs for certain under these settings."""
+        memory = profile.memory
+        weights = 0 if memory.stream_weights else self.weights // (4 if memory.quantize_base == "int8" else 1)
+        return weights + (0 if memory.offload_activations else self.states)
 
     def fit(self, profile: Profile, settings: Sequence[Setting], peak: int, limit: int) -> Fit:
         """The fit of a profile with these settings."""

@@ -10,9 +10,10 @@ import torch
 from crepa_cli.data.buckets import Bucket
 from crepa_cli.data.prepare import encoder_config
 from crepa_cli.kept import kept
-from crepa_cli.memory.preparation import online_teacher_weights, predict_preparation
+from crepa_cli.memory.host import predict_pinned
+from crepa_cli.memory.preparation import online_teacher_weights, online_teacher_work, predict_preparation
 from crepa_cli.memory.shapes import clips_of, validation_bucket
-from crepa_cli.memory.step import predict_training
+from crepa_cli.memory.step import ACTIVATIONS, ALIGNMENT, GRADIENTS, predict_training
 from crepa_cli.memory.validation import predict_validation
 from crepa_cli.models.family import Family
 from crepa_cli.profile import Profile
@@ -98,9 +99,13 @@ def training_memory(profile: Profile, family: Family, bucket: Bucket, device: to
     """Bytes by part at the peak of a training step; see `predict`."""
 
     def predict_parts() -> dict[str, int]:
-        parts = predict_training(profile, family, clips_of(profile, family, bucket), device)
+        clips = clips_of(profile, family, bucket)
+        parts = predict_training(profile, family, clips, device)
         if _teaches_online(profile):
-            parts["teacher"] = online_teacher_weights(family, profile.crepa, device)
+            work = online_teacher_work(family, profile.crepa, clips.tensors["latents"], device)
+            # It is over when the step begins; what it takes beyond the step's own tensors raises the peak.
+            beyond = max(0, work - parts[ACTIVATIONS] - parts[ALIGNMENT] - parts[GRADIENTS])
+            parts["teacher"] = online_teacher_weights(family, profile.crepa, device) + beyond
         return parts
 
     return kept(["training", *_facts(profile, family, bucket, device)], predict_parts)
@@ -130,6 +135,13 @@ def validation_memory(profile: Profile, family: Family, device: torch.device) ->
     experts = [family.base.read_config(f"{name}/config.json") for name in family.transformer_components]
     facts = _facts(profile, family, bucket, device, irrelevant=IRRELEVANT_IN_VALIDATION)
     return max(kept(["validation", experts, *facts], predict_peaks).values())
+
+
+def pinned_memory(profile: Profile, family: Family, bucket: Bucket, device: torch.device) -> int:
+    """The most bytes of the host that a process pins at a time; see `predict`."""
+    facts = _facts(profile, family, bucket, device)
+    validates = profile.validation.every > 0
+    return max(kept(["pinned", validates, *facts], lambda: predict_pinned(profile, family, bucket)).values())
 
 
 def _teaches_online(profile: Profile) -> bool:

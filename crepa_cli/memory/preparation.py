@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
 from crepa_cli.alignment import TokenGrid
 from crepa_cli.data.buckets import Bucket
+from crepa_cli.data.online import clip_features
 from crepa_cli.data.prepare import encoder_config
 from crepa_cli.memory.repeats import run_once_per_shape
 from crepa_cli.memory.shapes import Clips
@@ -90,15 +92,29 @@ def _teacher_peak(crepa: CrepaSettings, bucket: Bucket, grid: TokenGrid, dtype: 
 
 
 def online_teacher_weights(family: Family, crepa: CrepaSettings, device: torch.device) -> int:
-    """Bytes of the VAE and the vision encoder that `teacher_cache = false` keeps in memory.
-
-    Their activations are freed before the transformer's step begins.
-    """
+    """Bytes of the VAE and the vision encoder that `teacher_cache = false` keeps in memory."""
     vae = family.empty_vae_pipeline().vae
     if crepa.drop_vae_encoder:
         vae.encoder = None
     teacher = _empty_teacher(crepa, encoder_dtype(device))
     return sum(weight.nbytes for model in (vae, teacher) for weight in model.parameters())
+
+
+@torch.no_grad()
+def online_teacher_work(family: Family, crepa: CrepaSettings, latents: Tensor, device: torch.device) -> int:
+    """The most bytes that they hold beside their weights for one clip's latents `[C, T, h, w]`.
+
+    They are freed before the transformer's step begins.
+    """
+    pipeline, model = family.empty_vae_pipeline(), _empty_teacher(crepa, encoder_dtype(device))
+    with fake_memory() as live:
+        make_fake(pipeline.vae)
+        make_fake(model)
+        run_once_per_shape(pipeline.vae.decoder, live)
+        given = torch.empty(latents.shape)
+        held = live.live
+        clip_features(family, crepa, pipeline, Dinov2Teacher(model), given)
+        return live.peak - held
 
 
 def _empty_teacher(crepa: CrepaSettings, dtype: torch.dtype) -> Any:

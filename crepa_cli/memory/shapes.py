@@ -106,6 +106,18 @@ def _encoded(family: Family, bucket: Bucket) -> Tensors:
         return family.without_image_encoder().encode_clip(family.empty_vae_pipeline(), video)
 
 
+def token_count(family: Family, bucket: Bucket) -> int:
+    """Tokens of a clip."""
+    grid = family.token_grid(encoded_clip(family, bucket)["latents"][None])
+    return grid.frames * grid.tokens
+
+
+def hidden_bytes(profile: Profile, family: Family, bucket: Bucket) -> int:
+    """Bytes of the hidden states that a batch has between two blocks."""
+    numbers = profile.train.batch_size * token_count(family, bucket) * family.hidden_size
+    return numbers * (4 if profile.model.dtype == "float32" else 2)
+
+
 def total_bytes(tensors: dict[str, Tensor]) -> int:
     """Bytes of all tensors together."""
     return sum(tensor.nbytes for tensor in tensors.values())

@@ -45,16 +45,22 @@ def place(model: nn.Module, device: torch.device, *, streamed: bool) -> None:
         UserError: if the host's memory cannot be pinned.
     """
     model.requires_grad_(False)
-    layers = _lists_of_layers(model) if streamed else ()
+    layers = streamed_layers(model) if streamed else ()
     move(model, device, {parameter for one in layers for parameter in stream(one, device)})
 
 
-def _lists_of_layers(module: nn.Module) -> Iterator[nn.ModuleList]:
+def streamed_layers(module: nn.Module) -> Iterator[nn.ModuleList]:
+    """The layers that `place` streams, as lists of modules of one class."""
     for child in module.children():
         if isinstance(child, nn.ModuleList) and len({type(layer) for layer in child}) == 1:
             yield child
         else:
-            yield from _lists_of_layers(child)
+            yield from streamed_layers(child)
+
+
+def streamed_bytes(blocks: nn.ModuleList) -> int:
+    """The bytes of the host that `stream` takes for the frozen parameters of blocks."""
+    return sum(max((span.end for span in _spans(block)), default=0) for block in blocks)
 
 
 def move(module: nn.Module, device: torch.device, staying: Collection[nn.Parameter] = ()) -> None:

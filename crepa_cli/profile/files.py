@@ -20,7 +20,13 @@ Value = TypeVar("Value")
 PROJECT_FILE = "crepa.toml"
 PRESET = "preset"
 """Key of a TOML file, above its tables, that names the preset below its settings."""
-PATHS = {("data", "path"), ("data", "cache"), ("train", "output"), ("validation", "images")}
+PATHS = {
+    ("data", "path"),
+    ("data", "validation_path"),
+    ("data", "cache"),
+    ("train", "output"),
+    ("validation", "images"),
+}
 PATHS_OR_NAMES = {("model", "checkpoint"), ("adapter", "init_from"), ("crepa", "encoder")}
 CONTROL = re.compile(r"[\x00-\x1f]")
 BACKSLASHES = (

@@ -103,11 +103,12 @@ def _clips_and_machine(run: RunFolder, profile: Profile, facts: Mapping[str, Any
 
 def without_folders(profile: Profile) -> Profile:
     """The settings with the last part alone of every absolute path, as a card is published."""
+    # Not validated: the last part alone names no encoder or folder of this machine.
     tables = {
-        table: {key: _name_alone(value) for key, value in keys.items()}
-        for table, keys in profile.model_dump(by_alias=True).items()
+        table: getattr(profile, table).model_copy(update={key: _name_alone(value) for key, value in keys.items()})
+        for table, keys in profile.model_dump().items()
     }
-    return Profile.model_validate(tables)
+    return profile.model_copy(update=tables)
 
 
 def _name_alone(value: Any) -> Any:

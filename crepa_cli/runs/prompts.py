@@ -87,17 +87,16 @@ def negative_prompt(validation: ValidationSettings, family: Family) -> str:
 def read_prompts(
     profile: Profile, family: Family, cache: Cache, device: torch.device
 ) -> Generator[Event, None, Prompts]:
-    """The encoded prompts of the validation; captions are encoded already, unless they ask for motion here.
+    """The encoded prompts of the validation; those that are not in the cache are encoded.
 
     Raises:
         UserError: if one cannot be encoded.
     """
     dtype = torch_dtype(profile.model.dtype)
     prompts = [Prompt(text) for text in sampled_texts(profile.validation, family)]
+    prompts.append(Prompt(negative_prompt(profile.validation, family), negative=True))
     require_prompts(prompts, (yield from encode_prompts(family, set(prompts), cache, device, dtype)))
-    negative = Prompt(negative_prompt(profile.validation, family), negative=True)
     *sampled, unwanted = (
-        cache.read("prompts", prompt_key(family, one.text, dtype, negative=one.negative))
-        for one in [*prompts, negative]
+        cache.read("prompts", prompt_key(family, one.text, dtype, negative=one.negative)) for one in prompts
     )
     return Prompts(sampled, unwanted)

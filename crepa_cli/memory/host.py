@@ -1,0 +1,56 @@
+"""The host's memory that a run pins: streamed weights and offloaded hidden states."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+from rich.filesize import decimal
+
+from crepa_cli.data.buckets import Bucket
+from crepa_cli.memory.shapes import hidden_bytes
+from crepa_cli.models.dtypes import torch_dtype
+from crepa_cli.models.family import Family
+from crepa_cli.models.streaming import streamed_bytes, streamed_layers
+from crepa_cli.profile import Profile
+from crepa_cli.training.build import frozen_dtype, frozen_in_int8
+
+
+def predict_pinned(profile: Profile, family: Family, bucket: Bucket) -> dict[str, int]:
+    """Bytes of the host that a process pins in the preparation and in training, which come one after the other.
+
+    Args:
+        profile: the resolved settings.
+        family: of the checkpoint, of which only configurations are read.
+        bucket: the largest shape of its clips.
+    """
+    memory, encoders, blocks, states = profile.memory, 0, 0, 0
+    if memory.stream_weights:
+        dtype = torch_dtype(profile.model.dtype)
+        models = [family.base.empty_model(name, dtype) for name in family.text_encoders]
+        encoders = sum(streamed_bytes(layers) for model in models for layers in streamed_layers(model))
+        with torch.device("meta"):
+            transformer = family.empty_transformer(frozen_dtype(profile), int8=frozen_in_int8(profile))
+        # A validation samples with all experts, which are equally large.
+        experts = len(family.transformer_components) if profile.validation.every else 1
+        blocks = experts * streamed_bytes(family.blocks(transformer.requires_grad_(False)))
+    if memory.offload_activations:
+        states = family.block_count * hidden_bytes(profile, family, bucket)
+    return {"preparation": encoders, "training": blocks + states}
+
+
+def host_shortage(profile: Profile, pinned: int) -> str:
+    """A sentence if a run pins more of this machine's memory than is free; empty otherwise.
+
+    Args:
+        profile: the resolved settings.
+        pinned: bytes that all its processes on this machine pin.
+    """
+    free = psutil.virtual_memory().available
+    if pinned <= free:
+        return ""
+    names = [f"memory.{one}" for one in ("stream_weights", "offload_activations") if getattr(profile.memory, one)]
+    lighter = "; memory.quantize_base=int8 halves the weights" if profile.memory.quantize_base == "none" else ""
+    return (
+        f"{' and '.join(names)} pin {decimal(pinned)} of this machine's memory, of which {decimal(free)} are free: end "
+        f"other programs, or turn one of these settings off{lighter}"
+    )
