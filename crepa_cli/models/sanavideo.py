@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cached_property
 from inspect import signature
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import (
@@ -15,7 +15,7 @@ from diffusers import (
     SanaVideoPipeline,
 )
 from diffusers.models.transformers.transformer_sana_video import SanaLinearAttnProcessor3_0
-from torch import Tensor
+from torch import Tensor, nn
 
 from crepa_cli.alignment.comparison import full_precision
 from crepa_cli.models.base import BaseCheckpoint
@@ -25,6 +25,18 @@ from crepa_cli.models.vae import decoded_video, normalized_latents
 
 SIZE_MULTIPLE = 32
 """The pipelines accept only multiples of this as width and height."""
+
+
+class Layers(NamedTuple):
+    """What linear attention reads of a module, in a type that can be compiled."""
+
+    heads: int
+    norm_q: nn.Module
+    norm_k: nn.Module
+    to_q: Callable[[Tensor], Tensor]
+    to_k: Callable[[Tensor], Tensor]
+    to_v: Callable[[Tensor], Tensor]
+    to_out: list[Callable[[Tensor], Tensor]]
 
 
 class LinearAttention(SanaLinearAttnProcessor3_0):  # type: ignore[misc]  # diffusers has no types
@@ -43,7 +55,7 @@ class LinearAttention(SanaLinearAttnProcessor3_0):  # type: ignore[misc]  # diff
     ) -> Tensor:
         """Of the clips to themselves."""
         device = hidden_states.device
-        layers = SimpleNamespace(
+        layers = Layers(
             heads=attn.heads,
             norm_q=attn.norm_q,
             norm_k=attn.norm_k,
