@@ -18,8 +18,10 @@ from crepa_cli.data.video import decode, write_video
 from crepa_cli.demo.clips import FPS, write_demo_clips
 from crepa_cli.errors import UserError
 from crepa_cli.evaluate.prompts import Sampled, prompts_of_file
+from crepa_cli.evaluate.videos import read_video
 from crepa_cli.evaluate.weights import Weights
-from crepa_cli.models.wan import Wan
+from crepa_cli.runs.checks import load_checkpoint
+from crepa_cli.runs.prompts import negative_prompt
 from crepa_cli.settings import resolve
 from crepa_cli.training.sampling import VideoSampler
 
@@ -123,28 +125,30 @@ LORA = RUN / "weights/pytorch_lora_weights.safetensors"
 
 def published(lora: Path | None, file: Path) -> Tensor:
     """The frames that the published pipeline samples for the first prompt, read back from a video file."""
-    pipeline: Any = diffusers.WanPipeline.from_pretrained("crepa-demo/wan-t2v")
+    profile = resolve(str(RUN / "profile.toml")).profile
+    data, validation = profile.data, profile.validation
+    pipeline: Any = diffusers.WanPipeline.from_pretrained(profile.model.checkpoint)
     pipeline.set_progress_bar_config(disable=True)
     if lora:
         pipeline.load_lora_weights(lora.parent, weight_name=lora.name)
     frames: Tensor = pipeline(
         prompt=TEXTS[0],
-        negative_prompt=Wan.negative_prompt,
-        width=96,
-        height=64,
-        num_frames=17,
+        negative_prompt=negative_prompt(validation, load_checkpoint(profile)),
+        width=data.width,
+        height=data.height,
+        num_frames=data.frames,
         num_inference_steps=2,
-        guidance_scale=5.0,
-        generator=torch.Generator().manual_seed(42),
+        guidance_scale=validation.guidance_scale,
+        generator=torch.Generator().manual_seed(profile.train.seed),
         output_type="pt",
     ).frames[0]
-    write_video(file, (frames * 255).round().byte(), 16)
+    write_video(file, (frames * 255).round().byte(), data.fps)
     return frames_of(file)
 
 
 def frames_of(file: Path) -> Tensor:
-    """The frames of a video of the demo, `[F, 3, H, W]` from 0 to 255."""
-    return decode(file, frames=17, fps=16, width=96, height=64).float()
+    """The frames of a video `[F, 3, H, W]`, from 0 to 255."""
+    return read_video(file)[0].float()
 
 
 @pytest.mark.parametrize(
@@ -253,9 +257,9 @@ def test_runs_are_compared_with_the_base_and_an_interruption_changes_nothing(
     first = [tmp_path / "whole" / report["videos"][0]["columns"][name]["file"] for name in names]
     assert first[1].read_bytes() == first[3].read_bytes()
     base, trained = frames_of(first[0]), frames_of(first[1])
-    assert (base - published(None, tmp_path / "base.mp4")).abs().mean() < 0.5
-    assert (trained - published(LORA, tmp_path / "trained.mp4")).abs().mean() < 0.5
-    assert (trained - base).abs().mean() > 1
+    assert (base - published(None, tmp_path / "base.mp4")).abs().mean() < 0.1
+    assert (trained - published(LORA, tmp_path / "trained.mp4")).abs().mean() < 0.1
+    assert (trained - base).abs().mean() > 0.2
 
     page = (tmp_path / "whole/report.html").read_text(encoding="utf-8")
     assert page.count("<video ") == 4 * len(TEXTS) + len(report["reference"]["videos"])
