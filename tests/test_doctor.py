@@ -101,7 +101,7 @@ def test_the_demo_would_train_and_its_cache_has_the_predicted_size(folder: Path)
         (64, 96): 2,
     }
     assert {one["frames"] for one in plan["buckets"]} == {9}
-    assert plan["profile"]["crepa"]["scheduler"] == "cosine"
+    assert plan["profile"]["crepa"]["scheduler"] == "constant"
     memory = plan["memory"]
     peaks = [sum(memory["training"].values()), *memory["preparation"].values(), memory["validation"]]
     assert memory["peak"] == max(peaks)

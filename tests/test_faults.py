@@ -88,6 +88,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_names_term_and_clip(
     run = tmp_path / "run"
     flags = ["--steps", 10, "--set", f"data.cache={cache}", "--set", "train.ema=0.9", "--set", "checkpoints.every=1"]
     flags += ["--set", "checkpoints.keep=10", "--set", "crepa.similarity_threshold=0.9", "--output", run]
+    flags += ["--set", "train.batch_size=2"]
     assert run_crepa(*DEMO, *flags) == 0
     lines = read_metrics(run / "metrics.jsonl")
     skipped = [line for line in lines if line["skipped"]]
