@@ -117,12 +117,17 @@ def test_a_clip_is_held_out_by_its_own_content_and_the_seed() -> None:
     assert only in choose(clips[:5], 0.7, 42), "the first that a larger share chooses"
 
 
+ON_HOST = ["memory.stream_weights=true", "memory.offload_activations=true", "memory.finer_recompute=true"]
+
+
 @pytest.mark.usefixtures("in_demo", "fresh_accelerate", "no_videos")
+@pytest.mark.parametrize("memory", [[], pytest.param(ON_HOST, marks=pytest.mark.slow)], ids=["resident", "on the host"])
 def test_measuring_changes_nothing_in_the_training_and_repeats_to_the_bit(
-    tmp_path: Path, known: Path, again: list[HeldOutMeasured | None]
+    memory: list[str], tmp_path: Path, known: Path, again: list[HeldOutMeasured | None]
 ) -> None:
     """With dropout of captions and in the adapter, whose random numbers must stay, and an average of the weights."""
     sets = ["adapter.dropout=0.2", "data.caption_dropout=0.5", "train.ema=0.9", "train.steps=2"]
+    sets += memory
     plain, _ = train(settings(*sets, "validation.every=0"), tmp_path / "plain")
     assert not again
     one = shutil.copytree(known, tmp_path / "one", ignore=shutil.ignore_patterns("clip-06*"))

@@ -89,7 +89,10 @@ class HeldOutLoss:
         """
         total, processes = len(self.dataset.clips), self.accelerator.num_processes
         found: list[tuple[int, float, float | None]] = []
-        with learner.averaged_weights(), torch.no_grad(), evaluating(learner.aligned):
+        # Finer recomputation splits blocks only where a backward may follow; whole, they can take more than a step.
+        # Sharded weights would wait for the backward.
+        finely = self.profile.memory.finer_recompute and not self.profile.train.sharding
+        with learner.averaged_weights(), torch.set_grad_enabled(finely), evaluating(learner.aligned):
             for first in range(0, total, processes):
                 if stopping():
                     return None
@@ -112,14 +115,14 @@ class HeldOutLoss:
         teaching = Teaching(batch.features, batch.teacher_grid)
         if online_teacher is not None:
             teaching = Teaching(*online_teacher.features(batch.tensors["latents"]))
-        losses = []
+        losses, similarities = [], []
         for noise, sigma in zip(batch.noise.split(1), batch.sigmas.split(1), strict=True):
             with self.accelerator.autocast():
-                losses.append(
-                    step_losses(learner.aligned, self.family, self.profile, batch.tensors, noise, sigma, teaching)
-                )
-        similarities = [one.similarity for one in losses if one.similarity is not None]
-        values = torch.stack([*(one.diffusion for one in losses), *similarities]).tolist()
+                found = step_losses(learner.aligned, self.family, self.profile, batch.tensors, noise, sigma, teaching)
+            losses.append(found.diffusion.detach())
+            similarities += [] if found.similarity is None else [found.similarity.detach()]
+            del found
+        values = torch.stack(losses + similarities).tolist()
         return fmean(values[:LEVELS]), _mean(values[LEVELS:])
 
     def _batch(self, index: int, *, with_features: bool) -> MicroBatch:
