@@ -114,7 +114,7 @@ def test_between_two_stages_the_finished_one_is_not_repeated(clock: Clock) -> No
     lines(Progress("scanning", 1, 1))
     clock.now += 12
     lines.beat()
-    assert screen.getvalue().splitlines() == ["scanning: 1/1", "after scanning: looking into the cache, 12 s so far"]
+    assert screen.getvalue().splitlines() == ["scanning: 1/1", "after scanning: preparing what comes next, 12 s so far"]
 
 
 def test_the_first_and_the_last_step_have_a_line(clock: Clock) -> None:

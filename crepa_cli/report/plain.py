@@ -242,7 +242,7 @@ class PlainLines:
         if latest is not None:
             seconds = f"{duration(self.stage.item_seconds)} so far"
             finished = latest.done == latest.total
-            return f"after {latest.stage}: looking into the cache, {seconds}" if finished else self._state(seconds)
+            return f"after {latest.stage}: preparing what comes next, {seconds}" if finished else self._state(seconds)
         if self.training is None:
             return ""
         return f"step {self.step} of {self.training.steps}: {duration(self.clock() - self.step_started)} so far"
