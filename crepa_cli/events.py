@@ -129,7 +129,7 @@ class ValidationSampled:
 
     step: int
     paths: tuple[Path, ...]
-    measures: Mapping[str, float] = field(default_factory=dict)
+    measures: Mapping[str, float] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)

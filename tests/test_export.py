@@ -346,10 +346,10 @@ def test_the_header_says_what_the_file_is(demo: Path) -> None:
         "modelspec.title": "wan-t2v-1",
         "modelspec.date": json.loads(run.facts.read_text())["date"],
         "ss_base_model_version": "wan2.1",
-        "ss_sd_model_name": "wan-t2v",
+        "ss_sd_model_name": "wan-trained",
         "ss_output_name": "wan-t2v-1",
-        "ss_network_dim": "8",
-        "ss_network_alpha": "8",
+        "ss_network_dim": "16",
+        "ss_network_alpha": "16",
     }
     assert {key: metadata[key] for key in expected} == expected
     assert sum(json.loads(metadata["ss_tag_frequency"])["clips"].values()) > 0

@@ -67,7 +67,7 @@ def _in_demo(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def _known(tmp_path_factory: pytest.TempPathFactory, demo: Path) -> Path:
     """Copies of two of the demo's clips, whose latents and features are in its cache."""
     folder = tmp_path_factory.mktemp("known")
-    for path in (demo / "crepa-demo/clips").glob("clip-0[36].*"):
+    for path in (demo / "crepa-demo/scenes").glob("clip-0[36].*"):
         shutil.copy(path, folder)
     return folder
 
@@ -273,7 +273,7 @@ def test_the_loss_rises_once_a_clip_is_learned_by_heart(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("in_demo")
 def test_clips_in_both_folders_are_named_and_unusable_ones_skipped(tmp_path: Path, demo: Path) -> None:
     write_demo_clips(tmp_path, count=1, seed=1)
-    shutil.copy(demo / "crepa-demo/clips/clip-03.mp4", tmp_path / "copy.mp4")
+    shutil.copy(demo / "crepa-demo/scenes/clip-03.mp4", tmp_path / "copy.mp4")
     (tmp_path / "copy.txt").write_text("a caption")
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     (tmp_path / "broken.txt").write_text("a caption")

@@ -53,7 +53,7 @@ def held_out(run: Path) -> dict[int, float]:
 def _known(tmp_path_factory: pytest.TempPathFactory, demo: Path) -> Path:
     """Copies of three of the demo's clips, which two processes cannot share out evenly."""
     folder = tmp_path_factory.mktemp("known")
-    for path in (demo / "crepa-demo/clips").glob("clip-0[036].*"):
+    for path in (demo / "crepa-demo/scenes").glob("clip-0[036].*"):
         shutil.copy(path, folder)
     return folder
 
