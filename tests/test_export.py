@@ -352,7 +352,7 @@ def test_the_header_says_what_the_file_is(demo: Path) -> None:
         "ss_network_alpha": "16",
     }
     assert {key: metadata[key] for key in expected} == expected
-    assert sum(json.loads(metadata["ss_tag_frequency"])["clips"].values()) > 0
+    assert sum(json.loads(metadata["ss_tag_frequency"])["scenes"].values()) > 0
 
 
 def test_what_comfyui_does_not_run_is_said_before_training(
