@@ -34,7 +34,7 @@ def predict_pinned(profile: Profile, family: Family, bucket: Bucket) -> dict[str
         experts = len(family.transformer_components) if profile.validation.every else 1
         blocks = experts * streamed_bytes(family.blocks(transformer.requires_grad_(False)))
     if memory.offload_activations:
-        states = family.block_count * hidden_bytes(profile, family, bucket)
+        states = max(0, family.block_count - memory.keep_blocks) * hidden_bytes(profile, family, bucket)
     return {"preparation": encoders, "training": blocks + states}
 
 
