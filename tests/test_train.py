@@ -206,27 +206,16 @@ EVERYTHING = (
     *("crepa.objective=relation", "crepa.projector=conv", "crepa.spatial_norm=0.6"),
     "crepa.adjacent_tau_seconds=0.25",
 )
-OBJECTIVES = {
-    "everything": EVERYTHING,
-    "relation": ["crepa.objective=relation"],
-    "iREPA": ["crepa.projector=conv", "crepa.spatial_norm=0.6"],
-    "a deeper block": [
-        *(*EVERYTHING, "crepa.use_backbone_features=true", "crepa.teacher_block_index=9"),
-        *("layersync.enabled=true", "layersync.student_block=3", "layersync.teacher_block=9"),
-    ],
-}
-EVERY_FAMILY = [(family, "everything") for family in FAMILIES]
-ONE_FAMILY = [("wan", objective) for objective in OBJECTIVES if objective != "everything"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "objective"), EVERY_FAMILY + ONE_FAMILY)
-def test_every_family_trains_with_every_objective(
-    family: str, objective: str, demo: Path, tmp_path: Path, run_crepa: RunCrepa, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_trains_with_relations_a_convolution_and_tau_in_seconds(
+    family: str, demo: Path, tmp_path: Path, run_crepa: RunCrepa, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every step is finite and trains adapter and projector, and the loss has the sign of the objective."""
     monkeypatch.chdir(demo)
-    sets = [word for setting in OBJECTIVES[objective] for word in ("--set", setting)]
+    sets = [word for setting in EVERYTHING for word in ("--set", setting)]
     flags = ["--profile", "t2v", "--model", family, "--demo", "--plain", "--steps", 3, "--output", tmp_path]
     flags += ["--set", "validation.every=0", "--set", "crepa.warmup_steps=0"]
     flags += ["--set", "crepa.similarity_threshold=none"]
@@ -235,8 +224,7 @@ def test_every_family_trains_with_every_objective(
     assert [line["step"] for line in metrics] == [0, 1, 2]
     assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in metrics)
     assert all(line["projector_grad_norm"] > 0 for line in metrics)
-    assert (metrics[-1]["crepa_loss"] > 0) == (objective != "iREPA")
-    assert all((line["layersync_loss"] is not None) == (objective == "a deeper block") for line in metrics)
+    assert all(line["crepa_loss"] > 0 for line in metrics)
 
 
 def test_full_tuning_writes_a_transformer(demo: Path, run_crepa: RunCrepa, monkeypatch: pytest.MonkeyPatch) -> None:

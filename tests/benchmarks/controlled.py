@@ -29,7 +29,7 @@ from crepa_cli.demo.tiny import write_once
 from crepa_cli.demo.trained import write_trained_dinov2, write_trained_wan
 from crepa_cli.files import write_whole
 
-QUICK_ARMS = (BASE, DEFAULT, "scrambled")
+QUICK_ARMS = (BASE, DEFAULT)
 QUICK_STEPS = 3
 
 
