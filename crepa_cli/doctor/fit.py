@@ -91,7 +91,8 @@ def _add_fit(plan: Plan, family: Family, profile: Profile, target: Target, repor
         plan.add("memory", "fine", f"{message}, with the settings as they are")
     else:
         plan.add("memory", "fine", f"{message}, with {fit}; {fit.price}")
-    _check_host(plan, family, chosen, bucket, device)
+    if fit:
+        _check_host(plan, family, chosen, bucket, device)
     plan.fit = fit
     plan.memory = Memory(**asdict(prediction), peak=prediction.peak, limit=limit, savings=[], fitting=fitting)
 
