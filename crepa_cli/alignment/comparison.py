@@ -140,7 +140,7 @@ class Comparison(NamedTuple):
 
 
 def spatial_statistics(features: Tensor, frames: list[int], strength: float, dtype: torch.dtype) -> Tensor:
-    """What each frame's features are reduced and then divided by, `[2, B, T, 1, D]`, as in iREPA (arXiv 2512.10794).
+    """The mean to subtract from each frame's features and the divisor, `[2, B, T, 1, D]`, of iREPA (arXiv 2512.10794).
 
     Over the patches of a frame, y becomes (y - strength * mean) / (standard deviation + 1e-6), channel by channel.
 

@@ -33,7 +33,7 @@ START = {"left": (0.80, 0.5), "right": (0.20, 0.5), "up": (0.5, 0.76), "down": (
 TRAVEL = {"left": 0.58, "right": 0.58, "up": 0.50, "down": 0.50}
 """Mean way as a share of the width or height."""
 PROMPT = f"a plain yellow {UNSEEN_SHAPE} moves right over a black background"
-"""What the demo samples."""
+"""The prompt that the demo samples."""
 
 
 @dataclass(frozen=True)

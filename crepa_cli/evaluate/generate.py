@@ -38,7 +38,7 @@ SLUG_LENGTH = 40
 
 @dataclass(frozen=True)
 class Request:
-    """What to evaluate.
+    """The models to evaluate, and how.
 
     Attributes:
         profile: settings for all videos: those of the first run.

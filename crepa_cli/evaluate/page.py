@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 WIDTH, HEIGHT = 300, 90
 """The size of a plot of curves."""
 LEAD = ("base", "steps", "guidance_scale", "width", "height", "frames", "fps", "dtype")
-"""What is said of the sampling."""
+"""Facts of the sampling, in words."""
 COLORS = 6
 """Colors of columns in page.css."""
 

@@ -111,7 +111,7 @@ class Evaluation:
         return f"with less {price}" if price and differences[price].verdict == "lower" else "better"
 
     def flags(self, column: Column) -> list[str]:
-        """What makes the other figures of a column worthless: no motion, or washed-out colors."""
+        """Reasons why the other figures of a column are worthless: no motion, or washed-out colors."""
         pairs = zip(self.base.videos, column.videos, strict=False)
         lost = [washed_out(base.measures, video.measures) for base, video in pairs]
         found = {

@@ -28,7 +28,7 @@ INPUT_PATCHES = 16
 
 
 class Tools(NamedTuple):
-    """What measures need beside the frames, and why some of it is left out."""
+    """Tools that measures need beside the frames, and why some are left out."""
 
     encode: Encoder | None
     flow: Flow | None

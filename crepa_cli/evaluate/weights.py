@@ -52,7 +52,7 @@ class Weights:
 
     @property
     def digest(self) -> str | None:
-        """What changes when the weights do."""
+        """Values that change when the weights do."""
         if self.path is None:
             return None
         return file_digest(self.path) if self.kind == "lora" else fingerprint(self.path)

@@ -61,7 +61,7 @@ class Fit:
 
     @property
     def price(self) -> str:
-        """What the settings cost, in words."""
+        """The cost of the settings, in words."""
         time = "a step takes about as long"
         if abs(self.slowdown - 1) >= 0.01:
             change = f"{self.slowdown - 1:.0%} longer" if self.slowdown > 1 else f"{1 - self.slowdown:.0%} less time"

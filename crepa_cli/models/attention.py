@@ -48,7 +48,7 @@ class Attention:
 
     @classmethod
     def of(cls, family: Family, dtype: torch.dtype, *, clips: int = 1, tokens: int = 64) -> Attention:
-        """That of a family whose blocks compare all tokens with all."""
+        """The self-attention of a family whose blocks compare all tokens with all."""
         heads = family.attention_heads
         return cls(clips, tokens, heads, family.hidden_size // heads, dtype)
 

@@ -28,7 +28,7 @@ SIZE_MULTIPLE = 32
 
 
 class Layers(NamedTuple):
-    """What linear attention reads of a module, in a type that can be compiled."""
+    """The parts of a module that linear attention reads, in a type that can be compiled."""
 
     heads: int
     norm_q: nn.Module
