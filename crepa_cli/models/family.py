@@ -1,9 +1,7 @@
 """Families of video diffusion transformers: how each turns clips and prompts into inputs and a target.
 
 A family is one subclass in one file. It states facts (classes, defaults, compression), encodes prompts and clips,
-builds the transformer's inputs and target, and locates its tokens. All are trained by flow matching:
-`noisy = (1 - sigma) * latents + sigma * noise`, and the transformer predicts the velocity `noise - latents`
-(arXiv 2209.03003, 2403.03206).
+builds the transformer's inputs and target, and locates its tokens.
 """
 
 from __future__ import annotations
@@ -27,6 +25,7 @@ from crepa_cli.alignment import TokenGrid
 from crepa_cli.errors import UserError
 from crepa_cli.models.base import BaseCheckpoint, check_embedding
 from crepa_cli.models.int8 import has_int8, quantize_linears
+from crepa_cli.models.noise import Flow, NoiseProcess
 from crepa_cli.models.precision import compute_in_own_dtype, in_loaded_dtypes, keep_float32
 from crepa_cli.models.weights import make_hollow, read_weights
 
@@ -91,6 +90,8 @@ class Family(ABC):
     """Whether the layers of the text encoders stay on the host while others compute; a setting too."""
     samples_posterior: ClassVar[bool] = False
     """Whether it is trained on samples of the VAE's posterior, rather than on the mode."""
+    noise_process: NoiseProcess = Flow()
+    """How its latents are noised, and what it predicts."""
     negative_prompt: ClassVar[str]
     """Published with the model for classifier-free guidance."""
     motion_suffix: ClassVar[str | None] = None
@@ -451,7 +452,7 @@ class Family(ABC):
             batch: tensors of clips and captions with a batch dimension: `latents` `[B, C, T, h, w]`, `fps` `[B]` and
                 those of this family.
             noise: like `latents`, standard normal.
-            sigmas: `[B]` in [0, 1], already shifted.
+            sigmas: noise levels `[B]` in [0, 1], already shifted.
         """
 
     def row_major(self, hidden: Tensor, grid: TokenGrid) -> Tensor:
@@ -476,9 +477,3 @@ class Family(ABC):
     def form_arguments(self, *, width: int, height: int, frames: int, fps: float) -> dict[str, Any]:  # noqa: ARG002
         """The arguments of the pipeline's call for the size, length and frame rate of the video."""
         return {"width": width, "height": height, "num_frames": frames}
-
-
-def add_noise(latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
-    """`(1 - sigma) * latents + sigma * noise`; sigmas broadcast from the left."""
-    sigmas = sigmas.view(-1, *[1] * (latents.ndim - 1))
-    return (1 - sigmas) * latents + sigmas * noise

@@ -159,7 +159,7 @@ def _run_clips(
                 probe.run(level)
             if not probe.tensors["states"][:, level].isfinite().all():
                 raise RunError(
-                    f"the hidden states of {batch.clips[0]} at sigma {sigmas[level]:g} are not finite in "
+                    f"the hidden states of {batch.clips[0]} at the noise level {sigmas[level]:g} are not finite in "
                     f"{profile.model.dtype}; are the checkpoint's files complete?"
                 )
             done += 1

@@ -276,8 +276,8 @@ class TrainSettings(Table):
     )
     timestep_sampling: Literal["logit_normal", "stretched", "uniform"] = Field(
         default="logit_normal",
-        description="Distribution of the noise levels. logit_normal favors the middle ones; stretched spreads it over "
-        "all levels after the shift, for models whose shift grows with the clip.",
+        description="Distribution of the noise levels, or timesteps. logit_normal favors the middle ones; stretched "
+        "spreads it over all levels after the shift, for models whose shift grows with the clip.",
     )
     timestep_shift: float | None = Field(
         default=None,
@@ -285,7 +285,7 @@ class TrainSettings(Table):
         description="Shift of the noise levels; above 1 trains more on high noise. none: as in the model's scheduler.",
     )
     loss_weighting: Literal["none", "sigma_sqrt", "cosmap"] = Field(
-        default="none", description="How the diffusion loss is weighted by noise level."
+        default="none", description="How the diffusion loss of flow matching is weighted by noise level."
     )
     seed: int = Field(default=42, ge=0, lt=2**32, description="Random seed of the run.")
     output: Text | None = Field(default=None, description="Output folder of the run. none: a new folder in runs/.")

@@ -160,6 +160,7 @@ def family_mistakes(family: Family, profile: Profile, *, resumes: bool = False) 
         *([] if resumes else _length_mistakes(family, profile)),
         *image_mistakes(profile.validation, profile.model.task),
         *_sampling_mistakes(family, profile.validation),
+        *_noise_mistakes(family, profile.train),
         *_sharding_mistakes(profile.train),
         *memory_mistakes(profile),
         *export_mistakes(family, profile.adapter),
@@ -205,6 +206,15 @@ def _length_mistakes(family: Family, profile: Profile) -> list[str]:
         f"such as {lower} or {lower + step}"
         for name, frames in lengths.items()
         if frames is not None and frames != (lower := (frames - 1) // step * step + 1)
+    ]
+
+
+def _noise_mistakes(family: Family, train: TrainSettings) -> list[str]:
+    if train.loss_weighting == "none" or family.noise_process.can_be_weighted:
+        return []
+    return [
+        f"train.loss_weighting = {train.loss_weighting!r}: it weights the noise levels of flow matching, and "
+        f"{family.name} is trained on timesteps of its own schedule; leave it out"
     ]
 
 
