@@ -61,8 +61,8 @@ from crepa_cli.training.batches import Batches
 from crepa_cli.training.build import coefficient_schedule
 from crepa_cli.training.checkpointer import Checkpointer
 from crepa_cli.training.checkpoints import newest_checkpoint, read_progress
+from crepa_cli.training.experts import build_experts
 from crepa_cli.training.held_out import HeldOutLoss
-from crepa_cli.training.learner import build_learner
 from crepa_cli.training.peak import device_memory
 from crepa_cli.training.skipped import RUN, SkippedSteps
 from crepa_cli.training.trainer import Trainer
@@ -258,7 +258,8 @@ def _kernel_times(profile: Profile, family: Family, clips: list[PreparedClip], d
 
 def _host_shortage(profile: Profile, family: Family, device: torch.device) -> str:
     """The warning that the run's processes on this machine pin more memory than it has free; empty if they do not."""
-    if not (profile.memory.stream_weights or profile.memory.offload_activations):
+    memory = profile.memory
+    if not (memory.stream_weights or memory.offload_idle_expert or memory.offload_activations):
         return ""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return host_shortage(profile, processes * pinned_memory(profile, family, form_bucket(profile, family), device))
@@ -336,8 +337,8 @@ def _build_trainer(
     progress = read_progress(checkpoint) if checkpoint else {}
     teacher_size = encoder_config(crepa)["hidden_size"] if crepa.encoder_teaches else family.hidden_size
     empty_key = prompt_key(family, "", torch_dtype(profile.model.dtype))
-    learner = build_learner(profile, family, teacher_size, accelerator, checkpoint, progress)
-    online = crepa.encoder_teaches and not crepa.teacher_cache and learner.aligns
+    experts = build_experts(profile, family, teacher_size, accelerator, checkpoint)
+    online = crepa.encoder_teaches and not crepa.teacher_cache and experts.aligns
     clips, held_out = (ClipDataset(some, prepared.cache, empty_key) for some in (prepared.clips, prepared.held_out))
     measures = prepared.held_out and profile.validation.every
     # Checkpoints of earlier versions counted the skipped steps of the run alone.
@@ -346,8 +347,8 @@ def _build_trainer(
         profile,
         family,
         run,
-        learner,
-        Batches(clips, family, profile, accelerator, learner.aligns),
+        experts,
+        Batches(clips, family, profile, accelerator, experts.aligns),
         Checkpointer(run, profile.checkpoints.keep, accelerator),
         Validator(profile, family, prompts, prepared.form, run, accelerator),
         accelerator,

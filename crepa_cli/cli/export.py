@@ -42,8 +42,8 @@ def export(
     family = load_family(model.family)(model.checkpoint, model.task, model.revision, model.variant)
     if mistakes := export_mistakes(family, adapter):
         raise UserError("\n".join(mistakes))
-    exports = export_run(folder, family, profile, step=step, merge=merge)
-    names = {"diffusers": exports.transformer if merge or adapter.kind == "full" else exports.diffusers}
-    names["comfyui"] = exports.comfyui
-    for name in adapter.export:
-        typer.echo(f"{name}: {exports.folder / names[name]}")
+    for exports in export_run(folder, family, profile, step=step, merge=merge):
+        names = {"diffusers": exports.transformer if merge or adapter.kind == "full" else exports.diffusers}
+        names["comfyui"] = exports.comfyui
+        for name in adapter.export:
+            typer.echo(f"{name}: {exports.folder / names[name]}")

@@ -30,6 +30,8 @@ from crepa_cli.models.precision import compute_in_own_dtype, in_loaded_dtypes, k
 from crepa_cli.models.weights import make_hollow, read_weights
 
 Tensors = dict[str, Tensor]
+BOTH = "both"
+"""The `model.variant` that trains every expert of a checkpoint."""
 Tables = Mapping[str, Mapping[str, object]]
 """Settings by table and key, as they stand in a profile."""
 
@@ -54,7 +56,7 @@ class Family(ABC):
         checkpoint: a local folder in diffusers' layout, or a Hub id. Only its configuration is read here.
         task: `t2v` or `i2v`.
         revision: branch, tag or commit on the Hub.
-        variant: the expert to train, of a checkpoint that holds several transformers.
+        variant: the expert to train, of a checkpoint that holds several transformers; `both` for all of them.
 
     Raises:
         UserError: if the family does not have the task, or the checkpoint is of another family or lacks the expert.
@@ -111,6 +113,7 @@ class Family(ABC):
         self.base = BaseCheckpoint(checkpoint, revision)
         self.task = task
         self.component = self._expert(variant)
+        self.trains_all = variant == BOTH
         self.config = self.base.read_config(f"{self.component}/config.json")
         found = self.config.get("_class_name")
         if found != self.transformer_class:
@@ -137,8 +140,22 @@ class Family(ABC):
 
     @property
     def expert(self) -> str | None:
-        """The name of the expert that is trained; None if the checkpoint has one transformer."""
+        """The name of the expert that is trained; None if the checkpoint has one transformer, or all are trained."""
+        if self.trains_all:
+            return None
         return next((name for name, component in self.experts.items() if component == self.component), None)
+
+    @property
+    def trained(self) -> Mapping[str, Family]:
+        """The recipe of each transformer that is trained, by its expert's name; itself under "" if it is one alone."""
+        return {name: self._of_expert(name) for name in self.experts} if self.trains_all else {"": self}
+
+    def _of_expert(self, name: str) -> Family:
+        family = copy(self)
+        family.trains_all = False
+        family.component = self.experts[name]
+        family.config = self.base.read_config(f"{family.component}/config.json")
+        return family
 
     @property
     def architecture(self) -> str:
@@ -312,6 +329,12 @@ class Family(ABC):
         """Every transformer of the checkpoint."""
         return tuple(self.experts.values()) or ("transformer",)
 
+    @property
+    def idle_components(self) -> tuple[str, ...]:
+        """The transformers that are not trained, and that the pipeline samples with beside those that are."""
+        trained = {family.component for family in self.trained.values()}
+        return tuple(name for name in self.transformer_components if name not in trained)
+
     def load_text_pipeline(self, dtype: torch.dtype) -> DiffusionPipeline:
         """The pipeline with the components that `encode_prompt` needs.
 
@@ -376,25 +399,27 @@ class Family(ABC):
         return {"image_embeds": torch.empty(tokens, config["hidden_size"], dtype=self.vae_dtype)}
 
     def load_sampling_pipeline(self, transformer: ModelMixin) -> DiffusionPipeline:
-        """The pipeline for sampling videos from encoded prompts; its VAE keeps to `vae_dtype` under autocast."""
+        """The pipeline for sampling videos from encoded prompts; its VAE keeps to `vae_dtype` under autocast.
+
+        If several experts are trained, the pipeline lacks all but the first one.
+        """
         frozen = {
             name: self._load_expert(name, transformer.dtype, int8=has_int8(transformer))
-            for name in self.transformer_components
-            if name != self.component
+            for name in self.idle_components
         }
-        trained = {self.component: transformer}
+        trained = dict.fromkeys(self.transformer_components) | {self.component: transformer}
         pipeline = self.base.load_pipeline(
-            self.pipeline_class, dtype=self.vae_dtype, without=self.text_components, **trained, **frozen
+            self.pipeline_class, dtype=self.vae_dtype, without=self.text_components, **trained | frozen
         )
         compute_in_own_dtype(pipeline.vae)
         return self._with_tiling(pipeline)
 
     def _expert(self, variant: str | None) -> str:
-        """The component to train."""
-        if variant is None:
+        """The component to train, or the first one of several."""
+        if variant is None or (variant == BOTH and self.experts):
             return self.transformer_components[0]
         if variant not in self.experts:
-            known = f"one of: {', '.join(self.experts)}" if self.experts else "none: it holds one transformer"
+            known = f"one of: {', '.join((*self.experts, BOTH))}" if self.experts else "none: it holds one transformer"
             raise UserError(f"model.variant = {variant!r}: {self.base.name} has no such expert; choose {known}")
         return self.experts[variant]
 

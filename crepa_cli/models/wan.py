@@ -147,8 +147,8 @@ class Wan(Family):
 
     @property
     def sigma_range(self) -> tuple[float, float]:
-        """The noise levels of the expert that is trained."""
-        if self._boundary is None:
+        """The noise levels of the expert that is trained; all of them if both are."""
+        if self._boundary is None or self.trains_all:
             return 0.0, 1.0
         return (self._boundary, 1.0) if self.component == "transformer" else (0.0, self._boundary)
 

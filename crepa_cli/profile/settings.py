@@ -42,7 +42,8 @@ class ModelSettings(Table):
     )
     variant: Text | None = Field(
         default=None,
-        description="Which expert to train if the checkpoint has several. none: the first one.",
+        description="Which expert to train if the checkpoint has several, such as high or low; both trains each in "
+        "the steps of its own noise levels. none: the first one.",
     )
     dtype: Literal["bfloat16", "float32"] = Field(
         default="bfloat16",
@@ -67,6 +68,11 @@ class MemorySettings(Table):
         description="Keep the frozen blocks in the host's memory and copy each to the GPU while the one before it "
         "computes: two blocks are on the GPU in place of all. The text encoder is streamed too. For a LoRA with "
         "activation checkpointing.",
+    )
+    offload_idle_expert: bool = Field(
+        default=False,
+        description="Keep the frozen blocks of the expert that is not at work in the host's memory: one is on the GPU "
+        "in place of two. For model.variant = both.",
     )
     offload_activations: bool = Field(
         default=False,

@@ -17,7 +17,7 @@ from crepa_cli.data.images import first_frame
 from crepa_cli.errors import UserError
 from crepa_cli.models import FAMILIES, load_family
 from crepa_cli.models.dtypes import torch_dtype
-from crepa_cli.models.family import Family
+from crepa_cli.models.family import BOTH, Family
 from crepa_cli.models.lora import fetch_lora, lora_rank
 from crepa_cli.profile import AdapterSettings, DataSettings, Profile, TrainSettings, ValidationSettings
 
@@ -162,6 +162,7 @@ def family_mistakes(family: Family, profile: Profile, *, resumes: bool = False) 
         *_sampling_mistakes(family, profile.validation),
         *_noise_mistakes(family, profile.train),
         *_sharding_mistakes(profile.train),
+        *_expert_mistakes(family, profile),
         *memory_mistakes(profile),
         *export_mistakes(family, profile.adapter),
         *([] if resumes else warm_start_mistakes(profile.adapter)),
@@ -224,10 +225,27 @@ def _sharding_mistakes(train: TrainSettings) -> list[str]:
     return [f"train.optimizer = {train.optimizer!r}: it needs whole weights, and train.sharding splits them; use adamw"]
 
 
+def _expert_mistakes(family: Family, profile: Profile) -> list[str]:
+    if not family.trains_all:
+        return []
+    adapter, one = (
+        profile.adapter,
+        f"train one expert after the other, with model.variant = {' or '.join(family.experts)}",
+    )
+    rules = {
+        f"adapter.kind = 'full': model.variant = 'both' is for LoRAs; {one}": adapter.kind == "full",
+        f"adapter.init_from: one LoRA cannot start both experts; {one}": adapter.init_from is not None,
+        f"train.sharding: model.variant = 'both' keeps the weights whole; turn sharding off, or {one}": (
+            profile.train.sharding
+        ),
+    }
+    return [mistake for mistake, applies in rules.items() if applies]
+
+
 def memory_mistakes(profile: Profile) -> list[str]:
     """Settings of memory that do not go with the others."""
     memory, train = profile.memory, profile.train
-    stream, offload = "memory.stream_weights", "memory.offload_activations"
+    stream, offload, idle = "memory.stream_weights", "memory.offload_activations", "memory.offload_idle_expert"
     recomputation = "train.activation_checkpointing = true and memory.keep other than 'all'"
     rules = {
         f"{stream}: it streams frozen weights, and adapter.kind = 'full' trains them all; use a LoRA": (
@@ -253,6 +271,12 @@ def memory_mistakes(profile: Profile) -> list[str]:
         ),
         "memory.keep_blocks: memory.finer_recompute recomputes what it would keep; turn one of them off": (
             memory.keep_blocks > 0 and memory.finer_recompute
+        ),
+        f"{idle}: it is for two experts in one run; set model.variant = 'both', or turn it off": (
+            memory.offload_idle_expert and profile.model.variant != BOTH
+        ),
+        f"{idle}: {stream} keeps the blocks of both experts on the host already; turn one of them off": (
+            memory.offload_idle_expert and memory.stream_weights
         ),
         "memory.quantize_base: adapter.kind = 'full' trains the weights, which it rounds to 8 bits; use a LoRA": (
             memory.quantize_base != "none" and profile.adapter.kind == "full"

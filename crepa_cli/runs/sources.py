@@ -18,9 +18,8 @@ def needs(profile: Profile, family: Family) -> list[Need]:
 
     An expert that is not trained is needed for validation alone.
     """
-    idle = set(family.transformer_components) - {family.component}
     validates = profile.validation.every > 0
-    components = tuple(name for name in family.base.components if validates or name not in idle)
+    components = tuple(name for name in family.base.components if validates or name not in family.idle_components)
     base = Need(family.base.name, family.base.revision, components, (CARD,))
     return [base, encoder_need(profile.crepa)] if profile.crepa.encoder_teaches else [base]
 

@@ -41,7 +41,7 @@ from crepa_cli.teachers.dinov2 import Dinov2Teacher, encoder_dtype
 from crepa_cli.training.batches import Batches
 from crepa_cli.training.build import build_model, frozen_dtype
 from crepa_cli.training.checkpointer import Checkpointer
-from crepa_cli.training.learner import build_learner
+from crepa_cli.training.experts import build_experts
 from crepa_cli.training.skipped import SkippedSteps
 from crepa_cli.training.step import Teaching, step_losses
 from crepa_cli.training.trainer import Trainer
@@ -220,7 +220,7 @@ def open_trainer(profile: Profile, family: Family, folder: Path) -> Trainer:
     clips = clips_of(profile, family, form_bucket(profile, family))
     # int8 weights are quantized while files are read, and there are none.
     with patch("crepa_cli.models.family.read_weights", lambda transformer, _: filled(transformer, device)):
-        learner = build_learner(profile, family, clips.feature_size, accelerator, None, {})
+        experts = build_experts(profile, family, clips.feature_size, accelerator, None)
     online = None
     if crepa.enabled and crepa.encoder_teaches and not crepa.teacher_cache:
         with patch("crepa_cli.data.online.load_teacher", lambda *_: random_teacher(profile, device)):
@@ -229,8 +229,8 @@ def open_trainer(profile: Profile, family: Family, folder: Path) -> Trainer:
         profile,
         family,
         run,
-        learner,
-        Batches(RandomClip(clips), family, profile, accelerator, learner.aligns and online is None),
+        experts,
+        Batches(RandomClip(clips), family, profile, accelerator, experts.aligns and online is None),
         Checkpointer(run, 1, accelerator),
         Validator(profile, family, Prompts([], {}), ClipForm.of(profile.data), run, accelerator),
         accelerator,
