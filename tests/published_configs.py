@@ -26,6 +26,7 @@ LTX_CLIP: Shapes = {"latents": (128, 3, 2, 4), "prompt_embeds": (8, 4096), "prom
 SANA_PROMPT: Shapes = {"prompt_embeds": (300, 2304), "prompt_attention_mask": (300,)}
 WAN_PROMPT: Shapes = {"prompt_embeds": (512, 4096)}
 WAN_FIRST_FRAME: Shapes = {"condition": (20, 3, 4, 8)}
+COG_PROMPT: Shapes = {"prompt_embeds": (226, 4096)}
 KANDINSKY_CLIP: Shapes = {"latents": (16, 3, 4, 8), "prompt_embeds": (512, 3584), "pooled_embeds": (768,)}
 
 
@@ -62,5 +63,16 @@ PUBLISHED: dict[tuple[str, str], Published] = {
     ),
     ("kandinsky5_video", "kandinskylab/Kandinsky-5.0-I2V-Pro-sft-5s-Diffusers"): Published(
         "i2v", 60, 4096, 4, 16, KANDINSKY_CLIP | {"first_frame": (16, 1, 4, 8)}
+    ),
+    ("cogvideox", "zai-org/CogVideoX-2b"): Published("t2v", 30, 1920, 8, 16, {"latents": (16, 3, 4, 8)} | COG_PROMPT),
+    ("cogvideox", "zai-org/CogVideoX-5b"): Published("t2v", 42, 3072, 8, 16, {"latents": (16, 3, 4, 8)} | COG_PROMPT),
+    ("cogvideox", "zai-org/CogVideoX-5b-I2V"): Published(
+        "i2v", 42, 3072, 8, 16, {"latents": (16, 3, 60, 90), "first_frame": (16, 1, 60, 90)} | COG_PROMPT
+    ),
+    ("cogvideox", "zai-org/CogVideoX1.5-5B"): Published(
+        "t2v", 42, 3072, 8, 16, {"latents": (16, 4, 4, 8)} | COG_PROMPT
+    ),
+    ("cogvideox", "zai-org/CogVideoX1.5-5B-I2V"): Published(
+        "i2v", 42, 3072, 8, 16, {"latents": (16, 4, 4, 8), "first_frame": (16, 1, 4, 8)} | COG_PROMPT
     ),
 }

@@ -70,6 +70,8 @@ def sampled_latents(family: Any, pipeline: Any, video: Tensor, latents: Tensor, 
         sampled = pipeline._unpack_latents(sampled, *latents.shape[1:])
     if family.name == "kandinsky5_video":
         sampled = sampled.movedim(-1, 1)
+    if family.name == "cogvideox":
+        sampled = sampled.transpose(1, 2)
     return sampled[0]
 
 

@@ -83,6 +83,18 @@ RECIPES |= {
     )
     for name, (size, frames) in KANDINSKY_SIZES.items()
 }
+COG = "CogVideo: finetune/schemas/args.py, finetune/README.md (sizes, lengths), README.md (frame rates)"
+COG_SIZES = {
+    ("t2v", "CogVideoX-2b"): ((720, 480), 49, 8),
+    ("t2v", "CogVideoX-5b"): ((720, 480), 49, 8),
+    ("i2v", "CogVideoX-5b-I2V"): ((720, 480), 49, 8),
+    ("t2v", "CogVideoX1.5-5B"): ((1360, 768), 81, 16),
+    ("i2v", "CogVideoX1.5-5B-I2V"): ((1360, 768), 81, 16),
+}
+RECIPES |= {
+    ("cogvideox", task, f"zai-org/{name}"): Recipe((2e-5, 2e-5), size, frames, fps, None, 226, COG)
+    for (task, name), (size, frames, fps) in COG_SIZES.items()
+}
 
 
 def recipe(family: str, task: str, checkpoint: str | None, *sets: str) -> Profile:
@@ -128,6 +140,7 @@ def test_the_table_has_every_published_checkpoint() -> None:
         ("wan", "constant", 0, 1.0, 0.01),
         ("ltxvideo", "linear", 0, 1.0, 0.01),
         ("sanavideo", "constant_with_warmup", 500, 0.1, 0.0),
+        ("cogvideox", "constant_with_warmup", 100, 1.0, 1e-4),
     ],
 )
 def test_full_fine_tuning_warms_up_clips_and_decays_as_published(
@@ -165,6 +178,8 @@ def test_full_fine_tuning_warms_up_clips_and_decays_as_published(
             {"model_dim": 4096},
             "kandinskylab/Kandinsky-5.0-T2V-Pro-sft-5s-Diffusers",
         ),
+        ("cogvideox", "transformer/config.json", {"patch_size_t": 2}, "zai-org/CogVideoX1.5-5B"),
+        ("cogvideox", "transformer/config.json", {"num_layers": 30}, "zai-org/CogVideoX-2b"),
     ],
 )
 def test_a_fine_tune_is_trained_like_the_checkpoint_that_its_configuration_resembles(

@@ -203,9 +203,9 @@ def _placed(clip: Clip, family: Family, form: ClipForm) -> PreparedClip:
             f"too short: {counted(frames_available(info, fps), 'frame')} at {fps:g} frames per second, "
             f"needs at least {min(form.frames, family.frame_multiple + 1)}"
         )
-    size = nearest_bucket(info.width, info.height, bucket_sizes(form.width, form.height, family.size_multiple))
-    bucket = Bucket(frames, size.height, size.width)
-    return PreparedClip(clip, info, bucket, file_digest(clip.path), fps, repeated)
+    sizes = bucket_sizes(form.width, form.height, family.size_multiple)
+    size = sizes[0] if family.only_size else nearest_bucket(info.width, info.height, sizes)
+    return PreparedClip(clip, info, Bucket(frames, size.height, size.width), file_digest(clip.path), fps, repeated)
 
 
 def _repeated(info: VideoInfo, frames: int, fps: float) -> int:

@@ -81,7 +81,7 @@ class Family(ABC):
     """Defaults of full fine-tuning that differ from those of a LoRA."""
     published: ClassVar[Mapping[str, Tables]]
     """The published checkpoints by Hub id, each with its defaults that differ from the family's."""
-    caption_tokens: ClassVar[int | None] = None
+    caption_tokens: int | None = None
     """Tokens of a caption; None if the pipeline decides."""
     takes_frame_rate: ClassVar[bool] = False
     """Whether the positions in time depend on the frame rate, so that a clip can be trained at its own."""
@@ -92,6 +92,8 @@ class Family(ABC):
     """Whether the layers of the text encoders stay on the host while others compute; a setting too."""
     samples_posterior: ClassVar[bool] = False
     """Whether it is trained on samples of the VAE's posterior, rather than on the mode."""
+    only_size: tuple[int, int] | None = None
+    """Width and height of the only size in pixels that it can be trained at; None for any."""
     noise_process: NoiseProcess = Flow()
     """How its latents are noised, and what it predicts."""
     negative_prompt: ClassVar[str]

@@ -68,6 +68,7 @@ def read_weights(transformer: ModelMixin, files: Sequence[Path]) -> None:
         for name, parameter in transformer.named_parameters()
         if parameter.is_meta and name not in scales
     }
+    buffers = dict(transformer.named_buffers())
     unknown = []
     for path in files:
         try:
@@ -75,6 +76,8 @@ def read_weights(transformer: ModelMixin, files: Sequence[Path]) -> None:
                 for key in file.keys():  # noqa: SIM118 (no dictionary)
                     if key in names:
                         _set_weight(transformer, names.pop(key), file.get_tensor(key))
+                    elif key in buffers:
+                        buffers[key].data = file.get_tensor(key).to(buffers[key].device, transformer.dtype, copy=True)
                     else:
                         unknown.append(key)
         except (OSError, SafetensorError) as error:

@@ -189,6 +189,12 @@ def _block_mistakes(family: Family, profile: Profile) -> list[str]:
 
 def _size_mistakes(family: Family, data: DataSettings) -> list[str]:
     mistakes = []
+    if family.only_size not in (None, (data.width, data.height)):
+        width, height = family.only_size
+        return [
+            f"data.width = {data.width}, data.height = {data.height}: {family.base.name} has learned the positions of "
+            f"{width} x {height} pixels alone; set data.width = {width} and data.height = {height}"
+        ]
     for name, size in {"data.width": data.width, "data.height": data.height}.items():
         if size % family.size_multiple:
             lower = size // family.size_multiple * family.size_multiple
