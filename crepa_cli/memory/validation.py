@@ -9,7 +9,7 @@ from diffusers import ModelMixin
 from torch import Tensor
 
 from crepa_cli.memory.depth import END, Part, Segments, Timeline, highest, segments_of_all_blocks
-from crepa_cli.memory.repeats import run_once_per_shape
+from crepa_cli.memory.repeats import run_vae_once_per_shape
 from crepa_cli.memory.shapes import Clips
 from crepa_cli.memory.step import fake_autocast, fake_batch, fake_memory, fake_training, make_fake
 from crepa_cli.models.family import Family
@@ -78,7 +78,7 @@ def decoding_peak(family: Family, latents: Tensor) -> int:
     pipeline = family.empty_vae_pipeline()
     with fake_memory() as live:
         make_fake(pipeline.vae)
-        run_once_per_shape(pipeline.vae.decoder, live)
+        run_vae_once_per_shape(pipeline.vae, "decoder", live)
         given = torch.empty(latents.shape)
         held = live.live
         video = family.decode_latents(pipeline, given)
