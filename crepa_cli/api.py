@@ -48,7 +48,13 @@ from crepa_cli.report.loading import loading_lines
 from crepa_cli.report.metrics import MetricsFile
 from crepa_cli.report.plot import CurvesFile
 from crepa_cli.report.trackers import Trackers
-from crepa_cli.runs.capabilities import attention_mistakes, compile_mistakes, dtype_mistakes, kernel_mistakes
+from crepa_cli.runs.capabilities import (
+    attention_mistakes,
+    compile_mistakes,
+    dtype_mistakes,
+    kernel_mistakes,
+    process_mistakes,
+)
 from crepa_cli.runs.checks import attempt, open_family, open_run
 from crepa_cli.runs.facts import write_facts
 from crepa_cli.runs.folder import RunFolder
@@ -138,6 +144,7 @@ def train(
         *compile_mistakes(profile, state.device),
         *attention_mistakes(profile, family, state.device),
         *kernel_mistakes(profile, family, state.device),
+        *process_mistakes(family, state.num_processes),
     ]:
         raise UserError("\n".join(mistakes))
     # One process decides: once it has made the folder, the others would find a run in it.
