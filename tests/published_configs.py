@@ -35,10 +35,17 @@ def wan(task: str, blocks: int, hidden_size: int, clip: Shapes) -> Published:
     return Published(task, blocks, hidden_size, 4, 16, {"latents": (16, 3, 4, 8)} | WAN_PROMPT | clip)
 
 
+def ltx2_clip(video: int, audio: int) -> Shapes:
+    """The shapes of a clip of LTX-2, whose caption has this width for the video and for the audio."""
+    return LTX_CLIP | {"prompt_embeds": (8, video), "audio_prompt_embeds": (8, audio)}
+
+
 PUBLISHED: dict[tuple[str, str], Published] = {
     ("ltxvideo", "Lightricks/LTX-Video"): Published("t2v", 28, 2048, 8, 32, LTX_CLIP),
     ("ltxvideo", "Lightricks/LTX-Video-0.9.5"): Published("t2v", 28, 2048, 8, 32, LTX_CLIP),
     ("ltxvideo", "Lightricks/LTX-Video-0.9.7-dev"): Published("i2v", 48, 4096, 8, 32, LTX_CLIP),
+    ("ltx2", "Lightricks/LTX-2"): Published("t2v", 48, 4096, 8, 32, ltx2_clip(3840, 3840)),
+    ("ltx2", "diffusers/LTX-2.3-Diffusers"): Published("i2v", 48, 4096, 8, 32, ltx2_clip(4096, 2048)),
     ("sanavideo", "Efficient-Large-Model/SANA-Video_2B_480p_diffusers"): Published(
         "i2v", 20, 2240, 4, 32, {"latents": (16, 3, 4, 8)} | SANA_PROMPT
     ),

@@ -41,9 +41,11 @@ WAN_LORA_AND_FULL = "DiffSynth-Studio: examples/wanvideo/model_training"
 WAN = "Wan2.1: wan/configs, 3.0 at 480p: diffusers pipeline_wan.py; " + WAN_LORA_AND_FULL
 WAN22 = "Wan2.2: wan/configs; " + WAN_LORA_AND_FULL
 LTX = "LTX-Video: model card, inference.py, pipeline_ltx_video.py; LTX-Video-Trainer: configs/ltxv_2b_{lora,full}.yaml"
+LTX2 = "LTX-2: packages/ltx-trainer/{configs/t2v_lora.yaml,docs/quick-start.md,docs/configuration-reference.md}"
 SANA = "Sana: configs/sana_video_config/Sana_2000M_{480px,720px_ltx2vae}_AdamW_fsdp.yaml"
 KANDINSKY = "kandinsky-5: configs/, t2v_pipeline.py; diffusers docs; musubi-tuner: docs/kandinsky5.md"
 WAN_RATES, LTX_RATES, SANA_RATES, KANDINSKY_RATES = (1e-4, 1e-5), (2e-4, 1e-5), (1e-4, 5e-5), (1e-4, 1e-5)
+LTX2_RATES = (1e-4, 1e-5)
 
 RECIPES = {
     ("wan", "t2v", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"): Recipe(WAN_RATES, (832, 480), 81, 16, 3, 512, WAN),
@@ -57,6 +59,9 @@ RECIPES = {
     ("ltxvideo", "t2v", "Lightricks/LTX-Video-0.9.1"): Recipe(LTX_RATES, (768, 512), 121, 30, None, 256, LTX),
     ("ltxvideo", "t2v", "Lightricks/LTX-Video-0.9.5"): Recipe(LTX_RATES, (768, 512), 121, 30, None, 256, LTX),
     ("ltxvideo", "i2v", "Lightricks/LTX-Video-0.9.7-dev"): Recipe(LTX_RATES, (768, 512), 121, 30, None, 256, LTX),
+    ("ltx2", "t2v", "Lightricks/LTX-2"): Recipe(LTX2_RATES, (960, 544), 49, 24, None, 1024, LTX2),
+    ("ltx2", "i2v", "diffusers/LTX-2.3-Diffusers"): Recipe(LTX2_RATES, (960, 544), 49, 24, None, 1024, LTX2),
+    ("ltx2", "t2v", "Lightricks/LTX-2.5-Diffusers"): Recipe(LTX2_RATES, (960, 544), 49, 24, None, 1024, LTX2),
     ("sanavideo", "t2v", "Efficient-Large-Model/SANA-Video_2B_480p_diffusers"): Recipe(
         SANA_RATES, (832, 480), 81, 16, 3, 300, SANA
     ),
@@ -139,6 +144,7 @@ def test_the_table_has_every_published_checkpoint() -> None:
     [
         ("wan", "constant", 0, 1.0, 0.01),
         ("ltxvideo", "linear", 0, 1.0, 0.01),
+        ("ltx2", "linear", 0, 1.0, 0.01),
         ("sanavideo", "constant_with_warmup", 500, 0.1, 0.0),
         ("cogvideox", "constant_with_warmup", 100, 1.0, 1e-4),
     ],

@@ -56,9 +56,7 @@ def text_encoders_peak(family: Family, clips: Clips, dtype: torch.dtype) -> int:
             make_fake(encoder)
             place(encoder, torch.device("cpu"), streamed=family.streams_text_encoders)
         live.reset_peak()
-        for encoder in encoders:
-            limit = getattr(encoder.config.get_text_config(), "max_position_embeddings", caption)
-            encoder(input_ids=torch.zeros(1, min(caption, limit), dtype=torch.int64))
+        family.run_text_encoders(encoders, caption)
         return live.peak
 
 

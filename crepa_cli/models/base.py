@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -120,11 +121,14 @@ class BaseCheckpoint:
         return [folder / name for name in names if name.endswith(".safetensors")]
 
     def empty_model(self, component: str, dtype: torch.dtype) -> Any:
-        """A component of transformers by its configuration alone, on the meta device."""
-        config = AutoConfig.for_model(**self.read_config(f"{component}/config.json"))
-        model_class = getattr(transformers, self.component_class(component))
+        """A component of transformers, or of a pipeline's own, by its configuration alone, on the meta device."""
+        config = self.read_config(f"{component}/config.json")
+        library, name = self.read_config("model_index.json")[component]
         with torch.device("meta"):
-            model = model_class._from_config(config, dtype=dtype)
+            if library == "transformers":
+                model = getattr(transformers, name)._from_config(AutoConfig.for_model(**config), dtype=dtype)
+            else:
+                model = getattr(import_module(f"diffusers.pipelines.{library}"), name).from_config(config).to(dtype)
         return model.requires_grad_(False).eval()
 
     def load_pipeline(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
@@ -414,7 +414,11 @@ class Family(ABC):
             self.pipeline_class, dtype=self.vae_dtype, without=self.text_components, **trained | frozen
         )
         compute_in_own_dtype(pipeline.vae)
-        return self._with_tiling(pipeline)
+        return self._with_tiling(self.for_encoded_prompts(pipeline))
+
+    def for_encoded_prompts(self, pipeline: DiffusionPipeline) -> DiffusionPipeline:
+        """A pipeline that takes the prompts of `sampling_arguments`, if it must be changed for that, in place."""
+        return pipeline
 
     def _expert(self, variant: str | None) -> str:
         """The component to train, or the first one of several."""
@@ -437,6 +441,17 @@ class Family(ABC):
     def encode_negative_prompt(self, pipeline: DiffusionPipeline, prompt: str) -> Tensors:
         """The tensors of a negative prompt; see `encode_prompt`."""
         return self.encode_prompt(pipeline, prompt)
+
+    def run_text_encoders(self, encoders: Sequence[Any], tokens: int) -> None:
+        """Run the models of `text_encoders` as `encode_prompt` does, on a caption without content.
+
+        Args:
+            encoders: in the order of `text_encoders`.
+            tokens: of the caption.
+        """
+        for encoder in encoders:
+            limit = getattr(encoder.config.get_text_config(), "max_position_embeddings", tokens)
+            encoder(input_ids=torch.zeros(1, min(tokens, limit), dtype=torch.int64))
 
     @abstractmethod
     def longest_prompt(self, dtype: torch.dtype) -> Tensors:
