@@ -144,7 +144,7 @@ def _title(source: str) -> str:
 
 
 def _check_base(profile: Profile, source: str, settings: Profile) -> None:
-    for key in ("family", "task", "checkpoint", "revision"):
+    for key in ("family", "task", "checkpoint", "components", "revision"):
         wanted, found = getattr(profile.model, key), getattr(settings.model, key)
         if wanted != found:
             raise UserError(

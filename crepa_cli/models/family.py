@@ -13,6 +13,7 @@ from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from inspect import Parameter, signature
+from pathlib import Path
 from typing import Any, ClassVar
 
 import diffusers
@@ -27,6 +28,7 @@ from crepa_cli.models.base import BaseCheckpoint, check_embedding
 from crepa_cli.models.int8 import has_int8, quantize_linears
 from crepa_cli.models.noise import Flow, NoiseProcess
 from crepa_cli.models.precision import compute_in_own_dtype, in_loaded_dtypes, keep_float32
+from crepa_cli.models.single_file import SingleFile
 from crepa_cli.models.weights import make_hollow, read_weights
 
 Tensors = dict[str, Tensor]
@@ -239,10 +241,11 @@ class Family(ABC):
         return self._load_expert(self.component, dtype, int8=int8).requires_grad_(False)
 
     def _load_expert(self, component: str, dtype: torch.dtype, *, int8: bool) -> ModelMixin:
-        if not int8:
+        if not int8 and self.base.file is None:
             return self._adapted(self.base.load_model(self.transformer_class, component, dtype))
-        transformer = self._without_weights(component, dtype, int8=True)
-        read_weights(transformer, self.base.weight_files(component))
+        # Not from_single_file: it would cast the weights that from_pretrained keeps in float32.
+        transformer = self._without_weights(component, dtype, int8=int8)
+        read_weights(transformer, self.base.stored(component), self.base.source(component))
         return transformer.eval()
 
     def _without_weights(self, component: str, dtype: torch.dtype, *, int8: bool) -> ModelMixin:
@@ -265,7 +268,7 @@ class Family(ABC):
         Raises:
             UserError: if the checkpoint is incomplete.
         """
-        read_weights(transformer, self.base.weight_files(self.component))
+        read_weights(transformer, self.base.stored(self.component), self.base.source(self.component))
 
     def empty_transformer(self, dtype: torch.dtype, *, int8: bool = False) -> ModelMixin:
         """The transformer of `load_transformer` without its weights, from the configuration alone.
@@ -384,6 +387,21 @@ class Family(ABC):
         """The same recipe for a transformer with another number of blocks."""
         family = copy(self)
         family.config = self.config | {self.depth_setting: count}
+        return family
+
+    def with_file(self, path: Path) -> Family:
+        """The same recipe with the weights of its transformer from one file.
+
+        Raises:
+            UserError: if several transformers are trained, or it cannot be read or does not fit.
+        """
+        if self.trains_all:
+            raise UserError(
+                f"model.variant = {BOTH!r}: {path} holds one expert; train {' or '.join(self.experts)}, or name a "
+                "folder or Hub id that has both"
+            )
+        family, base = copy(self), self.base
+        family.base = SingleFile(path, self.transformer_class, self.component, base.name, base.revision)
         return family
 
     def without_image_encoder(self) -> Family:

@@ -35,7 +35,13 @@ class ModelSettings(Table):
     checkpoint: Text = resolved_later(
         FAMILY_DEFAULT,
         example="owner/model",
-        description="Hub id or local folder of the base model.",
+        description="Hub id or local folder of the base model, or its transformer in one .safetensors file with the "
+        "original names.",
+    )
+    components: Text | None = Field(
+        default=None,
+        description="Hub id or local folder with everything but the transformer, if checkpoint is a single file. none: "
+        "the published model that the file looks like.",
     )
     revision: Text | None = Field(
         default=None, description="Branch, tag or commit of the checkpoint on the Hub. none: its main branch."
@@ -58,6 +64,11 @@ class ModelSettings(Table):
         description="Let the VAE work on overlapping tiles of the frames: far less memory for large videos, a little "
         "slower, and slightly different. none: as the model's own code does.",
     )
+
+    @property
+    def repository(self) -> str:
+        """The Hub id or local folder in the layout of diffusers."""
+        return self.components or self.checkpoint
 
 
 class MemorySettings(Table):

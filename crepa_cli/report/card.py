@@ -57,7 +57,7 @@ def _commit(family: Family) -> str:
 def _metadata(run: RunFolder, family: Family, profile: Profile, facts: Mapping[str, Any]) -> ModelCardData:
     is_lora = profile.adapter.kind == "lora"
     kinds = ["lora", "template:diffusion-lora"] if is_lora else ["full-fine-tune"]
-    published = not Path(family.base.name).exists()
+    published = not Path(family.base.name).exists() and family.base.file is None
     samples = zip(profile.validation.prompts, _last_samples(run), strict=False)
     return ModelCardData(
         base_model=family.base.name if published else None,

@@ -49,7 +49,16 @@ def loading_code(run: RunFolder, family: Family, profile: Profile, checkpoint: s
             f'pipeline = {pipeline}.from_pretrained(\n    "{checkpoint}", {family.component}=transformer, '
             "dtype=torch.bfloat16\n)"
         )
-    lines = [f'pipeline = {pipeline}.from_pretrained("{checkpoint}", dtype=torch.bfloat16)']
+    transformer = ""
+    lines = []
+    if family.base.file is not None:
+        head, transformer = f"{head}, {family.transformer_class}", f"{family.component}=transformer, "
+        lines.append(
+            f"transformer = {family.transformer_class}.from_single_file(\n"
+            f'    "{family.base.file.name}", config="{checkpoint}", subfolder="{family.component}", '
+            "dtype=torch.bfloat16\n)"
+        )
+    lines.append(f'pipeline = {pipeline}.from_pretrained("{checkpoint}", {transformer}dtype=torch.bfloat16)')
     for one, exports in zip(family.trained.values(), run.all_exports(family), strict=True):
         arguments = "".join(f", {name}={value}" for name, value in one.lora_loading_arguments.items())
         lines.append(f'pipeline.load_lora_weights("{place}", weight_name="weights/{exports.diffusers}"{arguments})')

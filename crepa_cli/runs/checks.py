@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import copy
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TypeVar
 
 from accelerate.tracking import get_available_trackers
@@ -19,6 +20,7 @@ from crepa_cli.models import FAMILIES, load_family
 from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import BOTH, Family
 from crepa_cli.models.lora import fetch_lora, lora_rank
+from crepa_cli.models.single_file import is_single_file
 from crepa_cli.profile import AdapterSettings, DataSettings, Profile, TrainSettings, ValidationSettings
 
 Result = TypeVar("Result")
@@ -133,7 +135,15 @@ def load_checkpoint(profile: Profile) -> Family:
         UserError: if it cannot be read, or is not for the family and the task.
     """
     model = profile.model
-    family = load_family(model.family)(model.checkpoint, model.task, model.revision, model.variant)
+    single = is_single_file(model.checkpoint)
+    if model.components is not None and not single:
+        raise UserError(
+            f"model.components = {model.components!r}: it is for a checkpoint in one file, and {model.checkpoint} has "
+            "components of its own; leave it out"
+        )
+    family = load_family(model.family)(model.repository, model.task, model.revision, model.variant)
+    if single:
+        family = family.with_file(Path(model.checkpoint))
     return configured(family, profile)
 
 

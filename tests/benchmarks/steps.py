@@ -121,9 +121,13 @@ class RandomWeights(BaseCheckpoint):
             model = getattr(diffusers, class_name).from_config(self.read_config(f"{component}/config.json"))
         return filled(in_loaded_dtypes(model, dtype), self.device)
 
-    def weight_files(self, component: str) -> list[Path]:  # noqa: ARG002
+    def stored(self, component: str) -> Iterator[tuple[str, Tensor]]:  # noqa: ARG002
         """None: `open_trainer` draws the weights in place of reading files."""
-        return []
+        return iter(())
+
+    def source(self, component: str) -> str:
+        """The name of the component alone."""
+        return component
 
     def load_pipeline(
         self,
@@ -219,7 +223,7 @@ def open_trainer(profile: Profile, family: Family, folder: Path) -> Trainer:
     device, crepa, run = accelerator.device, profile.crepa, RunFolder(folder)
     clips = clips_of(profile, family, form_bucket(profile, family))
     # int8 weights are quantized while files are read, and there are none.
-    with patch("crepa_cli.models.family.read_weights", lambda transformer, _: filled(transformer, device)):
+    with patch("crepa_cli.models.family.read_weights", lambda transformer, *_: filled(transformer, device)):
         experts = build_experts(profile, family, clips.feature_size, accelerator, None)
     online = None
     if crepa.enabled and crepa.encoder_teaches and not crepa.teacher_cache:
