@@ -103,6 +103,8 @@ class Trainer:
             len(self.batches.dataset.clips),
             self.batches.steps_per_epoch,
             sum(parameter.numel() for parameter in trainable(self.learner.aligned)),
+            self.profile.checkpoints.every,
+            self.profile.validation.every if self.profile.validation.prompts or self.held_out else 0,
         )
         if self.profile.train.sharding:
             yield Notice(f"sharded: {describe_share(self.learner.aligned)}")
