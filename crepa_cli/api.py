@@ -234,7 +234,13 @@ def _run(
     should_stop: StopRequest,
 ) -> Events:
     """Prepare, build the trainer, train."""
-    yield RunOpened(run.path, device_memory(accelerator.device), loading_lines(run, family, profile))
+    yield RunOpened(
+        run.path,
+        device_memory(accelerator.device),
+        loading_lines(run, family, profile),
+        f"{family.base.shown_name}, {family.task}",
+        _device_name(accelerator),
+    )
     for warning in setting_warnings(profile):
         yield Notice(warning)
     if shortage := _host_shortage(profile, family, accelerator.device):

@@ -46,19 +46,23 @@ class Notice:
 class RunOpened:
     """The first event: the settings and the checkpoint are valid, and the run has a folder.
 
-    `device_memory` is in bytes; `loading` is the code that will load the trained weights.
+    `device_memory` is in bytes; `loading` is the code that will load the trained weights; `model` and `device` are
+    names to show.
     """
 
     output: Path
     device_memory: int
     loading: str
+    model: str = ""
+    device: str = ""
 
 
 @dataclass(frozen=True)
 class TrainingStarted:
     """Everything is loaded, and the first step is next.
 
-    `step` is the first step of this session; it is above 0 if the run was resumed.
+    `step` is the first step of this session; it is above 0 if the run was resumed. Checkpoints and validations come
+    every so many steps, or never if that is 0.
     """
 
     output: Path
@@ -67,6 +71,8 @@ class TrainingStarted:
     clips: int
     batches_per_epoch: int
     trainable_parameters: int
+    checkpoint_every: int = 0
+    validation_every: int = 0
 
 
 @dataclass(frozen=True)

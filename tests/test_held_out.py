@@ -362,7 +362,7 @@ def test_the_dashboard_has_a_row_and_the_summary_a_line(tmp_path: Path) -> None:
     for event in recorded(501):
         for listener in (dashboard, metrics):
             listener(event)
-    row = "held out     0.8000  step 0 0.7000  best 0.5000 at 200  similarity 0.400"
+    row = "held out 0.8000   best 0.5000 at step 200   first 0.7000   similarity 0.400"
     with console.capture() as capture:
         console.print(dashboard, height=24)
     assert row in capture.get()

@@ -1,11 +1,10 @@
-"""Curves and gauges made of characters."""
+"""Curves that stay small, however long the run is."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
 
-BARS = " ▁▂▃▄▅▆▇█"
 BUCKETS = 512
 
 
@@ -43,29 +42,3 @@ class Curve:
 def _mean(buckets: Sequence[tuple[float, int]]) -> float | None:
     count = sum(count for _, count in buckets)
     return sum(total for total, _ in buckets) / count if count else None
-
-
-def draw_bars(columns: Sequence[float | None], height: int, low: float, high: float) -> list[str]:
-    """Draw a bar for each column, in `height` lines from top to bottom; the lowest value is a thin bar."""
-    top = len(BARS) - 1
-    scale = (height * top - 1) / (high - low) if high > low else 0.0
-    levels = [0 if value is None else 1 + round((value - low) * scale) for value in columns]
-    floors = [top * row for row in reversed(range(height))]
-    return ["".join(BARS[max(0, min(top, level - floor))] for level in levels) for floor in floors]
-
-
-def draw_curve(curve: Curve, width: int, height: int) -> list[str]:
-    """Draw a curve between its lowest and its highest value."""
-    columns = curve.columns(width)
-    values = [value for value in columns if value is not None]
-    return draw_bars(columns, height, min(values, default=0.0), max(values, default=0.0))
-
-
-def draw_gauge(value: float, mark: float | None, width: int) -> str:
-    """Draw a bar from 0 to 1, filled up to a value, with an optional mark."""
-    filled = round(max(0.0, min(1.0, value)) * width)
-    bar = "━" * filled + "─" * (width - filled)
-    if mark is None:
-        return bar
-    place = min(width - 1, round(mark * width))
-    return f"{bar[:place]}┃{bar[place + 1 :]}"

@@ -15,16 +15,21 @@ from rich.text import Text
 
 from crepa_cli.alignment import CoefficientSchedule
 from crepa_cli.events import Event, Progress, RunOpened, TrainingStarted
+from crepa_cli.report.chart import fitting, signs_for
 from crepa_cli.report.panels import (
     BORDER,
     MARGIN,
+    TITLE_MARGIN,
+    View,
     coefficient_lines,
-    held_out_line,
+    header,
+    held_out_lines,
     losses_lines,
     message_lines,
     progress_lines,
     sampled_lines,
     similarity_lines,
+    similarity_title,
     titled,
 )
 from crepa_cli.report.plain import StageClock, amount, duration, item_text
@@ -33,8 +38,10 @@ from crepa_cli.report.summary import Summary, held_out_before, steps_before, val
 
 HEIGHT = 24
 LOSSES = "losses: total = diffusion + lambda x alignment, which falls below 0"
-PROGRESS_HEIGHT = 5
-CHART_HEIGHT = 7
+FACTS = 3
+"""Lines of facts below the bar of the steps."""
+MESSAGES = 2
+"""Lines of messages in a window of 24 lines."""
 
 
 class Dashboard:
@@ -56,7 +63,6 @@ class Dashboard:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.memory = 0
         self.entered = self.opened = False
         self.state = RunState(schedule, clock)
         self.summary = Summary()
@@ -98,7 +104,7 @@ class Dashboard:
         if isinstance(event, RunOpened):
             if self.entered:
                 self.live.start()
-            self.memory, self.opened = event.device_memory, True
+            self.opened = True
         if isinstance(event, Progress):
             self._advance(event)
         if isinstance(event, TrainingStarted):
@@ -112,14 +118,18 @@ class Dashboard:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Draw the current view."""
         width, height = options.max_width, options.height or options.size.height
+        # The stream may have fewer characters than the console, which knows only of Unicode or not.
+        view = View(signs_for(console.encoding))
         if self.state.started is not None:
-            yield self._training(self.state.started, console, width, height)
+            yield self._training(self.state.started, view, console, width, height)
             return
+        rest = height
         if self.stages:
-            work = Text(self._item(), no_wrap=True, overflow="ellipsis")
-            yield Panel(Group(self.progress, work), title="preparation", title_align="left", border_style="dim")
-        rest = height - (len(self.stages) + 1 + BORDER if self.stages else 0)
-        if self.state.messages:
+            work = Text(self._item(), no_wrap=True, overflow="crop")
+            title = Text(header([self.state], "preparation", width - TITLE_MARGIN))
+            yield Panel(Group(self.progress, work), title=title, title_align="left", border_style="dim")
+            rest -= len(self.stages) + 1 + BORDER
+        if self.state.messages and rest > BORDER:
             yield self._messages(console, width, rest)
 
     def _item(self) -> str:
@@ -129,33 +139,37 @@ class Dashboard:
             return ""
         return f"{item_text(latest.item)}, {self.stage.speed or f'{duration(self.stage.item_seconds)} so far'}"
 
-    def _training(self, started: TrainingStarted, console: Console, width: int, height: int) -> Layout:
-        """The panels during training; of a window's lines beyond 24, charts take a part and messages the rest."""
-        state, extra = self.state, max(0, height - HEIGHT)
-        rows, chart = 1 + extra // 8, CHART_HEIGHT + extra // 4
-        held_out = [held_out_line(state.held_out)] if state.held_out else []
-        losses = BORDER + len(state.losses) * rows + len(held_out)
-        inner, left = width - MARGIN, width // 2
-        progress = progress_lines(started, state.latest, state.seconds_left, self.memory, inner)
-        sampled = sampled_lines(state, inner)
-        coefficient = coefficient_lines(state, console, left - MARGIN, chart - BORDER)
-        similarity = similarity_lines(state, width - left - MARGIN, chart - BORDER)
-        messages = self._messages(console, width, height - PROGRESS_HEIGHT - len(sampled) - losses - chart)
-        charts = Layout(size=chart)
-        charts.split_row(
-            Layout(titled("lambda (coefficient)", coefficient), size=left), Layout(titled("similarity", similarity))
+    def _training(self, started: TrainingStarted, view: View, console: Console, width: int, height: int) -> Layout:
+        """The panels during training; of a window's lines beyond 24, messages take a quarter and charts the rest."""
+        state, runs = self.state, [self.state]
+        inner, left, extra = width - MARGIN, width // 2, max(0, height - HEIGHT)
+        progress = [*progress_lines(state, started, view, inner, FACTS), *sampled_lines(state, inner)]
+        below = held_out_lines(state, inner)
+        free = height - len(progress) - BORDER
+        messages = min(MESSAGES + extra // 4, max(1, free - 4 * BORDER)) + BORDER
+        losses = max(BORDER + 1, (free - messages) // 2)
+        charts = max(BORDER + 1, free - messages - losses)
+        lines = losses_lines(runs, view, inner, losses - BORDER - len(below))
+        coefficient = coefficient_lines(runs, view, console, left - MARGIN, charts - BORDER)
+        similarity = similarity_lines(runs, view, width - left - MARGIN, charts - BORDER)
+        row = Layout(size=charts)
+        row.split_row(
+            Layout(titled("lambda (coefficient)", coefficient), size=left),
+            Layout(titled(similarity_title(state, width - left - TITLE_MARGIN), similarity)),
         )
         layout = Layout()
+        title = header(runs, "training", width - TITLE_MARGIN)
         layout.split_column(
-            Layout(titled("training", progress + sampled), size=PROGRESS_HEIGHT + len(sampled)),
-            Layout(titled(LOSSES, [*losses_lines(state, inner, rows), *held_out]), size=losses),
-            charts,
-            Layout(messages),
+            Layout(titled(title, progress), size=len(progress) + BORDER),
+            Layout(titled(fitting(width - TITLE_MARGIN, LOSSES, "losses"), [*lines, *below]), size=losses),
+            row,
+            Layout(self._messages(console, width, messages)),
         )
         return layout
 
     def _messages(self, console: Console, width: int, height: int) -> RenderableType:
-        return titled("events", message_lines(list(self.state.messages), console, width - MARGIN, height - BORDER))
+        lines = message_lines(list(self.state.messages), console, width - MARGIN, height - BORDER)
+        return titled("events", lines, height)
 
     def _advance(self, event: Progress) -> None:
         if event.stage not in self.stages:

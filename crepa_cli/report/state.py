@@ -51,6 +51,8 @@ class RunState:
     def __init__(self, schedule: CoefficientSchedule | None, clock: Callable[[], float]) -> None:
         self.schedule = schedule
         self.clock = clock
+        self.opened: RunOpened | None = None
+        self.opened_at = 0.0
         self.started: TrainingStarted | None = None
         self.started_at = 0.0
         self.latest: StepDone | None = None
@@ -58,7 +60,7 @@ class RunState:
         self.dropped: AlignmentDropped | None = None
         self.cut_off_at: int | None = None
         self.losses = {name: Series() for name in ("diffusion", "alignment", "total")}
-        self.similarity = Series()
+        self.similarity, self.average, self.coefficient = Series(), Series(), Series()
         self.sampled: list[ValidationSampled] = []
         """The validations with measures, the oldest first."""
         self.held_out: list[HeldOutMeasured] = []
@@ -67,6 +69,8 @@ class RunState:
     def __call__(self, event: Event) -> None:
         """Update the state with an event."""
         match event:
+            case RunOpened():
+                self.opened, self.opened_at = event, self.clock()
             case StepDone():
                 self._record(event)
             case TrainingStarted():
@@ -80,12 +84,19 @@ class RunState:
         if not isinstance(event, Progress | RunOpened | StepDone):
             self.messages.append(one_line(describe(event)))
 
+    @property
+    def elapsed(self) -> float:
+        """Seconds since this session opened the run."""
+        return self.clock() - self.opened_at
+
     def _record(self, step: StepDone) -> None:
         self.latest = step
         self.losses["diffusion"].add(step.diffusion_loss)
         self.losses["alignment"].add(step.crepa_loss)
         self.losses["total"].add(step.loss)
         self.similarity.add(step.crepa_similarity)
+        self.average.add(step.crepa_similarity_ema)
+        self.coefficient.add(step.crepa_coefficient)
         if not step.crepa_cutoff:
             self.cut_off_at = None
         elif self.cut_off_at is None:
