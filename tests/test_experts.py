@@ -279,6 +279,7 @@ def test_one_expert_is_on_the_device_at_a_time() -> None:
         assert {weight.data_ptr() for weight in models[1 - index].parameters()} == before
 
 
+@pytest.mark.slow
 def test_two_experts_take_the_memory_of_two_and_in_turns_that_of_one(settings: Profile) -> None:
     gpu = torch.device("cuda")
     found = []
