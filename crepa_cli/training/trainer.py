@@ -104,13 +104,9 @@ class Trainer:
             self.profile.train.steps,
             len(self.batches.dataset.clips),
             self.batches.steps_per_epoch,
-<<<<<<< HEAD
             sum(weight.numel() for one in self.experts.values() for weight in trainable(one.learner.aligned)),
-=======
-            sum(parameter.numel() for parameter in trainable(self.learner.aligned)),
             self.profile.checkpoints.every,
             self.profile.validation.every if self.profile.validation.prompts or self.held_out else 0,
->>>>>>> dash
         )
         if self.profile.train.sharding:
             for expert in self.experts.values():
