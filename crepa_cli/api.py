@@ -11,7 +11,6 @@ print(run.weights)
 
 from __future__ import annotations
 
-import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -20,7 +19,6 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
-from accelerate.utils.memory import should_reduce_batch_size
 
 from crepa_cli.data.cache import Cache, cache_folder
 from crepa_cli.data.clips import clips_folder
@@ -28,17 +26,16 @@ from crepa_cli.data.dataset import ClipDataset
 from crepa_cli.data.held_out import divided, scan_all
 from crepa_cli.data.online import OnlineTeacher
 from crepa_cli.data.prepare import ClipForm, PreparedClip, encoder_config, prepare, prompt_key
-from crepa_cli.data.video import DECODING_VERSION
-from crepa_cli.errors import RunError, UserError, counted
+from crepa_cli.errors import UserError
 from crepa_cli.events import Event, Notice, Progress, RunOpened, TrainingEnded, TrainingStarted
 from crepa_cli.follow import Listener, StopRequest, follow
 from crepa_cli.hub.download import download as download_needs
 from crepa_cli.hub.question import ask_anew, unreachable
-from crepa_cli.memory.host import host_shortage
-from crepa_cli.memory.prediction import pinned_memory
+from crepa_cli.memory.out_of_memory import advice_on_memory
 from crepa_cli.memory.savings import with_setting
-from crepa_cli.memory.shapes import form_bucket, token_count
-from crepa_cli.models.attention import Attention, described, fastest
+from crepa_cli.memory.shapes import largest_attention
+from crepa_cli.memory.shortage import shortage_of_run
+from crepa_cli.models.attention import described, fastest
 from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
 from crepa_cli.processes import PRECISION, from_all, from_main, start_processes
@@ -66,7 +63,7 @@ from crepa_cli.settings import resolve
 from crepa_cli.training.batches import Batches
 from crepa_cli.training.build import coefficient_schedule
 from crepa_cli.training.checkpointer import Checkpointer
-from crepa_cli.training.checkpoints import newest_checkpoint, read_progress
+from crepa_cli.training.checkpoints import checkpoint_to_resume, read_progress
 from crepa_cli.training.experts import build_experts
 from crepa_cli.training.held_out import HeldOutLoss
 from crepa_cli.training.peak import device_memory
@@ -153,7 +150,7 @@ def train(
         profile = with_prompts_of(resolve(str(run.profile)).profile, profile)
     accelerator = _accelerator(profile)
     with ExitStack() as stack:
-        stack.enter_context(_advice_on_memory(profile, family, accelerator.device))
+        stack.enter_context(advice_on_memory(profile, family, accelerator.device))
         if state.is_main_process and not resume:
             listeners = [stack.enter_context(_removed_unless_started(run)), *listeners]
         if state.is_main_process:
@@ -243,16 +240,17 @@ def _run(
     )
     for warning in setting_warnings(profile):
         yield Notice(warning)
-    if shortage := _host_shortage(profile, family, accelerator.device):
+    if shortage := shortage_of_run(profile, family, accelerator.device):
         yield Notice(shortage)
-    checkpoint = (yield from _newest_checkpoint(run, profile)) if resume else None
+    checkpoint = (yield from checkpoint_to_resume(run, profile)) if resume else None
     prepared = yield from _prepared(profile, family, accelerator)
     for warning in neighbor_warnings(profile.crepa, family, (clip.bucket.frames for clip in prepared.clips)):
         yield Notice(warning)
     profile = from_main(lambda: with_prompts(profile, prepared.clips, run))
     prompts = yield from read_prompts(profile, family, prepared.cache, accelerator.device)
     if profile.train.attention == "auto" and accelerator.device.type == "cuda" and family.attention_heads:
-        times = from_main(lambda: _kernel_times(profile, family, prepared.clips, accelerator.device))
+        attention = largest_attention(profile, family, (clip.bucket for clip in prepared.clips))
+        times = from_main(lambda: attention.times(accelerator.device))
         profile = with_setting(profile, "train", "attention", fastest(times))
         yield Notice(described(times))
     yield Progress("loading", 0, 1, "the transformer")
@@ -260,46 +258,6 @@ def _run(
     if accelerator.is_main_process:
         write_facts(run, family, [clip.clip.caption for clip in prepared.clips], _device_name(accelerator))
     yield from trainer.train(should_stop)
-
-
-def _kernel_times(profile: Profile, family: Family, clips: list[PreparedClip], device: torch.device) -> dict[str, int]:
-    """Nanoseconds of the largest clips' self-attention, by kernel."""
-    tokens = max(token_count(family, clip.bucket) for clip in clips)
-    dtype, clips_of_batch = torch_dtype(profile.model.dtype), profile.train.batch_size
-    return Attention.of(family, dtype, clips=clips_of_batch, tokens=tokens).times(device)
-
-
-def _host_shortage(profile: Profile, family: Family, device: torch.device) -> str:
-    """The warning that the run's processes on this machine pin more memory than it has free; empty if they do not."""
-    memory = profile.memory
-    if not (memory.stream_weights or memory.offload_idle_expert or memory.offload_activations):
-        return ""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return host_shortage(profile, processes * pinned_memory(profile, family, form_bucket(profile, family), device))
-
-
-def _newest_checkpoint(run: RunFolder, profile: Profile) -> Generator[Event, None, Path | None]:
-    """The checkpoint to resume from; None if the run has none yet."""
-    path, messages = from_main(lambda: newest_checkpoint(run.checkpoints))
-    for message in messages:
-        yield Notice(message)
-    progress = read_progress(path) if path else {}
-    steps, quantized = profile.train.steps, profile.memory.quantize_base
-    if path is None:
-        yield Notice(f"{run.path} has no complete checkpoint: it starts from step 0")
-    elif (done := progress.get("step", 0)) >= steps:
-        yield Notice(
-            f"{run.path} is finished: it has trained {counted(done, 'step')}, and train.steps is {steps:,}. Its "
-            f"weights are only written again; to train further, give --steps a number above {done:,}"
-        )
-    elif progress.get("decoding", 1) != DECODING_VERSION:  # the first version wrote none
-        yield Notice(f"{run.path} goes on with clips that are read in another way: colors differ by 1 or 2 levels")
-    if path and (before := progress.get("quantize_base", "none")) != quantized:  # earlier versions wrote none
-        yield Notice(
-            f"{run.path} goes on with memory.quantize_base = {quantized!r}, after {before!r}: its base model is "
-            "rounded in another way from here on"
-        )
-    return path
 
 
 def _downloaded(profile: Profile, family: Family) -> Events:
@@ -413,19 +371,3 @@ def _removed_unless_started(run: RunFolder) -> Iterator[Listener]:
         if not started:
             run.remove()
         raise
-
-
-@contextmanager
-def _advice_on_memory(profile: Profile, family: Family, device: torch.device) -> Iterator[None]:
-    """Say what would lower memory if it was not enough."""
-    from crepa_cli.memory.out_of_memory import out_of_memory_message
-
-    try:
-        yield
-    except Exception as error:
-        if not should_reduce_batch_size(error):
-            raise
-        failure = RunError(out_of_memory_message(error, profile, family, device))
-        for note in getattr(error, "__notes__", ()):
-            failure.add_note(note)
-        raise failure from error

@@ -166,7 +166,7 @@ def test_a_resumed_run_takes_a_new_learning_rate_and_weight_decay_and_names_anot
     ).profile
     events: list[Event] = []
     with monkeypatch.context() as patch:
-        patch.setattr(api, "DECODING_VERSION", DECODING_VERSION + 1)
+        patch.setattr("crepa_cli.training.checkpoints.DECODING_VERSION", DECODING_VERSION + 1)
         api.train(slower, output=run.path, resume=True, listeners=[events.append])
     assert any("read in another way" in event.message for event in events if isinstance(event, Notice))
     rates = [line["learning_rate"] for line in read_metrics(run.metrics)]

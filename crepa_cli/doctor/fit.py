@@ -13,10 +13,10 @@ from rich.filesize import decimal
 from crepa_cli.data.buckets import Bucket
 from crepa_cli.doctor.findings import BucketCount, Memory, Plan
 from crepa_cli.memory.fit import fastest_fit, lightest
-from crepa_cli.memory.host import host_shortage
 from crepa_cli.memory.prediction import Prediction, pinned_memory, predict
 from crepa_cli.memory.savings import Fitting, Saving, largest_that_fits, last_that_holds, savings
 from crepa_cli.memory.shapes import form_bucket
+from crepa_cli.memory.shortage import host_shortage
 from crepa_cli.models.family import Family
 from crepa_cli.profile import Profile
 from crepa_cli.runs.checks import configured

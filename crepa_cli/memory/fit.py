@@ -29,8 +29,12 @@ INT8 = Setting("memory", "quantize_base", "int8")
 OFFLOAD = Setting("memory", "offload_activations", True)
 KEEP_ATTENTION = Setting("memory", "keep", "attention")
 NO_VALIDATION = Setting("validation", "every", 0)
-ROUNDED = {VAE_BFLOAT16: "latents are rounded to bfloat16", INT8: "frozen weights are rounded to 8 bits"}
-"""Settings that change the numbers, and what they round."""
+CHANGES = {
+    TILING: "latents are those of overlapping tiles, which differ a little",
+    VAE_BFLOAT16: "latents are rounded to bfloat16",
+    INT8: "frozen weights are rounded to 8 bits",
+}
+"""Settings that change the numbers, and how."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +70,10 @@ class Fit:
         if abs(self.slowdown - 1) >= 0.01:
             change = f"{self.slowdown - 1:.0%} longer" if self.slowdown > 1 else f"{1 - self.slowdown:.0%} less time"
             time = f"a step takes about {change}"
-        rounded = [words for setting, words in ROUNDED.items() if setting in self.settings]
+        changes = [words for setting, words in CHANGES.items() if setting in self.settings]
         before = self.flops + self.saved
         saved = f"what is kept saves {self.saved / 1e12:.3g} of {before / 1e12:.4g} TFLOP" if self.saved else ""
-        return "; ".join(filter(None, [time, saved, *rounded]))
+        return "; ".join(filter(None, [time, saved, *changes]))
 
     def to_json(self) -> dict[str, object]:
         """Settings, peak and limit as JSON values."""
@@ -105,7 +109,18 @@ def cheapest_fit(
     Raises:
         UserError: if a configuration cannot be read.
     """
-    work = Work.of(profile, family, bucket)
+    return _cheapest(profile, family, bucket, device, limit, report, Work.of(profile, family, bucket))
+
+
+def _cheapest(
+    profile: Profile,
+    family: Family,
+    bucket: Bucket,
+    device: torch.device,
+    limit: int,
+    report: Callable[[str], None],
+    work: Work,
+) -> Fit | None:
     dtypes: list[tuple[Setting, ...]] = [()] if profile.model.vae_dtype == "bfloat16" else [(), (VAE_BFLOAT16,)]
     tried = sorted(product(_cheapest_first(profile, device, work), dtypes), key=lambda one: (INT8 in one[0], one[1]))
     for validation in ((), (NO_VALIDATION,)) if profile.validation.every else ((),):
@@ -135,7 +150,8 @@ def fastest_fit(
     report: Callable[[str], None] = lambda _: None,
 ) -> Fit | None:
     """Like `cheapest_fit`, and spends the memory that is left over on activations that are kept, not recomputed."""
-    fit = cheapest_fit(profile, family, bucket, device, limit, report)
+    work = Work.of(profile, family, bucket)
+    fit = _cheapest(profile, family, bucket, device, limit, report, work)
     if fit is None:
         return None
 
@@ -143,7 +159,6 @@ def fastest_fit(
         report(", ".join(map(str, settings)))
         return sum(training_memory(with_settings(profile, settings), family, bucket, device).values())
 
-    work = Work.of(profile, family, bucket)
     spending = _spending(profile, fit.settings, family.block_count, device, work, lambda one: training(one) <= limit)
     if spending == fit.settings:
         return fit

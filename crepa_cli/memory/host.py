@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import psutil
 import torch
-from rich.filesize import decimal
 
 from crepa_cli.data.buckets import Bucket
-from crepa_cli.memory.shapes import hidden_bytes
+from crepa_cli.memory.shapes import caption_bytes, hidden_bytes
 from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
 from crepa_cli.models.streaming import streamed_bytes, streamed_layers
@@ -36,23 +34,5 @@ def predict_pinned(profile: Profile, family: Family, bucket: Bucket) -> dict[str
         blocks = experts * streamed_bytes(family.blocks(transformer.requires_grad_(False)))
     if memory.offload_activations:
         states = max(0, family.block_count - memory.keep_blocks) * hidden_bytes(profile, family, bucket)
+        states += family.caption_blocks * caption_bytes(profile, family)
     return {"preparation": encoders, "training": blocks + states}
-
-
-def host_shortage(profile: Profile, pinned: int) -> str:
-    """A sentence if a run pins more of this machine's memory than is free; empty otherwise.
-
-    Args:
-        profile: the resolved settings.
-        pinned: bytes that all its processes on this machine pin.
-    """
-    free = psutil.virtual_memory().available
-    if pinned <= free:
-        return ""
-    placing = ("stream_weights", "offload_idle_expert", "offload_activations")
-    names = [f"memory.{one}" for one in placing if getattr(profile.memory, one)]
-    lighter = "; memory.quantize_base=int8 halves the weights" if profile.memory.quantize_base == "none" else ""
-    return (
-        f"{' and '.join(names)} pin {decimal(pinned)} of this machine's memory, of which {decimal(free)} are free: end "
-        f"other programs, or turn one of these settings off{lighter}"
-    )

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from rich.filesize import decimal
 
+from crepa_cli.errors import RunError
 from crepa_cli.memory.fit import cheapest_fit
 from crepa_cli.memory.prediction import validation_memory
 from crepa_cli.memory.savings import memory_advice
@@ -15,6 +20,20 @@ from crepa_cli.training.peak import device_memory
 
 LESS = 0.9
 """Share of what ran out of memory that is tried next."""
+
+
+@contextmanager
+def advice_on_memory(profile: Profile, family: Family, device: torch.device) -> Iterator[None]:
+    """Within this context, an error of the allocator becomes a `RunError` that says what would lower memory."""
+    try:
+        yield
+    except Exception as error:
+        if not should_reduce_batch_size(error):
+            raise
+        failure = RunError(out_of_memory_message(error, profile, family, device))
+        for note in getattr(error, "__notes__", ()):
+            failure.add_note(note)
+        raise failure from error
 
 
 def out_of_memory_message(error: BaseException, profile: Profile, family: Family, device: torch.device) -> str:

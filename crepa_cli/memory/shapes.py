@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -13,6 +14,7 @@ from crepa_cli.alignment import TokenGrid
 from crepa_cli.alignment.grid import matching_frames
 from crepa_cli.data.buckets import Bucket, valid_frames
 from crepa_cli.data.prepare import ClipForm, encoder_config
+from crepa_cli.models.attention import Attention
 from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family, Tensors
 from crepa_cli.profile import CrepaSettings, Profile
@@ -112,9 +114,26 @@ def token_count(family: Family, bucket: Bucket) -> int:
     return grid.frames * grid.tokens
 
 
+def largest_attention(profile: Profile, family: Family, buckets: Iterable[Bucket]) -> Attention:
+    """The self-attention of a batch of the largest clips, for a family whose blocks compare all tokens with all."""
+    tokens = max(token_count(family, bucket) for bucket in buckets)
+    return Attention.of(family, torch_dtype(profile.model.dtype), clips=profile.train.batch_size, tokens=tokens)
+
+
 def hidden_bytes(profile: Profile, family: Family, bucket: Bucket) -> int:
     """Bytes of the hidden states that a batch has between two blocks."""
-    numbers = profile.train.batch_size * token_count(family, bucket) * family.hidden_size
+    return _states_bytes(profile, family, token_count(family, bucket))
+
+
+def caption_bytes(profile: Profile, family: Family) -> int:
+    """Bytes of the hidden states that the longest captions of a batch have between two blocks of their own."""
+    with torch.device("meta"):
+        caption = family.longest_prompt(torch_dtype(profile.model.dtype))["prompt_embeds"]
+    return _states_bytes(profile, family, len(caption))
+
+
+def _states_bytes(profile: Profile, family: Family, tokens: int) -> int:
+    numbers = profile.train.batch_size * tokens * family.hidden_size
     return numbers * (4 if profile.model.dtype == "float32" else 2)
 
 

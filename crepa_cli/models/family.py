@@ -197,6 +197,11 @@ class Family(ABC):
         return int(self.config[self.depth_setting])
 
     @property
+    def caption_blocks(self) -> int:
+        """Further blocks, of the same width, that see the caption alone."""
+        return 0
+
+    @property
     def hidden_size(self) -> int:
         """Width of the blocks' hidden states."""
         return int(self.config["num_attention_heads"] * self.config["attention_head_dim"])

@@ -156,6 +156,11 @@ class Kandinsky5Video(Family):
         return None
 
     @property
+    def caption_blocks(self) -> int:
+        """The text transformer's."""
+        return int(self.config["num_text_blocks"])
+
+    @property
     def hidden_size(self) -> int:
         """Width of the blocks' hidden states."""
         return int(self.config["model_dim"])

@@ -7,7 +7,7 @@ import itertools
 import json
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -24,9 +24,14 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from crepa_cli.errors import UserError
+from crepa_cli.data.video import DECODING_VERSION
+from crepa_cli.errors import UserError, counted
+from crepa_cli.events import Event, Notice
 from crepa_cli.files import remove_folder, remove_leftovers, whole_folder
 from crepa_cli.models.family import Tensors
+from crepa_cli.processes import from_main
+from crepa_cli.profile import Profile
+from crepa_cli.runs.folder import RunFolder
 
 OPTIONS = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
 SEPARATOR = ":"
@@ -134,6 +139,30 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
         path.replace(aside)
         messages.append(f"{path} is damaged ({damage}); it is now {aside.name}, and an older one is used")
     return None, messages
+
+
+def checkpoint_to_resume(run: RunFolder, profile: Profile) -> Generator[Event, None, Path | None]:
+    """The checkpoint to resume from, None if the run has none yet, and notices of what a resumed run does otherwise."""
+    path, messages = from_main(lambda: newest_checkpoint(run.checkpoints))
+    for message in messages:
+        yield Notice(message)
+    progress = read_progress(path) if path else {}
+    steps, quantized = profile.train.steps, profile.memory.quantize_base
+    if path is None:
+        yield Notice(f"{run.path} has no complete checkpoint: it starts from step 0")
+    elif (done := progress.get("step", 0)) >= steps:
+        yield Notice(
+            f"{run.path} is finished: it has trained {counted(done, 'step')}, and train.steps is {steps:,}. Its "
+            f"weights are only written again; to train further, give --steps a number above {done:,}"
+        )
+    elif progress.get("decoding", 1) != DECODING_VERSION:  # the first version wrote none
+        yield Notice(f"{run.path} goes on with clips that are read in another way: colors differ by 1 or 2 levels")
+    if path and (before := progress.get("quantize_base", "none")) != quantized:  # earlier versions wrote none
+        yield Notice(
+            f"{run.path} goes on with memory.quantize_base = {quantized!r}, after {before!r}: its base model is "
+            "rounded in another way from here on"
+        )
+    return path
 
 
 def _free_name(path: Path) -> Path:

@@ -131,10 +131,10 @@ class _Pool:
         self._free: list[Tensor] = []
 
     def take(self, size: int, device: torch.device) -> Tensor:
-        """A buffer of at least `size` bytes."""
-        for index, buffer in enumerate(self._free):
-            if buffer.numel() >= size:
-                return self._free.pop(index)
+        """The smallest free buffer of at least `size` bytes, so that short captions leave the others to the clips."""
+        enough = [index for index, buffer in enumerate(self._free) if buffer.numel() >= size]
+        if enough:
+            return self._free.pop(min(enough, key=lambda index: self._free[index].numel()))
         if self._free:  # all too small: clips have become larger
             self._free.pop()
         return host_buffer(size, device)
