@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from conftest import OpenTiny
 from test_memory import GPU, settings, small_clips
-from torch import nn
+from torch import Tensor, nn
 
 from crepa_cli.data.buckets import Bucket
 from crepa_cli.memory.depth import Excerpt
@@ -98,6 +99,35 @@ def test_tiles_of_one_shape_run_once() -> None:
 
     (before, five), (after, two) = peak(once=False), peak(once=True)
     assert (before, five, two) == (after, 5, 2)
+
+
+def test_chunks_that_hand_a_cache_on_run_once_for_each_shape() -> None:
+    class Chunks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.runs = nn.Linear(64, 256), 0
+
+        def forward(self, rows: Tensor, cache: dict[str, Tensor | None] | None = None) -> Any:
+            """The rows as they are after the last ones of the chunk before, and the last ones of these."""
+            self.runs += 1
+            last = rows[:5] if cache is None else cache["last"]
+            assert last is not None
+            wide = self.layer(torch.cat([last, rows]))
+            return wide[-len(rows) :].clone(), {"last": rows[-5:].clone(), "none": None}
+
+    def peak(*, once: bool) -> tuple[int, int]:
+        chunks, cache, done = Chunks(), None, []
+        with torch.no_grad(), LiveBytes() as live:
+            if once:
+                run_once_per_shape(chunks, live)
+            for rows in (30, 20, 20, 20):
+                result, cache = chunks(torch.ones(rows, 64), cache=cache)
+                done.append(result)
+        assert [one.shape for one in done] == [(30, 256), (20, 256), (20, 256), (20, 256)]
+        return live.peak, chunks.runs
+
+    (before, four), (after, two) = peak(once=False), peak(once=True)
+    assert (before, four, two) == (after, 4, 2)
 
 
 def test_live_bytes_are_those_of_torchs_own_tracker() -> None:
