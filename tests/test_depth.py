@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -146,6 +147,35 @@ def test_a_vae_in_tiles_takes_what_it_takes_with_every_call(
     for module in ("validation", "preparation"):
         monkeypatch.setattr(f"crepa_cli.memory.{module}.run_vae_once_per_shape", lambda *_: None)
     assert peaks == (decoding_peak(family, latents), vae_peak(family, bucket))
+
+
+def test_chunks_that_hand_a_cache_on_run_once_for_each_shape() -> None:
+    class Chunks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.runs = nn.Linear(64, 256), 0
+
+        def forward(self, rows: Tensor, cache: dict[str, Tensor | None] | None = None) -> Any:
+            """The rows as they are after the last ones of the chunk before, and the last ones of these."""
+            self.runs += 1
+            last = rows[:5] if cache is None else cache["last"]
+            assert last is not None
+            wide = self.layer(torch.cat([last, rows]))
+            return wide[-len(rows) :].clone(), {"last": rows[-5:].clone(), "none": None}
+
+    def peak(*, once: bool) -> tuple[int, int]:
+        chunks, cache, done = Chunks(), None, []
+        with torch.no_grad(), LiveBytes() as live:
+            if once:
+                run_once_per_shape(chunks, "forward", live)
+            for rows in (30, 20, 20, 20):
+                result, cache = chunks(torch.ones(rows, 64), cache=cache)
+                done.append(result)
+        assert [one.shape for one in done] == [(30, 256), (20, 256), (20, 256), (20, 256)]
+        return live.peak, chunks.runs
+
+    (before, four), (after, two) = peak(once=False), peak(once=True)
+    assert (before, four, two) == (after, 4, 2)
 
 
 def test_live_bytes_are_those_of_torchs_own_tracker() -> None:

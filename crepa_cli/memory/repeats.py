@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from crepa_cli.memory.live_bytes import LiveBytes
 
@@ -30,13 +31,14 @@ class _Form(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """The bytes that a call took beyond those held before, its result, and what it left in each list.
+    """The bytes that a call took beyond those held before, what it returned, and what it left in each list.
 
-    The result is a new tensor, or the argument with this index.
+    Each part of the result is a new tensor, None, or the argument with this index.
     """
 
     rise: int
-    result: _Form | int
+    result: list[_Form | int | None]
+    structure: TreeSpec
     lists: list[list[object]]
 
 
@@ -52,11 +54,11 @@ def run_once_per_shape(owner: Any, method: str, live: LiveBytes) -> None:
     """Let later calls of a method return a tensor without content, and raise the peak as the first call did.
 
     Lists that it is given, such as caches of earlier frames, then hold what they held after the first call. Calls with
-    anything but tensors, numbers, strings, None and lists of them run as before.
+    anything but tensors, numbers, strings, None, and lists, tuples and dictionaries of them run as before.
 
     Args:
         owner: an object, whose method depends on nothing else and runs without gradients.
-        method: the name of it; it returns one tensor, a new one or one of its arguments.
+        method: the name of it; it returns tensors, new ones or its arguments.
         live: the counter of its tensors.
     """
     run = getattr(owner, method)
@@ -64,22 +66,31 @@ def run_once_per_shape(owner: Any, method: str, live: LiveBytes) -> None:
 
     def run_once(*args: Any, **kwargs: Any) -> Any:
         given = [*args, *kwargs.values()]
-        if not all(map(_is_plain, given)):
+        parts, structure = tree_flatten(given)
+        if not all(one is None or isinstance(one, (Tensor, int, float, str)) for one in parts):
             return run(*args, **kwargs)
-        key = (*kwargs, *map(_described, given))
+        key = (*kwargs, repr(structure), *map(_described, parts))
+        del parts  # what is in the lists may be freed
         if key in calls:
             return _repeated(calls[key], given, live)
-        peak, parts, held = live.peak, live.peak_parts, live.live
+        peak, peak_parts, held = live.peak, live.peak_parts, live.live
         live.reset_peak()
         result = run(*args, **kwargs)
-        itself = next((index for index, one in enumerate(given) if one is result), None)
+        returned, form = tree_flatten(result)
         left = [[_described(one) for one in items] for items in _lists(given)]
-        calls[key] = _Call(live.peak - held, _Form.of(result) if itself is None else itself, left)
+        calls[key] = _Call(live.peak - held, [_origin(one, given) for one in returned], form, left)
         if peak > live.peak:
-            live.peak, live.peak_parts = peak, parts
+            live.peak, live.peak_parts = peak, peak_parts
         return result
 
     setattr(owner, method, run_once)
+
+
+def _origin(part: Tensor | None, given: Sequence[Any]) -> _Form | int | None:
+    """A part of a result: the index of the argument that it is, or its form."""
+    if part is None:
+        return None
+    return next((index for index, one in enumerate(given) if one is part), _Form.of(part))
 
 
 def _repeated(call: _Call, given: Sequence[Any], live: LiveBytes) -> Any:
@@ -89,21 +100,14 @@ def _repeated(call: _Call, given: Sequence[Any], live: LiveBytes) -> Any:
         items[:] = [old if _described(old) == one else one for old, one in zip(items, left, strict=False)]
         items += left[len(items) :]
         items[:] = [one.empty() if isinstance(one, _Form) else one for one in items]
-    return given[call.result] if isinstance(call.result, int) else call.result.empty()
+    result = [given[one] if isinstance(one, int) else one and one.empty() for one in call.result]
+    return tree_unflatten(result, call.structure)
 
 
 def _lists(given: Sequence[Any]) -> list[list[Any]]:
     return [one for one in given if isinstance(one, list)]
 
 
-def _is_plain(value: object) -> bool:
-    if isinstance(value, list):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, (Tensor, int, float, str))
-
-
 def _described(value: Any) -> Hashable:
-    """An argument as a part of a key."""
-    if isinstance(value, list):
-        return tuple(map(_described, value))
+    """A part of the arguments as a part of a key."""
     return _Form.of(value) if isinstance(value, Tensor) else value
