@@ -64,7 +64,7 @@ def _tiny_vae() -> AutoencoderKLLTX2Video:
     vae = AutoencoderKLLTX2Video(
         latent_channels=8,
         block_out_channels=(8, 16, 16, 16),
-        decoder_block_out_channels=(8, 16, 16),
+        decoder_block_out_channels=(8, 16, 32),
         layers_per_block=(1, 1, 1, 1, 1),
         decoder_layers_per_block=(1, 1, 1, 1),
         decoder_causal=False,
