@@ -50,7 +50,13 @@ from crepa_cli.report.loading import loading_lines
 from crepa_cli.report.metrics import MetricsFile
 from crepa_cli.report.plot import CurvesFile
 from crepa_cli.report.trackers import Trackers
-from crepa_cli.runs.capabilities import attention_mistakes, compile_mistakes, dtype_mistakes, kernel_mistakes
+from crepa_cli.runs.capabilities import (
+    attention_mistakes,
+    compile_mistakes,
+    dtype_mistakes,
+    kernel_mistakes,
+    process_mistakes,
+)
 from crepa_cli.runs.checks import attempt, open_family, open_run
 from crepa_cli.runs.facts import write_facts
 from crepa_cli.runs.folder import RunFolder
@@ -63,8 +69,8 @@ from crepa_cli.training.batches import Batches
 from crepa_cli.training.build import coefficient_schedule
 from crepa_cli.training.checkpointer import Checkpointer
 from crepa_cli.training.checkpoints import newest_checkpoint, read_progress
+from crepa_cli.training.experts import build_experts
 from crepa_cli.training.held_out import HeldOutLoss
-from crepa_cli.training.learner import build_learner
 from crepa_cli.training.peak import device_memory
 from crepa_cli.training.skipped import RUN, SkippedSteps
 from crepa_cli.training.trainer import Trainer
@@ -142,6 +148,7 @@ def train(
         *compile_mistakes(profile, state.device),
         *attention_mistakes(profile, family, state.device),
         *kernel_mistakes(profile, family, state.device),
+        *process_mistakes(family, state.num_processes),
     ]:
         raise UserError("\n".join(mistakes))
     # One process decides: once it has made the folder, the others would find a run in it.
@@ -269,7 +276,8 @@ def _kernel_times(profile: Profile, family: Family, clips: list[PreparedClip], d
 
 def _host_shortage(profile: Profile, family: Family, device: torch.device) -> str:
     """The warning that the run's processes on this machine pin more memory than it has free; empty if they do not."""
-    if not (profile.memory.stream_weights or profile.memory.offload_activations):
+    memory = profile.memory
+    if not (memory.stream_weights or memory.offload_idle_expert or memory.offload_activations):
         return ""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return host_shortage(profile, processes * pinned_memory(profile, family, form_bucket(profile, family), device))
@@ -352,8 +360,8 @@ def _build_trainer(
     dtype, cache = torch_dtype(profile.model.dtype), prepared.cache
     empty_key = prompt_key(family, "", dtype)
     healing = Healing(family, crepa, cache, dtype)
-    learner = build_learner(profile, family, teacher_size, accelerator, checkpoint, progress)
-    online = crepa.encoder_teaches and not crepa.teacher_cache and learner.aligns
+    experts = build_experts(profile, family, teacher_size, accelerator, checkpoint)
+    online = crepa.encoder_teaches and not crepa.teacher_cache and experts.aligns
     clips, held_out = (ClipDataset(some, cache, empty_key, healing) for some in (prepared.clips, prepared.held_out))
     measures = prepared.held_out and profile.validation.every
     # Checkpoints of earlier versions counted the skipped steps of the run alone.
@@ -362,8 +370,8 @@ def _build_trainer(
         profile,
         family,
         run,
-        learner,
-        Batches(clips, family, profile, accelerator, learner.aligns),
+        experts,
+        Batches(clips, family, profile, accelerator, experts.aligns),
         Checkpointer(run, profile.checkpoints.keep, accelerator),
         Validator(profile, family, prompts, prepared.form, run, accelerator),
         accelerator,

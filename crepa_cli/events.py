@@ -93,6 +93,8 @@ class StepDone:
     frames agree; for relations it never is."""
     crepa_self_similarity: float | None = None
     """The similarity of each frame with its own features, without its neighbors."""
+    expert: str | None = None
+    """The expert that the step trained, of a run that trains both."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Run the demo and draw its dashboard: `python tests/draw_dashboard.py .github/dashboard.svg`."""
+"""Run the demo and draw its dashboard: `python tests/draw_dashboard.py docs/dashboard.svg`."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
     python tests/kill_and_resume.py --count 30
     python tests/kill_and_resume.py --count 3 --at "alignment turned off" --set checkpoints.every=1
     python tests/kill_and_resume.py --count 10 --set train.optimizer=adamw8bit --set adapter.rank=128
+    python tests/kill_and_resume.py --count 10 --set model.variant=both --set model.checkpoint=/tiny/wan2.2
 
 The demo's run is killed (with SIGKILL, which a process cannot catch) after a random time: during preparation, a step, a
 checkpoint, a validation or the export. With `--at` it is killed as soon as it prints a line with these words. It is
@@ -38,7 +39,6 @@ SETTINGS = [
     *("--set", "crepa.similarity_threshold=0.08", "--set", "crepa.similarity_ema_decay=0.9"),
 ]
 EXACT = ("step", "loss", "crepa_similarity_ema", "crepa_coefficient", "crepa_cutoff", "learning_rate", "grad_norm")
-STATES = ("model", "optimizer", "average")
 MOST_SESSIONS = 40
 
 
@@ -93,8 +93,9 @@ def last_event(output: str) -> str:
 
 def differences(ours: Path, theirs: Path) -> list[str]:
     """The files of two runs that are not bitwise equal."""
-    names = ["weights/pytorch_lora_weights", *(f"checkpoints/step-000012/{name}" for name in STATES)]
-    found = [name for name in names if not same_tensors(ours / f"{name}.safetensors", theirs / f"{name}.safetensors")]
+    patterns = ("weights/*pytorch_lora_weights.safetensors", "checkpoints/step-000012/**/*.safetensors")
+    names = [str(path.relative_to(theirs)) for pattern in patterns for path in sorted(theirs.glob(pattern))]
+    found = [name for name in names if not (ours / name).exists() or not same_tensors(ours / name, theirs / name)]
     if metrics(ours) != metrics(theirs):
         found.append("metrics.jsonl")
     return found

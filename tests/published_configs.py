@@ -26,6 +26,7 @@ LTX_CLIP: Shapes = {"latents": (128, 3, 2, 4), "prompt_embeds": (8, 4096), "prom
 SANA_PROMPT: Shapes = {"prompt_embeds": (300, 2304), "prompt_attention_mask": (300,)}
 WAN_PROMPT: Shapes = {"prompt_embeds": (512, 4096)}
 WAN_FIRST_FRAME: Shapes = {"condition": (20, 3, 4, 8)}
+COG_PROMPT: Shapes = {"prompt_embeds": (226, 4096)}
 KANDINSKY_CLIP: Shapes = {"latents": (16, 3, 4, 8), "prompt_embeds": (512, 3584), "pooled_embeds": (768,)}
 
 
@@ -34,10 +35,17 @@ def wan(task: str, blocks: int, hidden_size: int, clip: Shapes) -> Published:
     return Published(task, blocks, hidden_size, 4, 16, {"latents": (16, 3, 4, 8)} | WAN_PROMPT | clip)
 
 
+def ltx2_clip(video: int, audio: int) -> Shapes:
+    """The shapes of a clip of LTX-2, whose caption has this width for the video and for the audio."""
+    return LTX_CLIP | {"prompt_embeds": (8, video), "audio_prompt_embeds": (8, audio)}
+
+
 PUBLISHED: dict[tuple[str, str], Published] = {
     ("ltxvideo", "Lightricks/LTX-Video"): Published("t2v", 28, 2048, 8, 32, LTX_CLIP),
     ("ltxvideo", "Lightricks/LTX-Video-0.9.5"): Published("t2v", 28, 2048, 8, 32, LTX_CLIP),
     ("ltxvideo", "Lightricks/LTX-Video-0.9.7-dev"): Published("i2v", 48, 4096, 8, 32, LTX_CLIP),
+    ("ltx2", "Lightricks/LTX-2"): Published("t2v", 48, 4096, 8, 32, ltx2_clip(3840, 3840)),
+    ("ltx2", "diffusers/LTX-2.3-Diffusers"): Published("i2v", 48, 4096, 8, 32, ltx2_clip(4096, 2048)),
     ("sanavideo", "Efficient-Large-Model/SANA-Video_2B_480p_diffusers"): Published(
         "i2v", 20, 2240, 4, 32, {"latents": (16, 3, 4, 8)} | SANA_PROMPT
     ),
@@ -62,5 +70,16 @@ PUBLISHED: dict[tuple[str, str], Published] = {
     ),
     ("kandinsky5_video", "kandinskylab/Kandinsky-5.0-I2V-Pro-sft-5s-Diffusers"): Published(
         "i2v", 60, 4096, 4, 16, KANDINSKY_CLIP | {"first_frame": (16, 1, 4, 8)}
+    ),
+    ("cogvideox", "zai-org/CogVideoX-2b"): Published("t2v", 30, 1920, 8, 16, {"latents": (16, 3, 4, 8)} | COG_PROMPT),
+    ("cogvideox", "zai-org/CogVideoX-5b"): Published("t2v", 42, 3072, 8, 16, {"latents": (16, 3, 4, 8)} | COG_PROMPT),
+    ("cogvideox", "zai-org/CogVideoX-5b-I2V"): Published(
+        "i2v", 42, 3072, 8, 16, {"latents": (16, 3, 60, 90), "first_frame": (16, 1, 60, 90)} | COG_PROMPT
+    ),
+    ("cogvideox", "zai-org/CogVideoX1.5-5B"): Published(
+        "t2v", 42, 3072, 8, 16, {"latents": (16, 4, 4, 8)} | COG_PROMPT
+    ),
+    ("cogvideox", "zai-org/CogVideoX1.5-5B-I2V"): Published(
+        "i2v", 42, 3072, 8, 16, {"latents": (16, 4, 4, 8), "first_frame": (16, 1, 4, 8)} | COG_PROMPT
     ),
 }

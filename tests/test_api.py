@@ -96,7 +96,7 @@ def test_a_step_waits_for_the_gpu_once(tmp_path: Path, monkeypatch: pytest.Monke
 
     def counted(trainer: Trainer, *arguments: Any) -> Any:
         # AdamW counts its steps on the CPU.
-        own = {id(state["step"]) for state in trainer.learner.optimizer.state.values()}
+        own = {id(state["step"]) for state in trainer.experts[""].learner.optimizer.state.values()}
         with Reads(own) as reads:
             done = take_step(trainer, *arguments)
         counts.append(reads.count)

@@ -22,9 +22,9 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 class SeenAttention(TorchFunctionMode):
-    """Records the masks with which `scaled_dot_product_attention` compares this many tokens with each other."""
+    """Records the masks with which `scaled_dot_product_attention` compares that many tokens with each other."""
 
-    def __init__(self, tokens: int) -> None:
+    def __init__(self, *tokens: int) -> None:
         super().__init__()
         self.tokens, self.masks = tokens, list[Tensor | None]()
 
@@ -32,9 +32,9 @@ class SeenAttention(TorchFunctionMode):
         """Run a function of torch."""
         kwargs = kwargs or {}
         if func is torch.nn.functional.scaled_dot_product_attention:
-            assert not args, "diffusers names the arguments"
-            if kwargs["query"].shape[-2] == kwargs["key"].shape[-2] == self.tokens:
-                self.masks.append(kwargs["attn_mask"])
+            given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+            if given["query"].shape[-2] == given["key"].shape[-2] in self.tokens:
+                self.masks.append(given["attn_mask"])
         return func(*args, **kwargs)
 
 
@@ -45,7 +45,9 @@ def test_no_mask_reaches_self_attention(name: str, open_tiny: OpenTiny) -> None:
     profile = settings(family, {"train": off})
     training = Training(family, profile, clips_of(family, profile))
     grid = family.token_grid(training.clips.tensors["latents"][None])
-    with SeenAttention(grid.frames * grid.tokens) as seen:
+    video, text = grid.frames * grid.tokens, len(training.clips.tensors["prompt_embeds"])
+    # Some attend to the clip and its caption at once.
+    with SeenAttention(video, video + text) as seen:
         training.step()
     assert seen.masks == ([None] * 3 if family.attention_heads else [])
 

@@ -109,7 +109,7 @@ def test_a_teacher_block_past_the_last_one(run_crepa: RunCrepa, capsys: pytest.C
 def test_a_family_without_support(family: str, run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str]) -> None:
     message = refused(run_crepa, capsys, "train", "--profile", "t2v", "--model", family)
     assert family in message
-    assert all(supported in message for supported in ("wan", "ltxvideo", "sanavideo", "kandinsky5_video"))
+    assert all(supported in message for supported in ("wan", "ltxvideo", "sanavideo", "kandinsky5_video", "ltx2"))
 
 
 def test_a_checkpoint_of_another_family(run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,7 +39,7 @@ def completed(shell: str, words: str) -> list[str]:
 @pytest.mark.parametrize("command", ["train", "init", "doctor"])
 def test_families_and_presets_are_completed(shell: str, command: str) -> None:
     families = " ".join(completed(shell, f"crepa {command} --model "))
-    assert all(name in families for name in ("wan", "ltxvideo", "sanavideo", "kandinsky5_video"))
+    assert all(name in families for name in ("wan", "ltxvideo", "sanavideo", "kandinsky5_video", "ltx2"))
     presets = " ".join(completed(shell, f"crepa {command} --profile "))
     assert all(name in presets for name in ("t2v", "i2v", "solid-background"))
 

@@ -8,14 +8,16 @@ import pytest
 import torch
 from conftest import OpenTiny
 from test_memory import GPU, settings, small_clips
-from torch import nn
+from torch import Tensor, nn
 
 from crepa_cli.data.buckets import Bucket
 from crepa_cli.memory.depth import Excerpt
 from crepa_cli.memory.live_bytes import LiveBytes
+from crepa_cli.memory.preparation import vae_peak
 from crepa_cli.memory.repeats import run_once_per_shape
-from crepa_cli.memory.shapes import Clips, clips_of
+from crepa_cli.memory.shapes import Clips, clips_of, encoded_clip
 from crepa_cli.memory.step import predict_training
+from crepa_cli.memory.validation import decoding_peak
 from crepa_cli.models import load_family
 from crepa_cli.models.family import Family
 from crepa_cli.profile import Profile
@@ -91,13 +93,59 @@ def test_tiles_of_one_shape_run_once() -> None:
         layer[0].register_forward_hook(lambda *_: runs.append(1))
         with torch.no_grad(), LiveBytes() as live:
             if once:
-                run_once_per_shape(layer, live)
+                run_once_per_shape(layer, "forward", live)
             tiles = [layer(torch.ones(rows, 64)) for rows in (100, 30, 100, 30, 100)]
         assert [len(tile) for tile in tiles] == [100, 30, 100, 30, 100]
         return live.peak, len(runs)
 
     (before, five), (after, two) = peak(once=False), peak(once=True)
     assert (before, five, two) == (after, 5, 2)
+
+
+class Causal(nn.Module):
+    """A layer that sees two frames before each, which a list hands on from call to call."""
+
+    runs = 0
+
+    def forward(self, frame: Tensor, cache: list[Tensor | None]) -> Tensor:
+        self.runs += 1
+        before = cache[0]
+        seen = frame if before is None else torch.cat([before, frame])
+        cache[0] = seen[-2 * len(frame) :].clone()
+        return (seen * 2)[-len(frame) :].clone()
+
+
+def test_calls_that_hand_on_frames_run_once_for_each_shape_of_them() -> None:
+    def peak(*, once: bool) -> tuple[int, int]:
+        layer = Causal()
+        with torch.no_grad(), LiveBytes() as live:
+            if once:
+                run_once_per_shape(layer, "forward", live)
+            for rows in (100, 30, 100):
+                cache: list[Tensor | None] = [None]
+                outputs = [layer(torch.ones(rows, 64), cache) for _ in range(5)]
+                assert [len(one) for one in outputs] == [rows] * 5
+                assert cache[0] is not None
+                assert len(cache[0]) == 2 * rows
+        return live.peak, layer.runs
+
+    (before, fifteen), (after, six) = peak(once=False), peak(once=True)
+    assert (before, fifteen, six) == (after, 15, 6)
+
+
+@pytest.mark.slow
+def test_a_vae_in_tiles_takes_what_it_takes_with_every_call(
+    open_tiny: OpenTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wan's, of which every call for some frames takes the last frames of the one before."""
+    family = open_tiny("wan", "t2v")
+    family.vae_tiling = True
+    bucket = Bucket(13, 288, 288)
+    latents = encoded_clip(family, bucket)["latents"]
+    peaks = decoding_peak(family, latents), vae_peak(family, bucket)
+    for module in ("validation", "preparation"):
+        monkeypatch.setattr(f"crepa_cli.memory.{module}.run_vae_once_per_shape", lambda *_: None)
+    assert peaks == (decoding_peak(family, latents), vae_peak(family, bucket))
 
 
 def test_live_bytes_are_those_of_torchs_own_tracker() -> None:

@@ -120,6 +120,7 @@ def test_the_demo_would_train_and_its_cache_has_the_predicted_size(folder: Path)
         *((name, "t2v") for name in FAMILIES),
         ("wan", "i2v"),
         ("kandinsky5_video", "i2v"),
+        pytest.param("cogvideox", "i2v", marks=pytest.mark.slow),
         # These store the same for both tasks.
         pytest.param("ltxvideo", "i2v", marks=pytest.mark.slow),
         pytest.param("sanavideo", "i2v", marks=pytest.mark.slow),

@@ -203,7 +203,7 @@ def test_a_full_fine_tune_is_loaded_in_place_of_the_base(open_tiny: OpenTiny, tm
     tuned.save_pretrained(tmp_path / "transformer")
     flags = {"model.family": "wan", "model.checkpoint": family.base.name, "model.dtype": "float32"}
     profile = resolve("t2v", flags, ["data.width=96", "data.height=64", "data.frames=9"]).profile
-    loaded = Weights("tuned", "full", tmp_path, family).load(profile, torch.device("cpu"))
+    loaded = Weights("tuned", "full", {"": tmp_path}, family).load(profile, torch.device("cpu"))["transformer"]
     assert all(torch.equal(one, tuned.state_dict()[name]) for name, one in loaded.state_dict().items())
 
 

@@ -47,6 +47,13 @@ MORE_OF_WAN = ["add_k_proj", "add_v_proj", "time_proj", "proj_out", "linear_1", 
 # comfy/ldm/lightricks/model.py; comfy/ldm/kandinsky5/model.py keeps the names of kandinskylab/kandinsky-5,
 # kandinsky/models/dit.py). "{i}" is a block, "|" separates the last parts of names.
 ATTENTION = "q|k|v|o"
+# Its commit 2fb2e75: comfy/ldm/lightricks/av_model.py and model.py, without the text connectors of later commits, which
+# are a component of their own in diffusers.
+LTX2_ATTENTION = "attn1|attn2|audio_attn1|audio_attn2|audio_to_video_attn|video_to_audio_attn"
+LTX2_ADALN = (
+    "adaln_single|audio_adaln_single|av_ca_video_scale_shift_adaln_single|av_ca_audio_scale_shift_adaln_single"
+    "|av_ca_a2v_gate_adaln_single|av_ca_v2a_gate_adaln_single"
+)
 COMFYUI_PARAMETERS: dict[str, list[str]] = {
     "wan": [
         "patch_embedding.weight|bias",
@@ -79,6 +86,20 @@ COMFYUI_PARAMETERS: dict[str, list[str]] = {
         "transformer_blocks.{i}.attn1|attn2.to_out.0.weight|bias",
         "transformer_blocks.{i}.ff.net.0.proj.weight|bias",
         "transformer_blocks.{i}.ff.net.2.weight|bias",
+    ],
+    "ltx2": [
+        "scale_shift_table|audio_scale_shift_table",
+        "patchify_proj|audio_patchify_proj|proj_out|audio_proj_out.weight|bias",
+        f"{LTX2_ADALN}.emb.timestep_embedder.linear_1|linear_2.weight|bias",
+        f"{LTX2_ADALN}.linear.weight|bias",
+        "caption_projection|audio_caption_projection.linear_1|linear_2.weight|bias",
+        "transformer_blocks.{i}.scale_shift_table|audio_scale_shift_table",
+        "transformer_blocks.{i}.scale_shift_table_a2v_ca_video|scale_shift_table_a2v_ca_audio",
+        f"transformer_blocks.{{i}}.{LTX2_ATTENTION}.q_norm|k_norm.weight",
+        f"transformer_blocks.{{i}}.{LTX2_ATTENTION}.to_q|to_k|to_v.weight|bias",
+        f"transformer_blocks.{{i}}.{LTX2_ATTENTION}.to_out.0.weight|bias",
+        "transformer_blocks.{i}.ff|audio_ff.net.0.proj.weight|bias",
+        "transformer_blocks.{i}.ff|audio_ff.net.2.weight|bias",
     ],
     "kandinsky5_video": [
         "time_embeddings|text_embeddings|pooled_text_embeddings|visual_embeddings.in_layer.weight|bias",

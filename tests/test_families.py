@@ -23,8 +23,13 @@ CAPTION = "colored waves drift"
 FPS = 20.0
 FRAMES = {("kandinsky5_video", "i2v"): 17}
 """Its pipeline adjusts the statistics of the first four latent frames to those of the following frames."""
-STEPS = {"ltxvideo": 60, "kandinsky5_video": 200}
+STEPS = {"ltxvideo": 60, "kandinsky5_video": 200, "ltx2": 80}
 """Step counts of the families for which 150 are too few or more than enough."""
+OTHER_GUIDANCE = {
+    "ltx2": dict.fromkeys(("stg_scale", "audio_stg_scale"), 0.0)
+    | dict.fromkeys(("audio_guidance_scale", "modality_scale", "audio_modality_scale"), 1.0)
+}
+"""Arguments that leave out what a pipeline does beside classifier-free guidance."""
 TASKS = [(name, task) for name in FAMILIES for task in load_family(name).pipelines]
 
 
@@ -60,7 +65,7 @@ def sampled_latents(family: Any, pipeline: Any, video: Tensor, latents: Tensor, 
     if family.name == "kandinsky5_video":
         pipeline._get_scale_factor = family.rotary_scale
     sampled: Tensor = pipeline(
-        **prompts or {"prompt": CAPTION, "guidance_scale": 1.0},
+        **prompts or {"prompt": CAPTION, "guidance_scale": 1.0} | OTHER_GUIDANCE.get(family.name, {}),
         num_inference_steps=steps,
         generator=torch.Generator().manual_seed(1),
         output_type="latent",
@@ -70,6 +75,10 @@ def sampled_latents(family: Any, pipeline: Any, video: Tensor, latents: Tensor, 
         sampled = pipeline._unpack_latents(sampled, *latents.shape[1:])
     if family.name == "kandinsky5_video":
         sampled = sampled.movedim(-1, 1)
+    if family.name == "cogvideox":
+        sampled = sampled.transpose(1, 2)
+    if family.name == "ltx2":
+        sampled = pipeline._normalize_latents(sampled, pipeline.vae.latents_mean, pipeline.vae.latents_std)
     return sampled[0]
 
 
@@ -102,19 +111,21 @@ def sampled_similarity(family: Family, video: Tensor, tensors: Tensors, **transf
     """
     pipeline_class = getattr(diffusers, family.pipeline_class)
     pipeline = pipeline_class.from_pretrained(family.base.name, **transformers)
+    of_text = _similarity(family, pipeline, video, tensors)
     with torch.no_grad():
         negative = family.encode_negative_prompt(family.load_text_pipeline(torch.float32), family.negative_prompt)
     prompt = {name: tensors[name] for name in negative}
-    guided = family.sampling_arguments(prompt, negative) | {"guidance_scale": 2.0}
-    cosines = [
-        torch.cosine_similarity(
-            sampled_latents(family, pipeline, video, tensors["latents"], 30, **prompts).flatten(),
-            tensors["latents"].flatten(),
-            dim=0,
-        )
-        for prompts in ({}, guided)
-    ]
-    return float(min(cosines))
+    guided = family.sampling_arguments(prompt, negative) | OTHER_GUIDANCE.get(family.name, {})
+    of_encoded_prompts = _similarity(
+        family, family.for_encoded_prompts(pipeline), video, tensors, **guided, guidance_scale=2.0
+    )
+    return min(of_text, of_encoded_prompts)
+
+
+def _similarity(family: Family, pipeline: Any, video: Tensor, tensors: Tensors, **prompts: Any) -> float:
+    latents = tensors["latents"]
+    sampled = sampled_latents(family, pipeline, video, latents, 30, **prompts)
+    return float(torch.cosine_similarity(sampled.flatten(), latents.flatten(), dim=0))
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from typer.testing import CliRunner, Result
 from crepa_cli.cli.init import init
 from crepa_cli.cli.terminal import NOTEBOOK_VARIABLES
 from crepa_cli.errors import UserError
+from crepa_cli.models import FAMILIES
 from crepa_cli.models.flavours import FLAVOURS
 from crepa_cli.profile import Profile, ResolvedProfile, description, json_schema, known_keys, resolve_profile
 from crepa_cli.profile.layers import complete
@@ -222,7 +223,7 @@ def test_help_lists_families_and_presets(
     monkeypatch.setenv("COLUMNS", "200")
     assert run_crepa(command, "--help") == 0
     text = capsys.readouterr().out
-    assert "wan, ltxvideo, sanavideo, kandinsky5_video" in text
+    assert "wan, ltxvideo, sanavideo, kandinsky5_video, ltx2" in text
     assert "i2v, solid-background, t2v" in text
 
 
@@ -674,7 +675,7 @@ def test_deep_nesting_ends_in_no_traceback(depth: int):
 
 @pytest.mark.parametrize("in_terminal", [False, True])
 @pytest.mark.parametrize("preset", ["t2v", "i2v", "solid-background"])
-@pytest.mark.parametrize("family", ["wan", "ltxvideo", "sanavideo", "kandinsky5_video"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_preset_of_every_family_makes_a_profile(
     family: str,
     preset: str,

@@ -50,7 +50,7 @@ def test_an_optimizer_learns_and_resumes_to_the_bit(
     whole, optimizer = built(name)
     before = train_steps(whole, optimizer, 0)
     train_steps(whole, optimizer, 30)
-    write_checkpoint(tmp_path / "step-000030", take_snapshot(whole, optimizer, None, {}))
+    write_checkpoint(tmp_path / "step-000030", {"": take_snapshot(whole, optimizer, None, {})})
     after = train_steps(whole, optimizer, 70)
     assert after < before / 2
 
@@ -77,7 +77,7 @@ def test_adamw_goes_on_with_the_kernels_of_another_device(first: bool, tmp_path:
         return layer, optimizer
 
     saved = tmp_path / "step-000030"
-    write_checkpoint(saved, take_snapshot(*stepped(first, None, 30), None, {}))
+    write_checkpoint(saved, {"": take_snapshot(*stepped(first, None, 30), None, {})})
     resumed, _ = stepped(not first, saved, 10)
     expected, _ = stepped(first, saved, 10)
     torch.testing.assert_close(resumed.weight, expected.weight)

@@ -261,7 +261,7 @@ def test_a_bar_for_each_block_and_curves_over_depth(
     assert run_crepa("probe-blocks", *measured, "--plot", "second.svg") == 0
     assert Path("first.svg").read_bytes() == Path("second.svg").read_bytes()
     drawn = " ".join(ElementTree.parse("first.svg").getroot().itertext())
-    assert all(label in drawn for label in ("CKNNA", "linear CKA", "drift", "sigma 0.8", "recommended, block 8"))
+    assert all(label in drawn for label in ("CKNNA", "linear CKA", "drift", "noise level 0.8", "recommended, block 8"))
 
 
 @pytest.fixture
@@ -348,7 +348,7 @@ def test_states_that_are_not_finite_end_the_measurement(
 
     monkeypatch.setattr(Wan, "load_transformer", broken)
     assert run_crepa("probe-blocks", *measured, "--set", "train.seed=11") == 1
-    assert "at sigma 0.2 are not finite" in capsys.readouterr().err
+    assert "at the noise level 0.2 are not finite" in capsys.readouterr().err
 
 
 def test_clips_of_too_few_tokens(refused: Callable[..., str], measured: list[str]) -> None:

@@ -41,9 +41,11 @@ WAN_LORA_AND_FULL = "DiffSynth-Studio: examples/wanvideo/model_training"
 WAN = "Wan2.1: wan/configs, 3.0 at 480p: diffusers pipeline_wan.py; " + WAN_LORA_AND_FULL
 WAN22 = "Wan2.2: wan/configs; " + WAN_LORA_AND_FULL
 LTX = "LTX-Video: model card, inference.py, pipeline_ltx_video.py; LTX-Video-Trainer: configs/ltxv_2b_{lora,full}.yaml"
+LTX2 = "LTX-2: packages/ltx-trainer/{configs/t2v_lora.yaml,docs/quick-start.md,docs/configuration-reference.md}"
 SANA = "Sana: configs/sana_video_config/Sana_2000M_{480px,720px_ltx2vae}_AdamW_fsdp.yaml"
 KANDINSKY = "kandinsky-5: configs/, t2v_pipeline.py; diffusers docs; musubi-tuner: docs/kandinsky5.md"
 WAN_RATES, LTX_RATES, SANA_RATES, KANDINSKY_RATES = (1e-4, 1e-5), (2e-4, 1e-5), (1e-4, 5e-5), (1e-4, 1e-5)
+LTX2_RATES = (1e-4, 1e-5)
 
 RECIPES = {
     ("wan", "t2v", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"): Recipe(WAN_RATES, (832, 480), 81, 16, 3, 512, WAN),
@@ -57,6 +59,9 @@ RECIPES = {
     ("ltxvideo", "t2v", "Lightricks/LTX-Video-0.9.1"): Recipe(LTX_RATES, (768, 512), 121, 30, None, 256, LTX),
     ("ltxvideo", "t2v", "Lightricks/LTX-Video-0.9.5"): Recipe(LTX_RATES, (768, 512), 121, 30, None, 256, LTX),
     ("ltxvideo", "i2v", "Lightricks/LTX-Video-0.9.7-dev"): Recipe(LTX_RATES, (768, 512), 121, 30, None, 256, LTX),
+    ("ltx2", "t2v", "Lightricks/LTX-2"): Recipe(LTX2_RATES, (960, 544), 49, 24, None, 1024, LTX2),
+    ("ltx2", "i2v", "diffusers/LTX-2.3-Diffusers"): Recipe(LTX2_RATES, (960, 544), 49, 24, None, 1024, LTX2),
+    ("ltx2", "t2v", "Lightricks/LTX-2.5-Diffusers"): Recipe(LTX2_RATES, (960, 544), 49, 24, None, 1024, LTX2),
     ("sanavideo", "t2v", "Efficient-Large-Model/SANA-Video_2B_480p_diffusers"): Recipe(
         SANA_RATES, (832, 480), 81, 16, 3, 300, SANA
     ),
@@ -82,6 +87,18 @@ RECIPES |= {
         KANDINSKY_RATES, size, frames, 24, None, 512, KANDINSKY
     )
     for name, (size, frames) in KANDINSKY_SIZES.items()
+}
+COG = "CogVideo: finetune/schemas/args.py, finetune/README.md (sizes, lengths), README.md (frame rates)"
+COG_SIZES = {
+    ("t2v", "CogVideoX-2b"): ((720, 480), 49, 8),
+    ("t2v", "CogVideoX-5b"): ((720, 480), 49, 8),
+    ("i2v", "CogVideoX-5b-I2V"): ((720, 480), 49, 8),
+    ("t2v", "CogVideoX1.5-5B"): ((1360, 768), 81, 16),
+    ("i2v", "CogVideoX1.5-5B-I2V"): ((1360, 768), 81, 16),
+}
+RECIPES |= {
+    ("cogvideox", task, f"zai-org/{name}"): Recipe((2e-5, 2e-5), size, frames, fps, None, 226, COG)
+    for (task, name), (size, frames, fps) in COG_SIZES.items()
 }
 
 
@@ -127,7 +144,9 @@ def test_the_table_has_every_published_checkpoint() -> None:
     [
         ("wan", "constant", 0, 1.0, 0.01),
         ("ltxvideo", "linear", 0, 1.0, 0.01),
+        ("ltx2", "linear", 0, 1.0, 0.01),
         ("sanavideo", "constant_with_warmup", 500, 0.1, 0.0),
+        ("cogvideox", "constant_with_warmup", 100, 1.0, 1e-4),
     ],
 )
 def test_full_fine_tuning_warms_up_clips_and_decays_as_published(
@@ -165,6 +184,8 @@ def test_full_fine_tuning_warms_up_clips_and_decays_as_published(
             {"model_dim": 4096},
             "kandinskylab/Kandinsky-5.0-T2V-Pro-sft-5s-Diffusers",
         ),
+        ("cogvideox", "transformer/config.json", {"patch_size_t": 2}, "zai-org/CogVideoX1.5-5B"),
+        ("cogvideox", "transformer/config.json", {"num_layers": 30}, "zai-org/CogVideoX-2b"),
     ],
 )
 def test_a_fine_tune_is_trained_like_the_checkpoint_that_its_configuration_resembles(

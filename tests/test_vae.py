@@ -58,6 +58,7 @@ def test_caches_of_earlier_versions_are_used_where_latents_are_what_they_were(op
     assert opened(open_tiny("ltxvideo", "t2v")).encoding == {"posterior": "sample"}
     assert opened(open_tiny("kandinsky5_video", "t2v")).encoding == {"tiling": True}
     assert opened(open_tiny("kandinsky5_video", "t2v"), "model.vae_tiling=false").encoding == {}
+    assert opened(open_tiny("cogvideox", "t2v")).encoding == {"posterior": "sample", "tiling": True}
     changed = opened(open_tiny("wan", "t2v"), "model.vae_tiling=true", "model.vae_dtype=bfloat16")
     assert changed.encoding == {"tiling": True, "dtype": "torch.bfloat16"}
 

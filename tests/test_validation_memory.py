@@ -36,7 +36,7 @@ from crepa_cli.profile import Profile
 from crepa_cli.runs.folder import RunFolder
 from crepa_cli.runs.prompts import Prompts
 from crepa_cli.training.build import trainable
-from crepa_cli.training.learner import build_learner
+from crepa_cli.training.experts import build_experts
 from crepa_cli.training.validator import Validator
 
 LONG = pytest.mark.slow
@@ -78,10 +78,11 @@ class Measured:
         AcceleratorState._reset_state(reset_partial_state=True)
         self.family, self.profile = family, profile
         self.accelerator = Accelerator(cpu=True, mixed_precision=PRECISION[profile.model.dtype])
-        self.learner = build_learner(profile, family, family.hidden_size, self.accelerator, None, {})
-        for parameter in trainable(self.learner.aligned):
-            parameter.grad = torch.zeros_like(parameter)
-        self.learner.update(None)
+        self.experts = build_experts(profile, family, family.hidden_size, self.accelerator, None)
+        for expert in self.experts.values():
+            for parameter in trainable(expert.learner.aligned):
+                parameter.grad = torch.zeros_like(parameter)
+            expert.learner.update(None)
         with torch.device("meta"):
             prompt = family.longest_prompt(torch_dtype(profile.model.dtype))
         self.prompt = {name: filled(tensor) for name, tensor in prompt.items()}
@@ -89,20 +90,23 @@ class Measured:
         self.validator = Validator(profile, family, prompts, form, RunFolder(folder / "run"), self.accelerator)
 
     def bytes_of(self, work: Callable[[], object]) -> int:
-        learner = self.learner
-        held = [*learner.aligned.parameters(), *learner.aligned.buffers(), *self.prompt.values()]
-        held += [value for state in learner.optimizer.state.values() for value in state.values()]
-        held += learner.average.shadow_params if learner.average else []
+        held = [*self.prompt.values()]
+        for _, learner in self.experts.values():
+            held += [*learner.aligned.parameters(), *learner.aligned.buffers()]
+            held += [value for state in learner.optimizer.state.values() for value in state.values()]
+            held += learner.average.shadow_params if learner.average else []
         with profiler(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
             work()
         return sum(tensor.nbytes for tensor in held) + highest_level_between(profiled, CONVOLUTIONS)
 
     def validation(self) -> int:
-        return self.bytes_of(lambda: self.validator.sample(self.learner, 1, lambda: False))
+        return self.bytes_of(lambda: self.validator.sample(self.experts, 1, lambda: False))
 
     def sampling(self) -> int:
         """Without the decoding."""
-        pipeline = self.validator.sampler.load_pipeline(self.learner.aligned.transformer.eval())
+        for transformer in self.experts.transformers.values():
+            transformer.eval()
+        pipeline = self.validator.sampler.load_pipeline(self.experts.transformers)
         arguments = self.family.form_arguments(**self.validator.sampler.form._asdict())
         arguments |= self.family.sampling_arguments(self.prompt, self.prompt)
         arguments |= {"num_inference_steps": STEPS, "guidance_scale": self.profile.validation.guidance_scale}
@@ -148,7 +152,7 @@ def test_a_validation_takes_what_is_predicted(
     profile = validated(family, tmp_path, **tables)
     measured = Measured(family, profile, tmp_path)
     batch_sizes: list[int] = []
-    measured.learner.aligned.transformer.register_forward_pre_hook(
+    measured.experts.transformers["transformer"].register_forward_pre_hook(
         lambda _, given, named: batch_sizes.append(len(named.get("hidden_states", *given))), with_kwargs=True
     )
     assert max(prediction(family, profile).values()) == pytest.approx(measured.validation(), rel=0.1)

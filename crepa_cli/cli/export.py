@@ -24,8 +24,7 @@ def export(
     """Export the weights of a run from one of its checkpoints."""
     from crepa_cli.cli.view import silence_libraries
     from crepa_cli.errors import UserError
-    from crepa_cli.models import load_family
-    from crepa_cli.runs.checks import export_mistakes
+    from crepa_cli.runs.checks import export_mistakes, load_checkpoint
     from crepa_cli.runs.folder import RunFolder
     from crepa_cli.settings import resolve
     from crepa_cli.training.export_run import export_run
@@ -38,12 +37,11 @@ def export(
     changes = {"export": (program,) if program else None, "export_dtype": DTYPES.get(dtype or "", dtype)}
     adapter = profile.adapter.model_copy(update={key: value for key, value in changes.items() if value is not None})
     profile = profile.model_copy(update={"adapter": adapter})
-    model = profile.model
-    family = load_family(model.family)(model.checkpoint, model.task, model.revision, model.variant)
+    family = load_checkpoint(profile)
     if mistakes := export_mistakes(family, adapter):
         raise UserError("\n".join(mistakes))
-    exports = export_run(folder, family, profile, step=step, merge=merge)
-    names = {"diffusers": exports.transformer if merge or adapter.kind == "full" else exports.diffusers}
-    names["comfyui"] = exports.comfyui
-    for name in adapter.export:
-        typer.echo(f"{name}: {exports.folder / names[name]}")
+    for exports in export_run(folder, family, profile, step=step, merge=merge):
+        names = {"diffusers": exports.transformer if merge or adapter.kind == "full" else exports.diffusers}
+        names["comfyui"] = exports.comfyui
+        for name in adapter.export:
+            typer.echo(f"{name}: {exports.folder / names[name]}")

@@ -103,4 +103,10 @@ def _open_family(profile: Profile) -> Family:
         "layersync": LayerSyncSettings(),
         "validation": profile.validation.model_copy(update={"every": 0, "prompts": (), "images": ()}),
     }
-    return open_family(profile.model_copy(update=unasked))
+    family = open_family(profile.model_copy(update=unasked))
+    if family.trains_all:
+        raise UserError(
+            "model.variant = 'both': the blocks of one expert are measured at a time; add "
+            f"--set model.variant={' or --set model.variant='.join(family.experts)}"
+        )
+    return family

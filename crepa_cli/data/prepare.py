@@ -187,7 +187,7 @@ def _placed(clip: Clip, measured: Measured, family: Family, form: ClipForm, size
             f"too short: {counted(frames_available(info, fps), 'frame')} at {fps:g} frames per second, "
             f"needs at least {min(form.frames, family.frame_multiple + 1)}"
         )
-    size = nearest_bucket(info.width, info.height, sizes)
+    size = sizes[0] if family.only_size else nearest_bucket(info.width, info.height, sizes)
     return PreparedClip(clip, info, Bucket(frames, size.height, size.width), measured.digest, fps, repeated)
 
 

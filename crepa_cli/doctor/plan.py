@@ -63,7 +63,7 @@ def check_plan(
     if demo:
         plan.attempt("demo", lambda: write_demo(profile))
     teacher = _teacher(profile.crepa)
-    plan.checks += check_hub([(str(profile.model.checkpoint), profile.model.revision), *_encoder(teacher)])
+    plan.checks += check_hub([(profile.model.repository, profile.model.revision), *_encoder(teacher)])
     family = plan.attempt("checkpoint", lambda: open_family(profile))
     if family:
         _check_checkpoint(plan, family, profile)
@@ -81,7 +81,8 @@ def check_plan(
 
 def _check_checkpoint(plan: Plan, family: Family, profile: Profile) -> None:
     aligned = f"; block {profile.crepa.block_index} is aligned" if profile.crepa.enabled else ""
-    message = f"{family.base.name}: {counted(family.block_count, 'block')} of width {family.hidden_size}{aligned}"
+    name, blocks = family.base.file or family.base.name, counted(family.block_count, "block")
+    message = f"{name}: {blocks} of width {family.hidden_size}{aligned}"
     plan.add("checkpoint", "fine", message)
     check = plan.attempt("weights", lambda: check_need("weights", needs(profile, family)[0]))
     if check:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Generator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -179,7 +180,7 @@ class _Videos:
         common = self.sampling | {
             "kind": "evaluation",
             "weights": weights.digest,
-            "component": weights.family.component if weights.path else None,
+            "component": "+".join(one.component for one in weights.family.trained.values()) if weights.paths else None,
             "models": family.base.fingerprints(*family.transformer_components, *family.vae_components),
             "vae": family.encoding,
             "int8": frozen_in_int8(self.profile),
@@ -220,18 +221,20 @@ def _sample_missing(
     done, total = len(paths) - len(missing), len(paths)
     yield Progress(stage, done, total, "loading the transformer")
     sampler = VideoSampler(profile, weights.family, videos.form, accelerator.device)
-    transformer = weights.load(profile, accelerator.device)
-    pipeline = sampler.load_pipeline(transformer)
+    transformers = weights.load(profile, accelerator.device)
+    pipeline = sampler.load_pipeline(transformers)
     for index in missing:
         number, seed = index // len(videos.seeds), videos.seeds[index % len(videos.seeds)]
         prompt = videos.prompts[number]
         yield Progress(stage, done, total, prompt.text)
-        with sampling(transformer, accelerator):
+        with ExitStack() as stack:
+            for transformer in transformers.values():
+                stack.enter_context(sampling(transformer, accelerator))
             texts = encoded.validation[number], encoded.negative
             frames = sampler.sample(pipeline, *texts, image=prompt.image, seed=seed)
         assert frames is not None, "nothing stops the sampler"
         write_video(paths[index], frames, videos.form.fps)
         done += 1
-    del pipeline, transformer
+    del pipeline, transformer, transformers
     release_memory()
     yield Progress(stage, done, total)

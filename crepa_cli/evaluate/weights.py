@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +18,13 @@ from crepa_cli.evaluate.videos import unique_names
 from crepa_cli.hub.read import fingerprint
 from crepa_cli.models.base import BaseCheckpoint
 from crepa_cli.models.dtypes import torch_dtype
-from crepa_cli.models.family import Family
+from crepa_cli.models.family import BOTH, Family
 from crepa_cli.models.lora import fetch_lora
-from crepa_cli.models.streaming import place
+from crepa_cli.models.sharing import SharedPlace
+from crepa_cli.models.streaming import move, place
 from crepa_cli.profile import Profile
 from crepa_cli.runs.checks import open_family
-from crepa_cli.runs.folder import RunFolder
+from crepa_cli.runs.folder import Exports, RunFolder
 from crepa_cli.training.adapter import add_lora
 from crepa_cli.training.build import compile_blocks, frozen_in_int8
 
@@ -39,23 +40,22 @@ class Weights:
     Attributes:
         name: of the column.
         kind: of training; `none` for the base model.
-        path: the file of a LoRA, or the folder that holds a whole transformer.
+        paths: the file of a LoRA, or the folder that holds a whole transformer, by the names in `family.trained`.
         family: whose component was trained.
         profile: the settings of the run; None for a LoRA without them.
     """
 
     name: str
     kind: Literal["none", "lora", "full"]
-    path: Path | None
+    paths: Mapping[str, Path]
     family: Family
     profile: Profile | None = None
 
     @property
     def digest(self) -> str | None:
         """Values that change when the weights do."""
-        if self.path is None:
-            return None
-        return file_digest(self.path) if self.kind == "lora" else fingerprint(self.path)
+        digest = file_digest if self.kind == "lora" else fingerprint
+        return "+".join(map(digest, self.paths.values())) or None
 
     @property
     def settings(self) -> dict[str, object]:
@@ -65,8 +65,8 @@ class Weights:
         tables = self.profile.model_dump(mode="json")
         return {f"{table}.{key}": _named(value) for table in COMPARED_TABLES for key, value in tables[table].items()}
 
-    def load(self, profile: Profile, device: torch.device) -> ModelMixin:
-        """The transformer with these weights, in its place for sampling.
+    def load(self, profile: Profile, device: torch.device) -> dict[str, ModelMixin]:
+        """The transformers with these weights by their components, in their places for sampling.
 
         Args:
             profile: settings that say in which dtype and where its weights are kept.
@@ -75,17 +75,29 @@ class Weights:
         Raises:
             UserError: if the weights are incomplete or do not fit.
         """
-        family = self.family
+        shared = SharedPlace(device) if profile.memory.offload_idle_expert else None
+        return {
+            family.component: self._load(family, self.paths.get(name), profile, device, shared)
+            for name, family in self.family.trained.items()
+        }
+
+    def _load(
+        self, family: Family, path: Path | None, profile: Profile, device: torch.device, shared: SharedPlace | None
+    ) -> ModelMixin:
         if self.kind == "full":
             family = copy(family)
-            family.base, family.component = BaseCheckpoint(str(self.path)), "transformer"
+            family.base, family.component = BaseCheckpoint(str(path)), "transformer"
         transformer = family.load_transformer(torch_dtype(profile.model.dtype), int8=frozen_in_int8(profile))
         if self.kind == "lora":
-            assert self.path is not None, "a LoRA has a file"
-            add_lora(transformer, family, self.path, profile.adapter)
+            assert path is not None, "a LoRA has a file"
+            add_lora(transformer, family, path, profile.adapter)
         if profile.train.compile:
             compile_blocks(family.blocks(transformer))
-        place(transformer, device, streamed=profile.memory.stream_weights)
+        if shared is not None:
+            transformer.requires_grad_(False)
+            move(transformer, device, shared.add(transformer, family.blocks(transformer)))
+        else:
+            place(transformer, device, streamed=profile.memory.stream_weights)
         return transformer
 
 
@@ -99,15 +111,25 @@ def open_weights(profile: Profile, runs: Sequence[tuple[str, Profile | None]]) -
     Raises:
         UserError: if weights cannot be found, or a run was trained from another base model.
     """
-    found = [Weights(BASE, "none", None, open_family(profile, resumes=True))]
+    found = [Weights(BASE, "none", {}, open_family(profile, resumes=True))]
     names = unique_names([BASE, *(_title(source) for source, _ in runs)])[1:]
     for name, (source, settings) in zip(names, runs, strict=True):
         if settings is None:
-            found.append(Weights(name, "lora", _lora(source), found[0].family))
+            found.append(Weights(name, "lora", {"": _lora(source)}, _one_expert(source, found[0].family)))
         else:
             _check_base(profile, source, settings)
             found.append(_of_run(name, RunFolder(Path(source)), profile, settings))
     return found
+
+
+def _one_expert(source: str, family: Family) -> Family:
+    """The family itself, if it is known which transformer a LoRA belongs to."""
+    if family.trains_all:
+        raise UserError(
+            f"{source} is a LoRA for one expert, and the first run trained both: evaluate it on its own, with "
+            f"--set model.variant={' or --set model.variant='.join(family.experts)}"
+        )
+    return family
 
 
 def _named(value: object) -> object:
@@ -122,7 +144,7 @@ def _title(source: str) -> str:
 
 
 def _check_base(profile: Profile, source: str, settings: Profile) -> None:
-    for key in ("family", "task", "checkpoint", "revision"):
+    for key in ("family", "task", "checkpoint", "components", "revision"):
         wanted, found = getattr(profile.model, key), getattr(settings.model, key)
         if wanted != found:
             raise UserError(
@@ -132,10 +154,18 @@ def _check_base(profile: Profile, source: str, settings: Profile) -> None:
 
 
 def _of_run(name: str, run: RunFolder, profile: Profile, settings: Profile) -> Weights:
-    expert = profile.model_copy(update={"model": profile.model.model_copy(update={"variant": settings.model.variant})})
-    family = open_family(expert, resumes=True)
-    exports = run.exports(family.expert)
-    if settings.adapter.kind == "full":
+    update: dict[str, object] = {"model": profile.model.model_copy(update={"variant": settings.model.variant})}
+    if settings.model.variant != BOTH:
+        update["memory"] = profile.memory.model_copy(update={"offload_idle_expert": False})
+    family = open_family(profile.model_copy(update=update), resumes=True)
+    exports = zip(family.trained, run.all_exports(family), strict=True)
+    paths = {expert: _exported(run, one, settings.adapter.kind) for expert, one in exports}
+    return Weights(name, settings.adapter.kind, paths, family, settings)
+
+
+def _exported(run: RunFolder, exports: Exports, kind: str) -> Path:
+    """The file of a run's LoRA, or the folder that holds its whole transformer."""
+    if kind == "full":
         files, path = [exports.folder / exports.transformer], exports.folder
     else:
         files = [exports.folder / name for name in (exports.diffusers, exports.comfyui)]
@@ -145,7 +175,7 @@ def _of_run(name: str, run: RunFolder, profile: Profile, settings: Profile) -> W
             f"{run.path} has no weights that can be loaded: finish it with crepa train --resume --output {run.path}, "
             f"or export those of its newest checkpoint with crepa export {run.path} --format diffusers"
         )
-    return Weights(name, settings.adapter.kind, path, family, settings)
+    return path
 
 
 def _lora(source: str) -> Path:

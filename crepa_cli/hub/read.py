@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +71,22 @@ def fingerprint(folder: Path) -> str:
     Of large files the size, the first and the last MiB are read: a fine-tune changes those too, and a text encoder of
     20 GB is identified in a moment.
     """
+    paths = sorted(path for path in folder.rglob("*") if path.suffix in {".json", ".safetensors", ".model"})
+    return _digest((path, str(path.relative_to(folder))) for path in paths)
+
+
+def file_fingerprint(path: Path) -> str:
+    """The same for one file."""
+    return _digest([(path, path.name)])
+
+
+def _digest(files: Iterable[tuple[Path, str]]) -> str:
+    """A short digest of files and their names."""
     edge = 2**20
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.suffix in {".json", ".safetensors", ".model"}):
+    for path, name in files:
         size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder)}:{size};".encode())
+        digest.update(f"{name}:{size};".encode())
         with path.open("rb") as file:
             digest.update(file.read(edge))
             if size > edge:

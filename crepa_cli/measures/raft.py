@@ -33,10 +33,10 @@ class Raft:
         """
         try:
             from torchvision.models.optical_flow import Raft_Large_Weights, raft_large
-        except ImportError as error:
+        except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision was built for another torch
             raise UserError(
-                "the warping error needs an optical flow, and torchvision is not installed: pip install "
-                "'torchvision>=0.24', in the version that belongs to the installed torch"
+                "the warping error needs an optical flow, and torchvision cannot be imported: pip install "
+                f"'torchvision>=0.24', in the version that belongs to the installed torch ({error})"
             ) from error
         try:
             # torchvision's own way to load them would run whatever is pickled in the file.

@@ -226,6 +226,7 @@ class Work:
         states: bytes of the hidden states between blocks.
         attention: the part of `forward` that `memory.keep = "attention"` keeps.
         blocks: how many there are.
+        experts: how many transformers are trained.
     """
 
     forward: float
@@ -233,6 +234,7 @@ class Work:
     states: int
     attention: float = 0.0
     blocks: int = 1
+    experts: int = 1
 
     @classmethod
     def of(cls, profile: Profile, family: Family, bucket: Bucket) -> Work:
@@ -253,12 +255,14 @@ class Work:
             states=hidden_bytes(profile, family, bucket) * len(blocks),
             attention=attention if family.attention_heads else 0,
             blocks=len(blocks),
+            experts=len(family.trained),
         )
 
     def least_memory(self, profile: Profile) -> int:
         """Bytes that a device needs for certain under these settings."""
         memory = profile.memory
         weights = 0 if memory.stream_weights else self.weights // (4 if memory.quantize_base == "int8" else 1)
+        weights *= 1 if memory.offload_idle_expert else self.experts
         return weights + (0 if memory.offload_activations else self.states)
 
     def fit(self, profile: Profile, settings: Sequence[Setting], peak: int, limit: int) -> Fit:
@@ -293,7 +297,9 @@ class Work:
         memory = profile.memory
         forward = self.forward / SUSTAINED
         backward = self.flops(profile) / SUSTAINED - forward
-        weights = self.weights / BUS if memory.stream_weights else 0.0
-        weights /= 2 if memory.quantize_base == "int8" else 1
+        copied = self.weights / BUS / (2 if memory.quantize_base == "int8" else 1)
+        weights = copied if memory.stream_weights else 0.0
+        # Of two steps in a row, about every other pair trains both experts; nothing computes meanwhile.
+        switch = copied / 2 if memory.offload_idle_expert else 0.0
         states = self.states / BUS if memory.offload_activations else 0.0
-        return max(forward, weights, states) + max(backward, weights + states)
+        return switch + max(forward, weights, states) + max(backward, weights + states)

@@ -28,10 +28,11 @@ def predict_pinned(profile: Profile, family: Family, bucket: Bucket) -> dict[str
         dtype = torch_dtype(profile.model.dtype)
         models = [family.base.empty_model(name, dtype) for name in family.text_encoders]
         encoders = sum(streamed_bytes(layers) for model in models for layers in streamed_layers(model))
+    if memory.stream_weights or memory.offload_idle_expert:
         with torch.device("meta"):
             transformer = family.empty_transformer(frozen_dtype(profile), int8=frozen_in_int8(profile))
         # A validation samples with all experts, which are equally large.
-        experts = len(family.transformer_components) if profile.validation.every else 1
+        experts = len(family.transformer_components) if profile.validation.every else len(family.trained)
         blocks = experts * streamed_bytes(family.blocks(transformer.requires_grad_(False)))
     if memory.offload_activations:
         states = max(0, family.block_count - memory.keep_blocks) * hidden_bytes(profile, family, bucket)
@@ -48,7 +49,8 @@ def host_shortage(profile: Profile, pinned: int) -> str:
     free = psutil.virtual_memory().available
     if pinned <= free:
         return ""
-    names = [f"memory.{one}" for one in ("stream_weights", "offload_activations") if getattr(profile.memory, one)]
+    placing = ("stream_weights", "offload_idle_expert", "offload_activations")
+    names = [f"memory.{one}" for one in placing if getattr(profile.memory, one)]
     lighter = "; memory.quantize_base=int8 halves the weights" if profile.memory.quantize_base == "none" else ""
     return (
         f"{' and '.join(names)} pin {decimal(pinned)} of this machine's memory, of which {decimal(free)} are free: end "

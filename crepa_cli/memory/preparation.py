@@ -12,7 +12,7 @@ from crepa_cli.alignment import TokenGrid
 from crepa_cli.data.buckets import Bucket
 from crepa_cli.data.online import clip_features
 from crepa_cli.data.prepare import encoder_config
-from crepa_cli.memory.repeats import run_once_per_shape
+from crepa_cli.memory.repeats import run_vae_once_per_shape
 from crepa_cli.memory.shapes import Clips
 from crepa_cli.memory.step import fake_memory, make_fake
 from crepa_cli.models.dtypes import torch_dtype
@@ -56,9 +56,7 @@ def text_encoders_peak(family: Family, clips: Clips, dtype: torch.dtype) -> int:
             make_fake(encoder)
             place(encoder, torch.device("cpu"), streamed=family.streams_text_encoders)
         live.reset_peak()
-        for encoder in encoders:
-            limit = getattr(encoder.config.get_text_config(), "max_position_embeddings", caption)
-            encoder(input_ids=torch.zeros(1, min(caption, limit), dtype=torch.int64))
+        family.run_text_encoders(encoders, caption)
         return live.peak
 
 
@@ -70,7 +68,7 @@ def vae_peak(family: Family, bucket: Bucket) -> int:
     image_encoder = family.base.empty_model(family.image_encoder, family.vae_dtype) if family.image_encoder else None
     with fake_memory() as live:
         make_fake(pipeline.vae)
-        run_once_per_shape(pipeline.vae.encoder, live)
+        run_vae_once_per_shape(pipeline.vae, "encoder", live)
         if image_encoder is not None:
             make_fake(image_encoder)
             side = image_encoder.config.image_size
@@ -110,7 +108,7 @@ def online_teacher_work(family: Family, crepa: CrepaSettings, latents: Tensor, d
     with fake_memory() as live:
         make_fake(pipeline.vae)
         make_fake(model)
-        run_once_per_shape(pipeline.vae.decoder, live)
+        run_vae_once_per_shape(pipeline.vae, "decoder", live)
         given = torch.empty(latents.shape)
         held = live.live
         clip_features(family, crepa, pipeline, Dinov2Teacher(model), given)

@@ -12,7 +12,7 @@ from crepa_cli.data.buckets import Bucket, Size
 from crepa_cli.hub.messages import HubError
 from crepa_cli.memory.prediction import preparation_memory, training_memory, validation_memory
 from crepa_cli.memory.shapes import validation_bucket
-from crepa_cli.models.family import Family
+from crepa_cli.models.family import BOTH, Family
 from crepa_cli.profile import Profile
 from crepa_cli.runs.checks import memory_mistakes
 from crepa_cli.teachers.dinov2 import ENCODERS
@@ -128,7 +128,9 @@ def lossless_settings(profile: Profile, device: torch.device) -> list[Setting]:
         Setting("memory", "stream_weights", True),
         Setting("memory", "finer_recompute", True),
     ]
-    moving = ("offload_activations", "stream_weights") if device.type == "cpu" else ()
+    if profile.model.variant == BOTH:
+        settings.append(Setting("memory", "offload_idle_expert", True))
+    moving = ("offload_activations", "stream_weights", "offload_idle_expert") if device.type == "cpu" else ()
     return [
         one for one in settings if one.key not in moving and getattr(getattr(profile, one.table), one.key) != one.value
     ]

@@ -23,6 +23,7 @@ from crepa_cli.memory.fake import QuickFakeMode
 from crepa_cli.memory.live_bytes import LiveBytes
 from crepa_cli.memory.shapes import Clips
 from crepa_cli.models.family import Family, Tensors
+from crepa_cli.models.sharing import SharedPlace
 from crepa_cli.models.streaming import stream
 from crepa_cli.profile import Profile
 from crepa_cli.training.aligned import AlignedTransformer
@@ -62,13 +63,29 @@ def _segments(profile: Profile, family: Family, clips: Clips, device: torch.devi
         return timeline.segments
 
 
-class FakeTraining(NamedTuple):
-    """The tensors that stay in memory from one step to the next, without content, and their counter."""
+class FakeLearner(NamedTuple):
+    """The tensors of one transformer that stay in memory from one step to the next, without content."""
 
     model: AlignedTransformer
     optimizer: torch.optim.Optimizer
     average: EMAModel | None
+
+
+class FakeTraining(NamedTuple):
+    """What is trained, and the counter of its tensors; of several experts, the step trains the first."""
+
+    learners: tuple[FakeLearner, ...]
     live: LiveBytes
+
+    @property
+    def model(self) -> AlignedTransformer:
+        """The one that the step trains."""
+        return self.learners[0].model
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Its optimizer."""
+        return self.learners[0].optimizer
 
 
 @contextmanager
@@ -81,23 +98,42 @@ def fake_training(profile: Profile, family: Family, feature_size: int, device: t
         feature_size: width of the teacher's features.
         device: the device that trains.
     """
-    with torch.device("meta"):
-        transformer = family.empty_transformer(frozen_dtype(profile), int8=frozen_in_int8(profile))
-        model = build_model(profile, family, transformer, feature_size if profile.crepa.enabled else None)
+    models = []
+    for one in family.trained.values():
+        with torch.device("meta"):
+            # As deep as the family, which may stand for a part of the blocks.
+            one = one.with_blocks(family.block_count)
+            transformer = one.empty_transformer(frozen_dtype(profile), int8=frozen_in_int8(profile))
+            models.append(build_model(profile, one, transformer, feature_size if profile.crepa.enabled else None))
     with fake_memory() as live:
         live.part = WEIGHTS
-        make_fake(model)
-        trained = trainable(model.transformer)
-        trained_part = WEIGHTS if profile.adapter.kind == "full" else ADAPTER
-        live.assign(trained_part, trained)
-        if profile.memory.stream_weights:
-            stream(family.blocks(model.transformer), torch.device("cpu"))
-        _watch(model, live)
-        with live.belonging_to(trained_part):
-            average = EMAModel(trained, decay=profile.train.ema) if profile.train.ema else None
-        with live.belonging_to(OPTIMIZER):
-            optimizer = _optimizer_with_state(profile, model, device)
-        yield FakeTraining(model, optimizer, average, live)
+        shared = SharedPlace(torch.device("cpu")) if profile.memory.offload_idle_expert else None
+        yield FakeTraining(tuple(_fake_learner(profile, family, one, device, live, shared) for one in models), live)
+
+
+def _fake_learner(
+    profile: Profile,
+    family: Family,
+    model: AlignedTransformer,
+    device: torch.device,
+    live: LiveBytes,
+    shared: SharedPlace | None,
+) -> FakeLearner:
+    """What trains a model that is on the meta device, as it is after a step."""
+    make_fake(model)
+    blocks, trained = family.blocks(model.transformer), trainable(model.transformer)
+    trained_part = WEIGHTS if profile.adapter.kind == "full" else ADAPTER
+    live.assign(trained_part, trained)
+    if profile.memory.stream_weights:
+        stream(blocks, torch.device("cpu"))
+    if shared is not None:
+        shared.add(model.transformer, blocks)
+    _watch(model, live)
+    with live.belonging_to(trained_part):
+        average = EMAModel(trained, decay=profile.train.ema) if profile.train.ema else None
+    with live.belonging_to(OPTIMIZER):
+        optimizer = _optimizer_with_state(profile, model, device)
+    return FakeLearner(model, optimizer, average)
 
 
 def _optimizer_with_state(profile: Profile, model: AlignedTransformer, device: torch.device) -> torch.optim.Optimizer:

@@ -9,7 +9,7 @@ from diffusers import ModelMixin
 from torch import Tensor
 
 from crepa_cli.memory.depth import END, Part, Segments, Timeline, highest, segments_of_all_blocks
-from crepa_cli.memory.repeats import run_once_per_shape
+from crepa_cli.memory.repeats import run_vae_once_per_shape
 from crepa_cli.memory.shapes import Clips
 from crepa_cli.memory.step import fake_autocast, fake_batch, fake_memory, fake_training, make_fake
 from crepa_cli.models.family import Family
@@ -49,23 +49,24 @@ def _sampling(profile: Profile, family: Family, clip: Clips, device: torch.devic
     experts = _other_experts(family, profile)
     image_encoder = family.base.empty_model(family.image_encoder, family.vae_dtype) if family.image_encoder else None
     with fake_training(profile, family, clip.feature_size, device) as training:
-        live, trained = training.live, training.model.transformer.eval()
-        if training.average is not None and device.type == "cpu":
-            # The weights that the average stands in for are set aside in the memory of the CPU.
-            training.average.store(trainable(trained))
+        live, trained = training.live, [learner.model.transformer.eval() for learner in training.learners]
+        for learner in training.learners:
+            if learner.average is not None and device.type == "cpu":
+                # The weights that the average stands in for are set aside in the memory of the CPU.
+                learner.average.store(trainable(learner.model.transformer))
         for module in filter(None, (vae, image_encoder, *experts)):
             make_fake(module)
         for expert in experts:
             place(expert, torch.device("cpu"), streamed=profile.memory.stream_weights)
         timeline = Timeline(live)
-        for index, transformer in enumerate((trained, *experts)):
+        for index, transformer in enumerate((*trained, *experts)):
             timeline.watch(family.blocks(transformer), f"forward {index}")
         timeline.begin(Part("inputs"))
         tensors = fake_batch(batch)
         with fake_autocast(profile):
             latents = tensors["latents"]
             inputs = family.step(tensors, torch.empty_like(latents), torch.full((len(latents),), 0.5)).inputs
-            for transformer in (trained, *experts):
+            for transformer in (*trained, *experts):
                 transformer(**inputs)
             timeline.begin(END)
         return timeline.segments
@@ -77,7 +78,7 @@ def decoding_peak(family: Family, latents: Tensor) -> int:
     pipeline = family.empty_vae_pipeline()
     with fake_memory() as live:
         make_fake(pipeline.vae)
-        run_once_per_shape(pipeline.vae.decoder, live)
+        run_vae_once_per_shape(pipeline.vae, "decoder", live)
         given = torch.empty(latents.shape)
         held = live.live
         video = family.decode_latents(pipeline, given)
@@ -86,13 +87,12 @@ def decoding_peak(family: Family, latents: Tensor) -> int:
 
 
 def _other_experts(family: Family, profile: Profile) -> list[ModelMixin]:
-    """The transformers that the sampler needs beside the trained one, on the meta device."""
+    """The transformers that the sampler needs beside those that are trained, on the meta device."""
     experts = []
-    for component in family.transformer_components:
-        if component != family.component:
-            other = copy(family)
-            other.config = family.base.read_config(f"{component}/config.json")
-            other = other.with_blocks(family.block_count)
-            with torch.device("meta"):
-                experts.append(other.empty_transformer(frozen_dtype(profile), int8=frozen_in_int8(profile)))
+    for component in family.idle_components:
+        other = copy(family)
+        other.config = family.base.read_config(f"{component}/config.json")
+        other = other.with_blocks(family.block_count)
+        with torch.device("meta"):
+            experts.append(other.empty_transformer(frozen_dtype(profile), int8=frozen_in_int8(profile)))
     return experts

@@ -18,6 +18,8 @@ FAMILIES = {
     "ltxvideo": "LtxVideo",
     "sanavideo": "SanaVideo",
     "kandinsky5_video": "Kandinsky5Video",
+    "cogvideox": "CogVideoX",
+    "ltx2": "Ltx2",
 }
 """Name of each family, which is also its module here, and the class in it."""
 FINAL_LORA = "pytorch_lora_weights.safetensors"

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from crepa_cli.kept import kept
 from crepa_cli.models.family import Family
@@ -23,6 +25,12 @@ KERNELS = {
 }
 """The backends of diffusers that can be trained through under automatic casts, by the name of the setting. Those of
 sage and flash-attn 3 have no backward; flash-attn 2 and xformers refuse the float32 queries of some families."""
+SDPA = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+"""The same, for attention of diffusers that has no choice of backends."""
 GAIN = 0.03
 """Another kernel than torch's own choice must be faster by this share of the time."""
 WARMUP, TIMED = 2, 3
@@ -114,5 +122,15 @@ def compute_attention_with(kernel: str, family: Family, blocks: Iterable[nn.Modu
     for block in blocks:
         # Attention to a caption stays, as its mask would not go with every kernel.
         part = block.get_submodule(family.attention_parts[0])
-        assert isinstance(part, AttentionModuleMixin)
-        part.set_attention_backend(KERNELS[kernel])
+        if isinstance(part, AttentionModuleMixin):
+            part.set_attention_backend(KERNELS[kernel])
+        else:
+            part.forward = _limited_to(SDPA[kernel], part.forward)
+
+
+def _limited_to(backend: SDPBackend, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*arguments: Any, **keywords: Any) -> Any:
+        with sdpa_kernel(backend):
+            return forward(*arguments, **keywords)
+
+    return run

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 import transformers
 from diffusers import DiffusionPipeline, ModelMixin
 from huggingface_hub import ModelCard
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 from transformers import AutoConfig
 
 from crepa_cli.errors import UserError, listed
@@ -38,6 +40,8 @@ class BaseCheckpoint:
         self.revision = revision
         self._configs: dict[str, dict[str, Any]] = {}
         self._fingerprints: dict[str, str] = {}
+        self.file: Path | None = None
+        """The file of the transformer, if it is not in the repository; see `SingleFile`."""
 
     def read_config(self, filename: str) -> dict[str, Any]:
         """A JSON file of the checkpoint, such as `vae/config.json`, read once.
@@ -69,6 +73,11 @@ class BaseCheckpoint:
         """The folders that `model_index.json` names."""
         index = self.read_config("model_index.json")
         return [name for name, library in index.items() if isinstance(library, list) and library[0]]
+
+    @property
+    def extra_files(self) -> tuple[str, ...]:
+        """Files that are of use beside the components."""
+        return (CARD,)
 
     def component_class(self, component: str) -> str:
         """The class of a component in `model_index.json`."""
@@ -119,12 +128,33 @@ class BaseCheckpoint:
         names = weight_files(paths, component, lambda path: read_json(folder / path))
         return [folder / name for name in names if name.endswith(".safetensors")]
 
+    def source(self, component: str) -> str:
+        """The folder of a component, for messages."""
+        return str(self.fetch(component) / component)
+
+    def stored(self, component: str) -> Iterator[tuple[str, Tensor]]:
+        """The weights of a component by their names, one after the other.
+
+        Raises:
+            UserError: if a file cannot be found, fetched or read.
+        """
+        for path in self.weight_files(component):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    for name in file.keys():  # noqa: SIM118 (no dictionary)
+                        yield name, file.get_tensor(name)
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{path} cannot be read: {error}; download it anew") from error
+
     def empty_model(self, component: str, dtype: torch.dtype) -> Any:
-        """A component of transformers by its configuration alone, on the meta device."""
-        config = AutoConfig.for_model(**self.read_config(f"{component}/config.json"))
-        model_class = getattr(transformers, self.component_class(component))
+        """A component of transformers, or of a pipeline's own, by its configuration alone, on the meta device."""
+        config = self.read_config(f"{component}/config.json")
+        library, name = self.read_config("model_index.json")[component]
         with torch.device("meta"):
-            model = model_class._from_config(config, dtype=dtype)
+            if library == "transformers":
+                model = getattr(transformers, name)._from_config(AutoConfig.for_model(**config), dtype=dtype)
+            else:
+                model = getattr(import_module(f"diffusers.pipelines.{library}"), name).from_config(config).to(dtype)
         return model.requires_grad_(False).eval()
 
     def load_pipeline(
@@ -146,10 +176,10 @@ class BaseCheckpoint:
         return pipeline
 
 
-def require_whole(folder: Path, missing: Sequence[str]) -> None:
-    """Raise a UserError if the weights of a folder lack some that the model needs."""
+def require_whole(source: Path | str, missing: Sequence[str]) -> None:
+    """Raise a UserError if the weights of a folder or file lack some that the model needs."""
     if missing:
-        raise UserError(f"{folder} is incomplete: it lacks {listed(sorted(missing))}; download it anew")
+        raise UserError(f"{source} is incomplete: it lacks {listed(sorted(missing))}; download it anew")
 
 
 def check_embedding(text_encoder: nn.Module) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from crepa_cli.errors import UserError
 from crepa_cli.models.base import BaseCheckpoint
 from crepa_cli.models.family import Family, Tables
+from crepa_cli.models.single_file import is_single_file, published_with
 
 
 def default_layers(family: type[Family], task: str, kind: str, checkpoint: str | None) -> dict[str, Tables]:
@@ -14,7 +17,7 @@ def default_layers(family: type[Family], task: str, kind: str, checkpoint: str |
         family: of the checkpoint.
         task: `t2v` or `i2v`.
         kind: `lora` or `full`, as `adapter.kind`.
-        checkpoint: Hub id or local folder; None for the default one of the task.
+        checkpoint: Hub id, local folder or single file; None for the default one of the task.
     """
     name, default = f"family {family.name}", family.checkpoints.get(task)
     layers: dict[str, Tables] = {
@@ -32,6 +35,11 @@ def _checkpoint_settings(family: type[Family], checkpoint: str, task: str) -> Ta
 
     If its configuration cannot be read, there are none: whoever opens the checkpoint explains that.
     """
+    if is_single_file(checkpoint):
+        found = published_with(Path(checkpoint))
+        repository = family.checkpoints[task] if found is None or found not in family.published else found
+        settings = family.published.get(repository, {})
+        return {**settings, "model": {**settings.get("model", {}), "components": repository}}
     if checkpoint in family.published:
         return family.published[checkpoint]
     try:

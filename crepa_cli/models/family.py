@@ -1,20 +1,19 @@
 """Families of video diffusion transformers: how each turns clips and prompts into inputs and a target.
 
 A family is one subclass in one file. It states facts (classes, defaults, compression), encodes prompts and clips,
-builds the transformer's inputs and target, and locates its tokens. All are trained by flow matching:
-`noisy = (1 - sigma) * latents + sigma * noise`, and the transformer predicts the velocity `noise - latents`
-(arXiv 2209.03003, 2403.03206).
+builds the transformer's inputs and target, and locates its tokens.
 """
 
 from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from inspect import Parameter, signature
+from pathlib import Path
 from typing import Any, ClassVar
 
 import diffusers
@@ -27,10 +26,14 @@ from crepa_cli.alignment import TokenGrid
 from crepa_cli.errors import UserError
 from crepa_cli.models.base import BaseCheckpoint, check_embedding
 from crepa_cli.models.int8 import has_int8, quantize_linears
+from crepa_cli.models.noise import Flow, NoiseProcess
 from crepa_cli.models.precision import compute_in_own_dtype, in_loaded_dtypes, keep_float32
+from crepa_cli.models.single_file import SingleFile
 from crepa_cli.models.weights import make_hollow, read_weights
 
 Tensors = dict[str, Tensor]
+BOTH = "both"
+"""The `model.variant` that trains every expert of a checkpoint."""
 Tables = Mapping[str, Mapping[str, object]]
 """Settings by table and key, as they stand in a profile."""
 
@@ -55,7 +58,7 @@ class Family(ABC):
         checkpoint: a local folder in diffusers' layout, or a Hub id. Only its configuration is read here.
         task: `t2v` or `i2v`.
         revision: branch, tag or commit on the Hub.
-        variant: the expert to train, of a checkpoint that holds several transformers.
+        variant: the expert to train, of a checkpoint that holds several transformers; `both` for all of them.
 
     Raises:
         UserError: if the family does not have the task, or the checkpoint is of another family or lacks the expert.
@@ -80,7 +83,7 @@ class Family(ABC):
     """Defaults of full fine-tuning that differ from those of a LoRA."""
     published: ClassVar[Mapping[str, Tables]]
     """The published checkpoints by Hub id, each with its defaults that differ from the family's."""
-    caption_tokens: ClassVar[int | None] = None
+    caption_tokens: int | None = None
     """Tokens of a caption; None if the pipeline decides."""
     takes_frame_rate: ClassVar[bool] = False
     """Whether the positions in time depend on the frame rate, so that a clip can be trained at its own."""
@@ -91,6 +94,10 @@ class Family(ABC):
     """Whether the layers of the text encoders stay on the host while others compute; a setting too."""
     samples_posterior: ClassVar[bool] = False
     """Whether it is trained on samples of the VAE's posterior, rather than on the mode."""
+    only_size: tuple[int, int] | None = None
+    """Width and height of the only size in pixels that it can be trained at; None for any."""
+    noise_process: NoiseProcess = Flow()
+    """How its latents are noised, and what it predicts."""
     negative_prompt: ClassVar[str]
     """Published with the model for classifier-free guidance."""
     motion_suffix: ClassVar[str | None] = None
@@ -110,6 +117,7 @@ class Family(ABC):
         self.base = BaseCheckpoint(checkpoint, revision)
         self.task = task
         self.component = self._expert(variant)
+        self.trains_all = variant == BOTH
         self.config = self.base.read_config(f"{self.component}/config.json")
         found = self.config.get("_class_name")
         if found != self.transformer_class:
@@ -136,8 +144,22 @@ class Family(ABC):
 
     @property
     def expert(self) -> str | None:
-        """The name of the expert that is trained; None if the checkpoint has one transformer."""
+        """The name of the expert that is trained; None if the checkpoint has one transformer, or all are trained."""
+        if self.trains_all:
+            return None
         return next((name for name, component in self.experts.items() if component == self.component), None)
+
+    @property
+    def trained(self) -> Mapping[str, Family]:
+        """The recipe of each transformer that is trained, by its expert's name; itself under "" if it is one alone."""
+        return {name: self._of_expert(name) for name in self.experts} if self.trains_all else {"": self}
+
+    def _of_expert(self, name: str) -> Family:
+        family = copy(self)
+        family.trains_all = False
+        family.component = self.experts[name]
+        family.config = self.base.read_config(f"{family.component}/config.json")
+        return family
 
     @property
     def architecture(self) -> str:
@@ -219,10 +241,11 @@ class Family(ABC):
         return self._load_expert(self.component, dtype, int8=int8).requires_grad_(False)
 
     def _load_expert(self, component: str, dtype: torch.dtype, *, int8: bool) -> ModelMixin:
-        if not int8:
+        if not int8 and self.base.file is None:
             return self._adapted(self.base.load_model(self.transformer_class, component, dtype))
-        transformer = self._without_weights(component, dtype, int8=True)
-        read_weights(transformer, self.base.weight_files(component))
+        # Not from_single_file: it would cast the weights that from_pretrained keeps in float32.
+        transformer = self._without_weights(component, dtype, int8=int8)
+        read_weights(transformer, self.base.stored(component), self.base.source(component))
         return transformer.eval()
 
     def _without_weights(self, component: str, dtype: torch.dtype, *, int8: bool) -> ModelMixin:
@@ -245,7 +268,7 @@ class Family(ABC):
         Raises:
             UserError: if the checkpoint is incomplete.
         """
-        read_weights(transformer, self.base.weight_files(self.component))
+        read_weights(transformer, self.base.stored(self.component), self.base.source(self.component))
 
     def empty_transformer(self, dtype: torch.dtype, *, int8: bool = False) -> ModelMixin:
         """The transformer of `load_transformer` without its weights, from the configuration alone.
@@ -311,6 +334,12 @@ class Family(ABC):
         """Every transformer of the checkpoint."""
         return tuple(self.experts.values()) or ("transformer",)
 
+    @property
+    def idle_components(self) -> tuple[str, ...]:
+        """The transformers that are not trained, and that the pipeline samples with beside those that are."""
+        trained = {family.component for family in self.trained.values()}
+        return tuple(name for name in self.transformer_components if name not in trained)
+
     def load_text_pipeline(self, dtype: torch.dtype) -> DiffusionPipeline:
         """The pipeline with the components that `encode_prompt` needs.
 
@@ -360,6 +389,21 @@ class Family(ABC):
         family.config = self.config | {self.depth_setting: count}
         return family
 
+    def with_file(self, path: Path) -> Family:
+        """The same recipe with the weights of its transformer from one file.
+
+        Raises:
+            UserError: if several transformers are trained, or it cannot be read or does not fit.
+        """
+        if self.trains_all:
+            raise UserError(
+                f"model.variant = {BOTH!r}: {path} holds one expert; train {' or '.join(self.experts)}, or name a "
+                "folder or Hub id that has both"
+            )
+        family, base = copy(self), self.base
+        family.base = SingleFile(path, self.transformer_class, self.component, base.name, base.revision)
+        return family
+
     def without_image_encoder(self) -> Family:
         """The same recipe for a base model without an image encoder."""
         family = copy(self)
@@ -375,25 +419,31 @@ class Family(ABC):
         return {"image_embeds": torch.empty(tokens, config["hidden_size"], dtype=self.vae_dtype)}
 
     def load_sampling_pipeline(self, transformer: ModelMixin) -> DiffusionPipeline:
-        """The pipeline for sampling videos from encoded prompts; its VAE keeps to `vae_dtype` under autocast."""
+        """The pipeline for sampling videos from encoded prompts; its VAE keeps to `vae_dtype` under autocast.
+
+        If several experts are trained, the pipeline lacks all but the first one.
+        """
         frozen = {
             name: self._load_expert(name, transformer.dtype, int8=has_int8(transformer))
-            for name in self.transformer_components
-            if name != self.component
+            for name in self.idle_components
         }
-        trained = {self.component: transformer}
+        trained = dict.fromkeys(self.transformer_components) | {self.component: transformer}
         pipeline = self.base.load_pipeline(
-            self.pipeline_class, dtype=self.vae_dtype, without=self.text_components, **trained, **frozen
+            self.pipeline_class, dtype=self.vae_dtype, without=self.text_components, **trained | frozen
         )
         compute_in_own_dtype(pipeline.vae)
-        return self._with_tiling(pipeline)
+        return self._with_tiling(self.for_encoded_prompts(pipeline))
+
+    def for_encoded_prompts(self, pipeline: DiffusionPipeline) -> DiffusionPipeline:
+        """A pipeline that takes the prompts of `sampling_arguments`, if it must be changed for that, in place."""
+        return pipeline
 
     def _expert(self, variant: str | None) -> str:
-        """The component to train."""
-        if variant is None:
+        """The component to train, or the first one of several."""
+        if variant is None or (variant == BOTH and self.experts):
             return self.transformer_components[0]
         if variant not in self.experts:
-            known = f"one of: {', '.join(self.experts)}" if self.experts else "none: it holds one transformer"
+            known = f"one of: {', '.join((*self.experts, BOTH))}" if self.experts else "none: it holds one transformer"
             raise UserError(f"model.variant = {variant!r}: {self.base.name} has no such expert; choose {known}")
         return self.experts[variant]
 
@@ -409,6 +459,17 @@ class Family(ABC):
     def encode_negative_prompt(self, pipeline: DiffusionPipeline, prompt: str) -> Tensors:
         """The tensors of a negative prompt; see `encode_prompt`."""
         return self.encode_prompt(pipeline, prompt)
+
+    def run_text_encoders(self, encoders: Sequence[Any], tokens: int) -> None:
+        """Run the models of `text_encoders` as `encode_prompt` does, on a caption without content.
+
+        Args:
+            encoders: in the order of `text_encoders`.
+            tokens: of the caption.
+        """
+        for encoder in encoders:
+            limit = getattr(encoder.config.get_text_config(), "max_position_embeddings", tokens)
+            encoder(input_ids=torch.zeros(1, min(tokens, limit), dtype=torch.int64))
 
     @abstractmethod
     def longest_prompt(self, dtype: torch.dtype) -> Tensors:
@@ -451,7 +512,7 @@ class Family(ABC):
             batch: tensors of clips and captions with a batch dimension: `latents` `[B, C, T, h, w]`, `fps` `[B]` and
                 those of this family.
             noise: like `latents`, standard normal.
-            sigmas: `[B]` in [0, 1], already shifted.
+            sigmas: noise levels `[B]` in [0, 1], already shifted.
         """
 
     def row_major(self, hidden: Tensor, grid: TokenGrid) -> Tensor:
@@ -476,9 +537,3 @@ class Family(ABC):
     def form_arguments(self, *, width: int, height: int, frames: int, fps: float) -> dict[str, Any]:  # noqa: ARG002
         """The arguments of the pipeline's call for the size, length and frame rate of the video."""
         return {"width": width, "height": height, "num_frames": frames}
-
-
-def add_noise(latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
-    """`(1 - sigma) * latents + sigma * noise`; sigmas broadcast from the left."""
-    sigmas = sigmas.view(-1, *[1] * (latents.ndim - 1))
-    return (1 - sigmas) * latents + sigmas * noise

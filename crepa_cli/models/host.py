@@ -44,7 +44,7 @@ def _pin(buffer: Tensor) -> None:
     if int(torch.cuda.cudart().cudaHostRegister(storage.data_ptr(), storage.nbytes(), PORTABLE)):
         raise UserError(
             f"{storage.nbytes() / 1e9:.1f} GB of the host's memory cannot be pinned: free some of it, or turn off "
-            "memory.stream_weights and memory.offload_activations"
+            "memory.stream_weights, memory.offload_idle_expert and memory.offload_activations"
         )
     weakref.finalize(storage, _unpin, storage.data_ptr()).atexit = False
 

@@ -23,7 +23,7 @@ from transformers import (
 
 from crepa_cli.alignment import TokenGrid
 from crepa_cli.models.base import BaseCheckpoint
-from crepa_cli.models.family import Family, Tensors, TransformerStep, add_noise
+from crepa_cli.models.family import Family, Tensors, TransformerStep
 from crepa_cli.models.vae import encoded_latents
 
 PROMPT_TOKENS = 512
@@ -252,7 +252,7 @@ class Kandinsky5Video(Family):
     def step(self, batch: Tensors, noise: Tensor, sigmas: Tensor) -> TransformerStep:
         """Channels are last; the first frame of image to video is clean and not scored. Timesteps are sigmas * 1000."""
         latents, grid = batch["latents"], self.token_grid(batch["latents"])
-        hidden = add_noise(latents, noise, sigmas)
+        hidden = self.noise_process.add_noise(latents, noise, sigmas)
         given = torch.zeros_like(latents[:, :1])
         if self.task == "i2v":
             hidden = torch.cat([batch["first_frame"], hidden[:, :, 1:]], dim=2)
@@ -272,7 +272,8 @@ class Kandinsky5Video(Family):
         }
         if min(lengths) < max(lengths):
             inputs["text_lengths"] = lengths
-        return TransformerStep(inputs, (noise - latents).movedim(1, -1), (1 - given).movedim(1, -1))
+        target = self.noise_process.target(latents, noise, sigmas)
+        return TransformerStep(inputs, target.movedim(1, -1), (1 - given).movedim(1, -1))
 
     def rotary_scale(self, height: int, width: int) -> tuple[float, float, float]:
         """How far rotary positions are compressed in time, rows and columns, for a size in pixels.

@@ -17,7 +17,7 @@ from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
 from torch import Tensor
 
 from crepa_cli.alignment import TokenGrid
-from crepa_cli.models.family import Family, Tensors, TransformerStep, add_noise
+from crepa_cli.models.family import Family, Tensors, TransformerStep
 from crepa_cli.models.vae import decoded_video, normalized_latents
 
 SHIFT = {"base_image_seq_len": 1024, "max_image_seq_len": 4096, "base_shift": 0.95, "max_shift": 2.05}
@@ -143,7 +143,8 @@ class LtxVideo(Family):
     def step(self, batch: Tensors, noise: Tensor, sigmas: Tensor) -> TransformerStep:
         """Latents are packed into tokens; in image to video those of the first frame are clean, at timestep 0."""
         latents, grid = batch["latents"], self.token_grid(batch["latents"])
-        hidden, timestep, weight = self._packed(add_noise(latents, noise, sigmas)), sigmas[:, None] * 1000, None
+        hidden = self._packed(self.noise_process.add_noise(latents, noise, sigmas))
+        timestep, weight = sigmas[:, None] * 1000, None
         if self.task == "i2v":
             given = torch.arange(hidden.shape[1], device=hidden.device) < grid.tokens
             hidden = torch.where(given[:, None], self._packed(latents), hidden)
@@ -157,7 +158,7 @@ class LtxVideo(Family):
                 "encoder_attention_mask": batch["prompt_attention_mask"],
                 "video_coords": self._positions(grid, batch["fps"]),
             },
-            target=self._packed(noise - latents),
+            target=self._packed(self.noise_process.target(latents, noise, sigmas)),
             weight=weight,
         )
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from crepa_cli.alignment.comparison import full_precision
 from crepa_cli.models.base import BaseCheckpoint
-from crepa_cli.models.family import Family, Tensors, TransformerStep, add_noise
+from crepa_cli.models.family import Family, Tensors, TransformerStep
 from crepa_cli.models.precision import under_this_autocast
 from crepa_cli.models.vae import decoded_video, normalized_latents
 
@@ -181,7 +181,7 @@ class SanaVideo(Family):
     def step(self, batch: Tensors, noise: Tensor, sigmas: Tensor) -> TransformerStep:
         """In image to video the first latent frame is clean, and the timestep of its tokens is 0."""
         latents, grid = batch["latents"], self.token_grid(batch["latents"])
-        hidden, timestep, weight = add_noise(latents, noise, sigmas), sigmas * 1000, None
+        hidden, timestep, weight = self.noise_process.add_noise(latents, noise, sigmas), sigmas * 1000, None
         if self.task == "i2v":
             given = (torch.arange(grid.frames, device=hidden.device) == 0).view(1, 1, -1, 1, 1)
             timestep = torch.where(given, 0.0, timestep.view(-1, 1, 1, 1, 1))
@@ -195,7 +195,7 @@ class SanaVideo(Family):
                 "encoder_hidden_states": batch["prompt_embeds"],
                 "encoder_attention_mask": batch["prompt_attention_mask"],
             },
-            target=noise - latents,
+            target=self.noise_process.target(latents, noise, sigmas),
             weight=weight,
         )
 

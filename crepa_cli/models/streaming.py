@@ -88,7 +88,7 @@ class _StreamedBlocks:
 
     def __init__(self, blocks: nn.ModuleList, device: torch.device) -> None:
         self.device = device
-        self._blocks = [_HostBlock(block, device) for block in blocks]
+        self._blocks = [HostBlock(block, device) for block in blocks]
         size = max(block.buffer.numel() for block in self._blocks)
         self._slots = [_Slot(torch.empty(size, dtype=torch.uint8, device=device)) for _ in blocks[:2]]
         self._visited = self._slots[0]
@@ -171,7 +171,7 @@ class _Span(NamedTuple):
     end: int
 
 
-class _HostBlock:
+class HostBlock:
     """The frozen parameters of a block in one buffer on the host."""
 
     def __init__(self, block: nn.Module, device: torch.device) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from crepa_cli.errors import UserError
 from crepa_cli.models.base import BaseCheckpoint
-from crepa_cli.models.family import Family, Tensors, TransformerStep, add_noise
+from crepa_cli.models.family import Family, Tensors, TransformerStep
 from crepa_cli.models.vae import decoded_video, normalized_latents
 
 PROMPT_TOKENS = 512
@@ -147,8 +147,8 @@ class Wan(Family):
 
     @property
     def sigma_range(self) -> tuple[float, float]:
-        """The noise levels of the expert that is trained."""
-        if self._boundary is None:
+        """The noise levels of the expert that is trained; all of them if both are."""
+        if self._boundary is None or self.trains_all:
             return 0.0, 1.0
         return (self._boundary, 1.0) if self.component == "transformer" else (0.0, self._boundary)
 
@@ -211,7 +211,7 @@ class Wan(Family):
     def step(self, batch: Tensors, noise: Tensor, sigmas: Tensor) -> TransformerStep:
         """Timesteps are sigmas times 1000: one per clip, or one per token if the base model expects that."""
         latents, timestep, weight = batch["latents"], sigmas * 1000, None
-        hidden = add_noise(latents, noise, sigmas)
+        hidden = self.noise_process.add_noise(latents, noise, sigmas)
         if self.per_token_timesteps:
             weight = _generated_frames(latents, self.task)
             hidden = weight * hidden + (1 - weight) * latents
@@ -221,7 +221,7 @@ class Wan(Family):
         inputs = {"hidden_states": hidden, "timestep": timestep, "encoder_hidden_states": batch["prompt_embeds"]}
         if "image_embeds" in batch:
             inputs["encoder_hidden_states_image"] = batch["image_embeds"]
-        return TransformerStep(inputs, noise - latents, weight)
+        return TransformerStep(inputs, self.noise_process.target(latents, noise, sigmas), weight)
 
     def sampling_arguments(self, prompt: Tensors, negative_prompt: Tensors) -> dict[str, Any]:
         """Prompt and negative prompt with a batch dimension."""

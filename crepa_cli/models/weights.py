@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable
 
 import torch
 from diffusers import ModelMixin
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -47,7 +45,7 @@ def _parameters(transformer: nn.Module) -> list[tuple[nn.Module, str, nn.Paramet
     ]
 
 
-def read_weights(transformer: ModelMixin, files: Sequence[Path]) -> None:
+def read_weights(transformer: ModelMixin, stored: Iterable[tuple[str, Tensor]], source: str) -> None:
     """Give the parameters on the meta device their weights, and quantize those of linear layers in int8.
 
     It reads tensor by tensor: beside what is kept, one is in memory at a time. Of a sharded parameter, each process
@@ -56,7 +54,8 @@ def read_weights(transformer: ModelMixin, files: Sequence[Path]) -> None:
 
     Args:
         transformer: from the checkpoint's configuration, with or without a LoRA.
-        files: in safetensors; together they hold all weights.
+        stored: all weights by their names.
+        source: what they are read from, for messages.
 
     Raises:
         UserError: if a file cannot be read, or a weight is missing or has another shape.
@@ -68,21 +67,19 @@ def read_weights(transformer: ModelMixin, files: Sequence[Path]) -> None:
         for name, parameter in transformer.named_parameters()
         if parameter.is_meta and name not in scales
     }
+    buffers = dict(transformer.named_buffers())
     unknown = []
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118 (no dictionary)
-                    if key in names:
-                        _set_weight(transformer, names.pop(key), file.get_tensor(key))
-                    else:
-                        unknown.append(key)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path} cannot be read: {error}; download it anew") from error
-    require_whole(files[0].parent, list(names))
+    for key, weight in stored:
+        if key in names:
+            _set_weight(transformer, names.pop(key), weight)
+        elif key in buffers:
+            buffers[key].data = weight.to(buffers[key].device, transformer.dtype, copy=True)
+        else:
+            unknown.append(key)
+    require_whole(source, list(names))
     ignored = transformer._keys_to_ignore_on_load_unexpected or ()
     if unknown := [name for name in unknown if not any(re.search(pattern, name) for pattern in ignored)]:
-        LOG.warning("%s has weights that the transformer does not use: %s", files[0].parent, listed(unknown))
+        LOG.warning("%s has weights that the transformer does not use: %s", source, listed(unknown))
 
 
 def _set_weight(transformer: ModelMixin, name: str, weight: Tensor) -> None:

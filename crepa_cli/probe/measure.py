@@ -22,7 +22,6 @@ from crepa_cli.data.prepare import ClipForm, PreparedClip, prepare
 from crepa_cli.errors import RunError, UserError
 from crepa_cli.events import Event, Notice, Progress
 from crepa_cli.hub.download import download
-from crepa_cli.hub.read import fingerprint
 from crepa_cli.models.capture import HiddenStateCapture
 from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family, Tensors
@@ -119,7 +118,7 @@ def _keys(profile: Profile, family: Family, clips: list[PreparedClip], sigmas: l
         "kind": "probe",
         "family": family.name,
         "task": family.task,
-        "transformer": fingerprint(family.base.fetch(family.component) / family.component),
+        "transformer": family.base.fingerprints(family.component)[0],
         "dtype": profile.model.dtype,
         "seed": profile.train.seed,
         "sigmas": sigmas,
@@ -159,7 +158,7 @@ def _run_clips(
                 probe.run(level)
             if not probe.tensors["states"][:, level].isfinite().all():
                 raise RunError(
-                    f"the hidden states of {batch.clips[0]} at sigma {sigmas[level]:g} are not finite in "
+                    f"the hidden states of {batch.clips[0]} at the noise level {sigmas[level]:g} are not finite in "
                     f"{profile.model.dtype}; are the checkpoint's files complete?"
                 )
             done += 1

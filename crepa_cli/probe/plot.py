@@ -44,7 +44,7 @@ def _draw_levels(axes: Axes, values: Tensor, sigmas: list[float]) -> None:
     """Curves of `[blocks, levels]`, lighter with more noise, and their mean."""
     for level, sigma in enumerate(sigmas):
         shade = matplotlib.colormaps["viridis"](level / len(sigmas))
-        axes.plot(values[:, level].tolist(), color=shade, linewidth=1, label=f"sigma {sigma:g}")
+        axes.plot(values[:, level].tolist(), color=shade, linewidth=1, label=f"noise level {sigma:g}")
     axes.plot(values.mean(1).tolist(), color="black", linewidth=1.8, label="mean")
 
 

@@ -88,6 +88,14 @@ def description(table: str, key: str) -> str:
     return str(_properties(table)[key]["description"])
 
 
+def default_value(table: str, key: str) -> str:
+    """The value of a setting that nobody sets: "0.5", "the family's", or "required"."""
+    schema = _properties(table)[key]
+    if NONE_MEANS in schema:
+        return "the family's" if schema[NONE_MEANS] == FAMILY_DEFAULT else str(schema[NONE_MEANS])
+    return shown(schema["default"]) if "default" in schema else "required"
+
+
 def allowed_values(table: str, key: str) -> str:
     """The values that a setting takes, in words: "a number > 0 and <= 1, or none"."""
     schema = _properties(table)[key]

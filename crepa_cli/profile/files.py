@@ -27,7 +27,7 @@ PATHS = {
     ("train", "output"),
     ("validation", "images"),
 }
-PATHS_OR_NAMES = {("model", "checkpoint"), ("adapter", "init_from"), ("crepa", "encoder")}
+PATHS_OR_NAMES = {("model", "checkpoint"), ("model", "components"), ("adapter", "init_from"), ("crepa", "encoder")}
 CONTROL = re.compile(r"[\x00-\x1f]")
 BACKSLASHES = (
     'in double quotes a backslash starts an escape: write the path with slashes ("D:/clips") or in single quotes '

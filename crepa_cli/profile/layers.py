@@ -52,6 +52,7 @@ ALPHA: Key = ("adapter", "alpha")
 TASK: Key = ("model", "task")
 KIND: Key = ("adapter", "kind")
 CHECKPOINT: Key = ("model", "checkpoint")
+COMPONENTS: Key = ("model", "components")
 FLAGS = {"model.family": "--model", "data.path": "--data"}
 NO_FAMILY = "no model family is set: choose one with --model; `crepa init` lists them"
 LARGEST_INTEGER = 2**63 - 1
@@ -171,7 +172,9 @@ def _defaults(
     if family is None or (task is not None and task.value not in ("t2v", "i2v")):
         return [], []
     names = str(family.value), str(task.value) if task else "t2v"
-    kind, checkpoint = ("lora" if KIND not in stated else str(stated[KIND].value)), stated.get(CHECKPOINT)
+    kind = "lora" if KIND not in stated else str(stated[KIND].value)
+    # A single file has the defaults of the model that it belongs to.
+    checkpoint = stated.get(COMPONENTS) or stated.get(CHECKPOINT)
     try:
         layers = family_defaults(*names, kind, str(checkpoint.value) if checkpoint else None)
         demo_tables = demo(*names) if demo else {}

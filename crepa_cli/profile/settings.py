@@ -35,14 +35,21 @@ class ModelSettings(Table):
     checkpoint: Text = resolved_later(
         FAMILY_DEFAULT,
         example="owner/model",
-        description="Hub id or local folder of the base model.",
+        description="Hub id or local folder of the base model, or its transformer in one .safetensors file with the "
+        "original names.",
+    )
+    components: Text | None = Field(
+        default=None,
+        description="Hub id or local folder with everything but the transformer, if checkpoint is a single file. none: "
+        "the published model that the file looks like.",
     )
     revision: Text | None = Field(
         default=None, description="Branch, tag or commit of the checkpoint on the Hub. none: its main branch."
     )
     variant: Text | None = Field(
         default=None,
-        description="Which expert to train if the checkpoint has several. none: the first one.",
+        description="Which expert to train if the checkpoint has several, such as high or low; both trains each in "
+        "the steps of its own noise levels. none: the first one.",
     )
     dtype: Literal["bfloat16", "float32"] = Field(
         default="bfloat16",
@@ -58,6 +65,11 @@ class ModelSettings(Table):
         "slower, and slightly different. none: as the model's own code does.",
     )
 
+    @property
+    def repository(self) -> str:
+        """The Hub id or local folder in the layout of diffusers."""
+        return self.components or self.checkpoint
+
 
 class MemorySettings(Table):
     """Ways to train with less memory on the GPU: all but `quantize_base` leave the result as it is, up to rounding."""
@@ -67,6 +79,11 @@ class MemorySettings(Table):
         description="Keep the frozen blocks in the host's memory and copy each to the GPU while the one before it "
         "computes: two blocks are on the GPU in place of all. The text encoder is streamed too. For a LoRA with "
         "activation checkpointing.",
+    )
+    offload_idle_expert: bool = Field(
+        default=False,
+        description="Keep the frozen blocks of the expert that is not at work in the host's memory: one is on the GPU "
+        "in place of two. For model.variant = both.",
     )
     offload_activations: bool = Field(
         default=False,
@@ -276,8 +293,8 @@ class TrainSettings(Table):
     )
     timestep_sampling: Literal["logit_normal", "stretched", "uniform"] = Field(
         default="logit_normal",
-        description="Distribution of the noise levels. logit_normal favors the middle ones; stretched spreads it over "
-        "all levels after the shift, for models whose shift grows with the clip.",
+        description="Distribution of the noise levels, or timesteps. logit_normal favors the middle ones; stretched "
+        "spreads it over all levels after the shift, for models whose shift grows with the clip.",
     )
     timestep_shift: float | None = Field(
         default=None,
@@ -285,7 +302,7 @@ class TrainSettings(Table):
         description="Shift of the noise levels; above 1 trains more on high noise. none: as in the model's scheduler.",
     )
     loss_weighting: Literal["none", "sigma_sqrt", "cosmap"] = Field(
-        default="none", description="How the diffusion loss is weighted by noise level."
+        default="none", description="How the diffusion loss of flow matching is weighted by noise level."
     )
     seed: int = Field(default=42, ge=0, lt=2**32, description="Random seed of the run.")
     output: Text | None = Field(default=None, description="Output folder of the run. none: a new folder in runs/.")

@@ -28,7 +28,7 @@ def write_model_card(run: RunFolder, family: Family, profile: Profile) -> None:
     It names no folder of this machine.
     """
     facts = read_facts(run)
-    base = f"{family.base.shown_name}{f' ({family.expert} noise expert)' if family.expert else ''}"
+    base = f"{family.base.shown_name}{_experts(family)}"
     parts = [
         f"---\n{_metadata(run, family, profile, facts).to_yaml()}\n---",
         f"# {run.name}",
@@ -43,6 +43,12 @@ def write_model_card(run: RunFolder, family: Family, profile: Profile) -> None:
     ModelCard("\n\n".join(part for part in parts if part) + "\n").save(run.card)
 
 
+def _experts(family: Family) -> str:
+    if family.trains_all:
+        return f" ({' and '.join(family.experts)} noise experts)"
+    return f" ({family.expert} noise expert)" if family.expert else ""
+
+
 def _commit(family: Family) -> str:
     revision = family.base.revision
     return f", at commit `{revision}`" if is_commit(revision) else ""
@@ -51,7 +57,7 @@ def _commit(family: Family) -> str:
 def _metadata(run: RunFolder, family: Family, profile: Profile, facts: Mapping[str, Any]) -> ModelCardData:
     is_lora = profile.adapter.kind == "lora"
     kinds = ["lora", "template:diffusion-lora"] if is_lora else ["full-fine-tune"]
-    published = not Path(family.base.name).exists()
+    published = not Path(family.base.name).exists() and family.base.file is None
     samples = zip(profile.validation.prompts, _last_samples(run), strict=False)
     return ModelCardData(
         base_model=family.base.name if published else None,
@@ -121,18 +127,18 @@ def _name_alone(value: Any) -> Any:
 
 
 def _usage(run: RunFolder, family: Family, profile: Profile, facts: Mapping[str, Any]) -> str:
-    exports = run.exports(family.expert)
     parts = []
     if trigger := facts.get("trigger_phrase"):
         parts.append(f"Every caption begins with `{trigger}`: begin the prompt with it too.")
     if "diffusers" in profile.adapter.export:
-        code = loading_code(family, profile, family.base.shown_name, exports, ".")
+        code = loading_code(run, family, profile, family.base.shown_name, ".")
         parts.append(
             f"With diffusers {DIFFUSERS} or later, from inside this folder; on the Hub, its id stands in place of `.`:"
             f"\n\n```python\n{code}\n\n{generating_code(family, profile)}\n```"
         )
     if "comfyui" in profile.adapter.export:
-        parts.append(f"{place_in_comfyui(profile)}: `weights/{exports.comfyui}`.")
+        files = ", ".join(f"`weights/{exports.comfyui}`" for exports in run.all_exports(family))
+        parts.append(f"{place_in_comfyui(profile)}: {files}.")
     return "\n\n".join(parts)
 
 

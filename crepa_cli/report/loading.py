@@ -6,7 +6,7 @@ from pathlib import Path
 
 from crepa_cli.models.family import Family
 from crepa_cli.profile import Profile
-from crepa_cli.runs.folder import Exports, RunFolder
+from crepa_cli.runs.folder import RunFolder
 
 DIFFUSERS = "0.42"
 """The oldest version of diffusers that crepa runs with, and so the code here."""
@@ -14,13 +14,13 @@ DIFFUSERS = "0.42"
 
 def loading_lines(run: RunFolder, family: Family, profile: Profile) -> str:
     """Instructions to load a run's weights from the current folder, as text for a terminal."""
-    exports = run.exports(family.expert)
     lines = []
     if "diffusers" in profile.adapter.export:
         checkpoint = Path(family.base.name).as_posix()
-        lines.append(loading_code(family, profile, checkpoint, exports, run.path.as_posix()))
+        lines.append(loading_code(run, family, profile, checkpoint, run.path.as_posix()))
     if "comfyui" in profile.adapter.export:
-        lines.append(f"{place_in_comfyui(profile)}: {exports.folder / exports.comfyui}")
+        files = (str(exports.folder / exports.comfyui) for exports in run.all_exports(family))
+        lines.append(f"{place_in_comfyui(profile)}: {', '.join(files)}")
     return "\n\n".join(lines)
 
 
@@ -29,15 +29,15 @@ def place_in_comfyui(profile: Profile) -> str:
     return f"ComfyUI, in models/{'loras' if profile.adapter.kind == 'lora' else 'diffusion_models'}"
 
 
-def loading_code(family: Family, profile: Profile, checkpoint: str, exports: Exports, run: str) -> str:
+def loading_code(run: RunFolder, family: Family, profile: Profile, checkpoint: str, place: str) -> str:
     """The diffusers code that loads a run's weights.
 
     Args:
+        run: with the weights.
         family: of the base model.
         profile: the settings of the run.
         checkpoint: Hub id or folder of the base model.
-        exports: the run's weights.
-        run: folder or Hub id of the run.
+        place: folder or Hub id of the run, as the code is to name it.
     """
     pipeline = family.pipeline_class
     head = "import torch\n" + f"from diffusers import {pipeline}"
@@ -45,16 +45,24 @@ def loading_code(family: Family, profile: Profile, checkpoint: str, exports: Exp
         return (
             f"{head}, {family.transformer_class}\n\n"
             f"transformer = {family.transformer_class}.from_pretrained(\n"
-            f'    "{run}", subfolder="weights/{exports.transformer}", dtype=torch.bfloat16\n)\n'
+            f'    "{place}", subfolder="weights/{run.exports(family.expert).transformer}", dtype=torch.bfloat16\n)\n'
             f'pipeline = {pipeline}.from_pretrained(\n    "{checkpoint}", {family.component}=transformer, '
             "dtype=torch.bfloat16\n)"
         )
-    arguments = "".join(f", {name}={value}" for name, value in family.lora_loading_arguments.items())
-    return (
-        f"{head}\n\n"
-        f'pipeline = {pipeline}.from_pretrained("{checkpoint}", dtype=torch.bfloat16)\n'
-        f'pipeline.load_lora_weights("{run}", weight_name="weights/{exports.diffusers}"{arguments})'
-    )
+    transformer = ""
+    lines = []
+    if family.base.file is not None:
+        head, transformer = f"{head}, {family.transformer_class}", f"{family.component}=transformer, "
+        lines.append(
+            f"transformer = {family.transformer_class}.from_single_file(\n"
+            f'    "{family.base.file.name}", config="{checkpoint}", subfolder="{family.component}", '
+            "dtype=torch.bfloat16\n)"
+        )
+    lines.append(f'pipeline = {pipeline}.from_pretrained("{checkpoint}", {transformer}dtype=torch.bfloat16)')
+    for one, exports in zip(family.trained.values(), run.all_exports(family), strict=True):
+        arguments = "".join(f", {name}={value}" for name, value in one.lora_loading_arguments.items())
+        lines.append(f'pipeline.load_lora_weights("{place}", weight_name="weights/{exports.diffusers}"{arguments})')
+    return f"{head}\n\n" + "\n".join(lines)
 
 
 def generating_code(family: Family, profile: Profile) -> str:

@@ -82,7 +82,8 @@ def describe(event: Event) -> str:
             )
         case StepDone():
             return (
-                f"step {event.step} loss={number(event.loss)} diffusion={number(event.diffusion_loss)} "
+                f"step {event.step} {f'expert={event.expert} ' if event.expert else ''}"
+                f"loss={number(event.loss)} diffusion={number(event.diffusion_loss)} "
                 f"crepa={number(event.crepa_loss)} coefficient={event.crepa_coefficient:.4f} "
                 f"similarity={number(event.crepa_similarity)} "
                 f"own={number(event.crepa_self_similarity)} average={number(event.crepa_similarity_ema)} "

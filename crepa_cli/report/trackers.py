@@ -142,7 +142,8 @@ class Trackers:
 
     def _send(self, tracker: GeneralTracker, values: dict[str, Any]) -> None:
         if values["step"] >= self.lacks[tracker]:
-            tracker.log({name: value for name, value in values.items() if value is not None}, step=values["step"])
+            numbers = {name: value for name, value in values.items() if not isinstance(value, str | None)}
+            tracker.log(numbers, step=values["step"])
 
     def _send_sheet(self, tracker: GeneralTracker, done: int) -> None:
         """Send the frames sampled after `done` steps, as part of the last of them, which a resumed run keeps."""

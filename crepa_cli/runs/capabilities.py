@@ -38,6 +38,16 @@ def attention_mistakes(profile: Profile, family: Family, device: torch.device) -
     ]
 
 
+def process_mistakes(family: Family, processes: int) -> list[str]:
+    """Whether both experts of a model are to be trained by several processes."""
+    if not family.trains_all or processes == 1:
+        return []
+    return [
+        f"model.variant = 'both': it trains in one process, and there are {processes}; train one expert after the "
+        f"other, with model.variant = {' or '.join(family.experts)}, or leave --processes out"
+    ]
+
+
 def kernel_mistakes(profile: Profile, family: Family, device: torch.device) -> list[str]:
     """Whether the settings name a kernel of attention that does not compute that of the family on this device."""
     name = profile.train.attention

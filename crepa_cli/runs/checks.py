@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import copy
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TypeVar
 
 from accelerate.tracking import get_available_trackers
@@ -17,8 +18,9 @@ from crepa_cli.data.images import first_frame
 from crepa_cli.errors import UserError
 from crepa_cli.models import FAMILIES, load_family
 from crepa_cli.models.dtypes import torch_dtype
-from crepa_cli.models.family import Family
+from crepa_cli.models.family import BOTH, Family
 from crepa_cli.models.lora import fetch_lora, lora_rank
+from crepa_cli.models.single_file import is_single_file
 from crepa_cli.profile import AdapterSettings, DataSettings, Profile, TrainSettings, ValidationSettings
 
 Result = TypeVar("Result")
@@ -133,7 +135,15 @@ def load_checkpoint(profile: Profile) -> Family:
         UserError: if it cannot be read, or is not for the family and the task.
     """
     model = profile.model
-    family = load_family(model.family)(model.checkpoint, model.task, model.revision, model.variant)
+    single = is_single_file(model.checkpoint)
+    if model.components is not None and not single:
+        raise UserError(
+            f"model.components = {model.components!r}: it is for a checkpoint in one file, and {model.checkpoint} has "
+            "components of its own; leave it out"
+        )
+    family = load_family(model.family)(model.repository, model.task, model.revision, model.variant)
+    if single:
+        family = family.with_file(Path(model.checkpoint))
     return configured(family, profile)
 
 
@@ -160,7 +170,9 @@ def family_mistakes(family: Family, profile: Profile, *, resumes: bool = False) 
         *([] if resumes else _length_mistakes(family, profile)),
         *image_mistakes(profile.validation, profile.model.task),
         *_sampling_mistakes(family, profile.validation),
+        *_noise_mistakes(family, profile.train),
         *_sharding_mistakes(profile.train),
+        *_expert_mistakes(family, profile),
         *memory_mistakes(profile),
         *export_mistakes(family, profile.adapter),
         *([] if resumes else warm_start_mistakes(profile.adapter)),
@@ -187,6 +199,12 @@ def _block_mistakes(family: Family, profile: Profile) -> list[str]:
 
 def _size_mistakes(family: Family, data: DataSettings) -> list[str]:
     mistakes = []
+    if family.only_size not in (None, (data.width, data.height)):
+        width, height = family.only_size
+        return [
+            f"data.width = {data.width}, data.height = {data.height}: {family.base.name} has learned the positions of "
+            f"{width} x {height} pixels alone; set data.width = {width} and data.height = {height}"
+        ]
     for name, size in {"data.width": data.width, "data.height": data.height}.items():
         if size % family.size_multiple:
             lower = size // family.size_multiple * family.size_multiple
@@ -208,16 +226,42 @@ def _length_mistakes(family: Family, profile: Profile) -> list[str]:
     ]
 
 
+def _noise_mistakes(family: Family, train: TrainSettings) -> list[str]:
+    if train.loss_weighting == "none" or family.noise_process.can_be_weighted:
+        return []
+    return [
+        f"train.loss_weighting = {train.loss_weighting!r}: it weights the noise levels of flow matching, and "
+        f"{family.name} is trained on timesteps of its own schedule; leave it out"
+    ]
+
+
 def _sharding_mistakes(train: TrainSettings) -> list[str]:
     if not train.sharding or train.optimizer.startswith("adamw"):
         return []
     return [f"train.optimizer = {train.optimizer!r}: it needs whole weights, and train.sharding splits them; use adamw"]
 
 
+def _expert_mistakes(family: Family, profile: Profile) -> list[str]:
+    if not family.trains_all:
+        return []
+    adapter, one = (
+        profile.adapter,
+        f"train one expert after the other, with model.variant = {' or '.join(family.experts)}",
+    )
+    rules = {
+        f"adapter.kind = 'full': model.variant = 'both' is for LoRAs; {one}": adapter.kind == "full",
+        f"adapter.init_from: one LoRA cannot start both experts; {one}": adapter.init_from is not None,
+        f"train.sharding: model.variant = 'both' keeps the weights whole; turn sharding off, or {one}": (
+            profile.train.sharding
+        ),
+    }
+    return [mistake for mistake, applies in rules.items() if applies]
+
+
 def memory_mistakes(profile: Profile) -> list[str]:
     """Settings of memory that do not go with the others."""
     memory, train = profile.memory, profile.train
-    stream, offload = "memory.stream_weights", "memory.offload_activations"
+    stream, offload, idle = "memory.stream_weights", "memory.offload_activations", "memory.offload_idle_expert"
     recomputation = "train.activation_checkpointing = true and memory.keep other than 'all'"
     rules = {
         f"{stream}: it streams frozen weights, and adapter.kind = 'full' trains them all; use a LoRA": (
@@ -243,6 +287,12 @@ def memory_mistakes(profile: Profile) -> list[str]:
         ),
         "memory.keep_blocks: memory.finer_recompute recomputes what it would keep; turn one of them off": (
             memory.keep_blocks > 0 and memory.finer_recompute
+        ),
+        f"{idle}: it is for two experts in one run; set model.variant = 'both', or turn it off": (
+            memory.offload_idle_expert and profile.model.variant != BOTH
+        ),
+        f"{idle}: {stream} keeps the blocks of both experts on the host already; turn one of them off": (
+            memory.offload_idle_expert and memory.stream_weights
         ),
         "memory.quantize_base: adapter.kind = 'full' trains the weights, which it rounds to 8 bits; use a LoRA": (
             memory.quantize_base != "none" and profile.adapter.kind == "full"

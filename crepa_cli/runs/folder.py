@@ -7,11 +7,15 @@ import shutil
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from crepa_cli.errors import UserError
 from crepa_cli.files import write_whole
 from crepa_cli.models import FINAL_LORA
 from crepa_cli.profile import Profile, dump_toml
+
+if TYPE_CHECKING:
+    from crepa_cli.models.family import Family
 
 RUNS = Path("runs")
 """Parent of the folders of runs whose output is not named."""
@@ -26,12 +30,14 @@ class Exports:
         run: name of the run.
         expert: the one that was trained, of a model with several.
         step: after how many steps the weights were saved; None for those of the whole run.
+        transformer: the folder of a full fine-tune for diffusers.
     """
 
     folder: Path
     run: str
     expert: str | None = None
     step: int | None = None
+    transformer: str = "transformer"
 
     @property
     def title(self) -> str:
@@ -51,14 +57,14 @@ class Exports:
         """The file for ComfyUI."""
         return f"{self.title}_comfyui.safetensors"
 
-    @property
-    def transformer(self) -> str:
-        """The folder of a full fine-tune for diffusers."""
-        return "transformer"
+    def merged(self, component: str | None = None) -> Exports:
+        """The folder for the base with the LoRA merged into it.
 
-    def merged(self) -> Exports:
-        """The folder for the base with the LoRA merged into it."""
-        return replace(self, folder=self.folder / "merged", run=f"{self.run}_merged")
+        Args:
+            component: of two experts that are merged, the one that these are for.
+        """
+        transformer = component or self.transformer
+        return replace(self, folder=self.folder / "merged", run=f"{self.run}_merged", transformer=transformer)
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,10 @@ class RunFolder:
         """The exported weights of the run's last step, or of an earlier one; see `Exports`."""
         folder = self.weights if step is None else self.weights / f"step-{step:06d}"
         return Exports(folder, self.name, expert, step)
+
+    def all_exports(self, family: Family) -> list[Exports]:
+        """The exported weights of the last step, for each transformer that is trained."""
+        return [self.exports(one.expert) for one in family.trained.values()]
 
     @property
     def facts(self) -> Path:

@@ -8,7 +8,6 @@ from crepa_cli.data.prepare import encoder_need
 from crepa_cli.hub.download import Need
 from crepa_cli.hub.layout import is_commit
 from crepa_cli.hub.question import resolve
-from crepa_cli.models.base import CARD
 from crepa_cli.models.family import Family
 from crepa_cli.profile import Profile
 
@@ -18,10 +17,9 @@ def needs(profile: Profile, family: Family) -> list[Need]:
 
     An expert that is not trained is needed for validation alone.
     """
-    idle = set(family.transformer_components) - {family.component}
     validates = profile.validation.every > 0
-    components = tuple(name for name in family.base.components if validates or name not in idle)
-    base = Need(family.base.name, family.base.revision, components, (CARD,))
+    components = tuple(name for name in family.base.components if validates or name not in family.idle_components)
+    base = Need(family.base.name, family.base.revision, components, family.base.extra_files)
     return [base, encoder_need(profile.crepa)] if profile.crepa.encoder_teaches else [base]
 
 
@@ -34,7 +32,7 @@ def commits(profile: Profile) -> dict[str, str | None]:
         UserError: if a repository does not exist, or is not on this machine and the Hub cannot be asked.
     """
     model, encoder = profile.model, encoder_need(profile.crepa)
-    found = {"model.revision": _commit(str(model.checkpoint), model.revision)}
+    found = {"model.revision": _commit(model.repository, model.revision)}
     if profile.crepa.encoder_teaches:
         found["crepa.encoder_revision"] = _commit(encoder.name, encoder.revision)
     return found
@@ -63,7 +61,7 @@ def keep_commits(saved: Profile, wanted: Profile) -> Profile:
         wanted: those it is to be resumed with.
     """
     kept: dict[str, str | None] = {}
-    if saved.model.checkpoint == wanted.model.checkpoint and not is_commit(wanted.model.revision):
+    if saved.model.repository == wanted.model.repository and not is_commit(wanted.model.revision):
         kept["model.revision"] = saved.model.revision
     if saved.crepa.encoder == wanted.crepa.encoder and not is_commit(wanted.crepa.encoder_revision):
         kept["crepa.encoder_revision"] = saved.crepa.encoder_revision

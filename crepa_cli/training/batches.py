@@ -16,6 +16,7 @@ from crepa_cli.data.sampler import BatchOrder
 from crepa_cli.models.family import Family, Tensors
 from crepa_cli.profile import Profile
 from crepa_cli.training.flow import sample_sigmas, seeded_generator
+from crepa_cli.training.turns import expert_of_step, expert_sigmas
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,7 @@ class Batches:
         return int(index * self.accelerator.num_processes + self.accelerator.process_index)
 
     def _read(self, index: int) -> MicroBatch:
+        expert = expert_of_step(self.family, self.train, index // self.accumulation)
         index, train = self._global(index), self.train
         indices = self.order.batch(index)
         generator = seeded_generator(train.seed, "captions", index)
@@ -131,7 +133,11 @@ class Batches:
         generator = seeded_generator(train.seed, "noise", index)
         latents = batch.tensors["latents"]
         shift = train.timestep_shift or self.family.timestep_shift(latents)
-        sigmas = sample_sigmas(train.batch_size, train.timestep_sampling, shift, generator, self.family.sigma_range)
+        if expert:
+            one = self.family.trained[expert]
+            sigmas = expert_sigmas(train.batch_size, one, train.timestep_sampling, shift, generator)
+        else:
+            sigmas = sample_sigmas(train.batch_size, train.timestep_sampling, shift, generator, self.family.sigma_range)
         noise = torch.randn(latents.shape, generator=generator)
         drawn = MicroBatch(batch.clips, batch.tensors, noise, sigmas, batch.features, batch.teacher_grid)
         device = self.accelerator.device

@@ -34,6 +34,7 @@ SEPARATOR = ":"
 NAME = re.compile(r"step-(\d{6,})")
 MANIFEST = "manifest.json"
 """Size and CRC-32 of every other file of a checkpoint."""
+STATE = "state.json"
 CHUNK = 2**24
 
 
@@ -96,20 +97,30 @@ def take_snapshot(
     return Snapshot(trained_weights(model), moments, averages, state)
 
 
-def write_checkpoint(path: Path, snapshot: Snapshot) -> None:
+def write_checkpoint(path: Path, snapshots: Mapping[str, Snapshot]) -> None:
     """Write a checkpoint whole or not at all.
+
+    Args:
+        path: its folder.
+        snapshots: its content, by the name of the expert, which is that of a folder in it; "" for the folder itself.
 
     Raises:
         UserError: if the disk is full or the folder cannot be written; what was there before is untouched.
     """
-    files = {"model": snapshot.model, "optimizer": snapshot.optimizer, "average": snapshot.average}
-    size = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
+    size = sum(tensor.nbytes for one in snapshots.values() for part in one[:3] for tensor in part.values())
     with whole_folder(path, size) as partial:
-        for name, tensors in files.items():
-            if tensors or name != "average":
-                save_file(_separate(tensors), partial / f"{name}.safetensors")
-        (partial / "state.json").write_text(json.dumps(snapshot.state), encoding="utf-8")
+        for expert, snapshot in snapshots.items():
+            _write_snapshot(partial / expert, snapshot)
         (partial / MANIFEST).write_text(json.dumps(_manifest(partial), indent=2), encoding="utf-8")
+
+
+def _write_snapshot(folder: Path, snapshot: Snapshot) -> None:
+    folder.mkdir(exist_ok=True)
+    files = {"model": snapshot.model, "optimizer": snapshot.optimizer, "average": snapshot.average}
+    for name, tensors in files.items():
+        if tensors or name != "average":
+            save_file(_separate(tensors), folder / f"{name}.safetensors")
+    (folder / STATE).write_text(json.dumps(snapshot.state), encoding="utf-8")
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
@@ -132,8 +143,9 @@ def _free_name(path: Path) -> Path:
 
 
 def read_progress(path: Path) -> dict[str, Any]:
-    """The JSON values that a checkpoint was saved with."""
-    progress: dict[str, Any] = _read_state(path)["progress"]
+    """The JSON values that a checkpoint was saved with; of several experts, those of one."""
+    folder = min(state.parent for state in path.rglob(STATE))
+    progress: dict[str, Any] = _read_state(folder)["progress"]
     return progress
 
 
@@ -144,7 +156,7 @@ def holds_projector(path: Path) -> bool:
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
     return state
 
 
@@ -246,8 +258,10 @@ def _like(tensor: Tensor, other: Tensor) -> Tensor:
 
 
 def _manifest(folder: Path) -> dict[str, dict[str, int]]:
-    files = (path for path in sorted(folder.iterdir()) if path.name != MANIFEST)
-    return {path.name: {"bytes": path.stat().st_size, "crc32": _checksum(path)} for path in files}
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST)
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "crc32": _checksum(path)} for path in files
+    }
 
 
 def damage_of(path: Path) -> str | None:

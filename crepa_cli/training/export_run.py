@@ -22,7 +22,7 @@ TRANSFORMER = "transformer."
 """Before the names of the transformer's weights in a checkpoint, which holds the projector's too."""
 
 
-def export_run(run: RunFolder, family: Family, profile: Profile, *, step: int | None, merge: bool) -> Exports:
+def export_run(run: RunFolder, family: Family, profile: Profile, *, step: int | None, merge: bool) -> list[Exports]:
     """Export the trained weights of a checkpoint; the moving average, if the run keeps one.
 
     Args:
@@ -33,23 +33,35 @@ def export_run(run: RunFolder, family: Family, profile: Profile, *, step: int | 
         merge: whether the LoRA is added to the weights of the base, as a full fine-tune is exported.
 
     Returns:
-        The folder and the names of the files.
+        The folder and the names of the files, for each transformer that was trained.
 
     Raises:
         UserError: if there is no such checkpoint, it is damaged, or there is nothing to merge.
     """
     if merge and profile.adapter.kind == "full":
         raise UserError(f"{run.path} is a full fine-tune: it has no LoRA to merge; leave out --merge")
-    path = _checkpoint(run, step)
-    exports = run.exports(family.expert, None if step == profile.train.steps else step)
-    transformer, weights = _trained(family, profile, path)
+    path, step = _checkpoint(run, step), None if step == profile.train.steps else step
+    found = []
+    for name, one in family.trained.items():
+        exports = run.exports(one.expert, step)
+        if merge:
+            # Merged, each has the folder that the pipeline's own component has.
+            exports = exports.merged(one.component if name else None)
+        _export(run, one, profile, path / name, exports, merge=merge)
+        found.append(exports)
+    return found
+
+
+def _export(
+    run: RunFolder, family: Family, profile: Profile, checkpoint: Path, exports: Exports, *, merge: bool
+) -> None:
+    """Export the weights in a folder of a checkpoint."""
+    transformer, weights = _trained(family, profile, checkpoint)
     if merge:
         transformer = family.load_transformer(torch_dtype(profile.adapter.export_dtype))
         weights = merged(transformer, lora_layers(weights, profile.adapter.alpha))
         profile = profile.model_copy(update={"adapter": profile.adapter.model_copy(update={"kind": "full"})})
-        exports = exports.merged()
     export_weights(family, transformer, weights, profile.adapter, exports, file_header(run, family, profile, exports))
-    return exports
 
 
 def _checkpoint(run: RunFolder, step: int | None) -> Path:

@@ -1,4 +1,4 @@
-"""Flow matching: which noise levels are trained, and how the prediction is scored (arXiv 2403.03206)."""
+"""Which noise levels are trained, and how the prediction is scored (arXiv 2403.03206)."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _logit_normal_share(level: Tensor) -> Tensor:
 
 
 def diffusion_loss(prediction: Tensor, step: TransformerStep, sigmas: Tensor, weighting: str) -> Tensor:
-    """The mean squared error of the predicted velocity, weighted by noise level: a 0-d float32 tensor.
+    """The mean squared error of the prediction, weighted by noise level: a 0-d float32 tensor.
 
     Args:
         prediction: what the transformer returned.

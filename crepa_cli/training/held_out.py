@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from operator import itemgetter
 from statistics import fmean
@@ -19,8 +20,8 @@ from crepa_cli.models.family import Family
 from crepa_cli.processes import from_all
 from crepa_cli.profile import Profile
 from crepa_cli.training.batches import MicroBatch
+from crepa_cli.training.experts import Experts
 from crepa_cli.training.flow import seeded_generator, spread_sigmas
-from crepa_cli.training.learner import Learner
 from crepa_cli.training.sampling import evaluating
 from crepa_cli.training.step import Teaching, step_losses
 
@@ -75,14 +76,14 @@ class HeldOutLoss:
         )
 
     def measure(
-        self, learner: Learner, online_teacher: OnlineTeacher | None, step: int, stopping: Callable[[], bool]
+        self, experts: Experts, online_teacher: OnlineTeacher | None, step: int, stopping: Callable[[], bool]
     ) -> HeldOutMeasured | None:
         """Measure the weights, or their moving average if one is kept; None if `stopping` becomes true.
 
         The processes of a run share out the clips; every process has to call this.
 
         Args:
-            learner: whose weights are measured.
+            experts: whose weights are measured, those of each at its own noise levels.
             online_teacher: computes features, if they are not read from the cache.
             step: how many steps the weights have been trained.
             stopping: whether any process is asked to stop; every process asks before each clip.
@@ -92,13 +93,15 @@ class HeldOutLoss:
         # Finer recomputation splits blocks only where a backward may follow; whole, they can take more than a step.
         # Sharded weights would wait for the backward.
         finely = self.profile.memory.finer_recompute and not self.profile.train.sharding
-        with learner.averaged_weights(), torch.set_grad_enabled(finely), evaluating(learner.aligned):
+        with experts.averaged_weights(), torch.set_grad_enabled(finely), ExitStack() as stack:
+            for expert in experts.values():
+                stack.enter_context(evaluating(expert.learner.aligned))
             for first in range(0, total, processes):
                 if stopping():
                     return None
                 index = first + self.accelerator.process_index
                 # Sharded weights need every process in every forward: one that has no clip left repeats the last.
-                values = self._measure_clip(min(index, total - 1), learner, online_teacher)
+                values = self._measure_clip(min(index, total - 1), experts, online_teacher)
                 if index < total:
                     found.append((index, *values))
         measured = sorted(from_all(found), key=itemgetter(0))
@@ -107,18 +110,19 @@ class HeldOutLoss:
         return self.latest
 
     def _measure_clip(
-        self, index: int, learner: Learner, online_teacher: OnlineTeacher | None
+        self, index: int, experts: Experts, online_teacher: OnlineTeacher | None
     ) -> tuple[float, float | None]:
         """Loss and similarity of a clip: the means over its noise levels, one at a time, as memory may be short."""
-        batch = self._batch(index, with_features=learner.aligns and online_teacher is None)
+        batch = self._batch(index, with_features=experts.aligns and online_teacher is None)
+        models = [experts.of_level(sigma).learner.aligned for sigma in batch.sigmas.tolist()]
         batch = batch.to(self.accelerator.device, self.family.read_on_cpu)
         teaching = Teaching(batch.features, batch.teacher_grid)
         if online_teacher is not None:
             teaching = Teaching(*online_teacher.features(batch.tensors["latents"]))
         losses, similarities = [], []
-        for noise, sigma in zip(batch.noise.split(1), batch.sigmas.split(1), strict=True):
+        for model, noise, sigma in zip(models, batch.noise.split(1), batch.sigmas.split(1), strict=True):
             with self.accelerator.autocast():
-                found = step_losses(learner.aligned, self.family, self.profile, batch.tensors, noise, sigma, teaching)
+                found = step_losses(model, self.family, self.profile, batch.tensors, noise, sigma, teaching)
             losses.append(found.diffusion.detach())
             similarities += [] if found.similarity is None else [found.similarity.detach()]
             del found

@@ -21,6 +21,7 @@ from crepa_cli.alignment import CoefficientSchedule
 from crepa_cli.heap import release_memory
 from crepa_cli.models.attention import compute_attention_with
 from crepa_cli.models.family import Family
+from crepa_cli.models.sharing import SharedPlace
 from crepa_cli.models.streaming import stream
 from crepa_cli.profile import Profile
 from crepa_cli.training.adapter import start_from
@@ -177,6 +178,8 @@ def build_learner(
     accelerator: Accelerator,
     checkpoint: Path | None,
     progress: dict[str, Any],
+    steps: int | None = None,
+    place: SharedPlace | None = None,
 ) -> Learner:
     """Load the transformer and build what trains it; with a checkpoint, as it was when that was saved.
 
@@ -187,6 +190,8 @@ def build_learner(
         accelerator: device, precision and processes.
         checkpoint: to resume, if any.
         progress: what the checkpoint holds, from `read_progress`; empty without one.
+        steps: how many of the run's steps train this transformer; all of them by default.
+        place: where the frozen weights of several transformers take turns.
     """
     train = profile.train
     schedule = coefficient_schedule(profile)
@@ -208,11 +213,16 @@ def build_learner(
         family.read_weights(transformer)
     if profile.memory.stream_weights:
         aligned.on_host = stream(family.blocks(transformer), accelerator.device)
+    if place is not None:
+        aligned.on_host = place.add(transformer, family.blocks(transformer))
     model = replicated(aligned, accelerator)
     groups = [trainable(module) if module else [] for module in (transformer, aligned.crepa)]
     optimizer = make_optimizer(train, groups, accelerator.device)
     lr_scheduler = get_scheduler(
-        train.lr_scheduler, optimizer, num_warmup_steps=train.lr_warmup_steps, num_training_steps=train.steps
+        train.lr_scheduler,
+        optimizer,
+        num_warmup_steps=train.lr_warmup_steps,
+        num_training_steps=train.steps if steps is None else steps,
     )
     lr_scheduler.lr_lambdas = [
         with_floor(multiplier, train.lr_floor, train.lr_warmup_steps) for multiplier in lr_scheduler.lr_lambdas

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,13 +35,15 @@ class VideoSampler:
         self.form = form._replace(frames=self.validation.frames or form.frames)
         self.device = device
 
-    def load_pipeline(self, transformer: ModelMixin) -> DiffusionPipeline:
-        """The pipeline around a transformer that is in its place already."""
-        pipeline = self.family.load_sampling_pipeline(transformer)
-        for component in pipeline.components.values():
+    def load_pipeline(self, transformers: Mapping[str, ModelMixin]) -> DiffusionPipeline:
+        """The pipeline around transformers, by their components, that are in their places already."""
+        first = next(iter(transformers.values()))
+        pipeline = self.family.load_sampling_pipeline(first)
+        pipeline.register_modules(**transformers)
+        for name, component in pipeline.components.items():
             # The transformer's weights cannot be moved when they are sharded.
-            if isinstance(component, nn.Module) and component is not transformer:
-                another_expert = isinstance(component, type(transformer))
+            if isinstance(component, nn.Module) and name not in transformers:
+                another_expert = isinstance(component, type(first))
                 place(component, self.device, streamed=self.streams and another_expert)
         return pipeline
 

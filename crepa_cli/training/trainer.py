@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from accelerate import Accelerator
 
+from crepa_cli.alignment import CoefficientSchedule
 from crepa_cli.data.online import OnlineTeacher
 from crepa_cli.data.video import DECODING_VERSION
 from crepa_cli.errors import RunError
@@ -34,6 +35,7 @@ from crepa_cli.training.batches import Batches, MicroBatch
 from crepa_cli.training.build import trainable
 from crepa_cli.training.checkpointer import Checkpointer
 from crepa_cli.training.checkpoints import trained_weights
+from crepa_cli.training.experts import Expert, Experts
 from crepa_cli.training.export import export_weights
 from crepa_cli.training.flow import seeded_generator
 from crepa_cli.training.held_out import HeldOutLoss
@@ -49,15 +51,15 @@ StopRequest = Callable[[], bool]
 
 @dataclass
 class Trainer:
-    """Trains a learner to the last step of a run, or until it is asked to stop.
+    """Trains to the last step of a run, or until it is asked to stop.
 
     Attributes:
         profile: the resolved settings.
         family: of the transformer.
         run: the run's folder.
-        learner: what is trained.
+        experts: what is trained: one transformer, or every expert of a model in its own steps.
         batches: the clips.
-        checkpointer: saves the learner.
+        checkpointer: saves what is trained.
         validator: samples validation videos.
         accelerator: device, precision and processes.
         online_teacher: computes features in every step, if they are not read from the cache.
@@ -70,7 +72,7 @@ class Trainer:
     profile: Profile
     family: Family
     run: RunFolder
-    learner: Learner
+    experts: Experts
     batches: Batches
     checkpointer: Checkpointer
     validator: Validator
@@ -102,10 +104,11 @@ class Trainer:
             self.profile.train.steps,
             len(self.batches.dataset.clips),
             self.batches.steps_per_epoch,
-            sum(parameter.numel() for parameter in trainable(self.learner.aligned)),
+            sum(weight.numel() for one in self.experts.values() for weight in trainable(one.learner.aligned)),
         )
         if self.profile.train.sharding:
-            yield Notice(f"sharded: {describe_share(self.learner.aligned)}")
+            for expert in self.experts.values():
+                yield Notice(f"sharded: {describe_share(expert.learner.aligned)}")
         if self.held_out and self.held_out.changed:
             yield Notice(
                 "the held-out loss is measured on other clips, or at other noise, than before: values from step "
@@ -125,8 +128,9 @@ class Trainer:
         if self.done == 0:
             yield from self._validate(should_stop)
         for step in range(self.done, last):
-            if self.learner.aligns and self.learner.schedule.finished(step):
-                yield self._drop_alignment(step)
+            for expert in self.experts.values():
+                if expert.learner.aligns and expert.learner.schedule.finished(step):
+                    yield self._drop_alignment(step, expert)
             event = self._step(step, batches, should_stop)
             if event is None:
                 break
@@ -166,7 +170,7 @@ class Trainer:
             if not _due(self.done, every) and self.done < self.profile.train.steps:
                 return
             yield Progress("validation", 0, len(held_out.dataset.clips), "measuring the held-out loss")
-            held_out.measure(self.learner, self.online_teacher, self.done, lambda: self._stopping(should_stop))
+            held_out.measure(self.experts, self.online_teacher, self.done, lambda: self._stopping(should_stop))
             self.peak.restart()
         if held_out.latest is not None and held_out.latest.step == self.done:
             yield held_out.latest
@@ -176,7 +180,7 @@ class Trainer:
         validation = self.profile.validation
         if validation.prompts and _due(self.done, validation.every):
             yield Progress("validation", 0, len(validation.prompts), "sampling videos")
-            yield self.validator.sample(self.learner, self.done, should_stop)
+            yield self.validator.sample(self.experts, self.done, should_stop)
             self.peak.restart()
 
     def _step(
@@ -184,7 +188,7 @@ class Trainer:
     ) -> StepDone | StepSkipped | None:
         """One optimizer step; None if the run is to stop before it is complete, which changes nothing."""
         started = time.perf_counter()
-        learner, accumulation = self.learner, self.batches.accumulation
+        (family, learner), accumulation = self.experts.at(step), self.batches.accumulation
         coefficient, learning_rate = learner.coefficient(step), learner.learning_rate
         losses: list[Tensors] = []
         clips: list[tuple[str, ...]] = []
@@ -195,10 +199,11 @@ class Trainer:
             batch = next(batches)
             last = micro == accumulation - 1
             with nullcontext() if last else accumulating(learner.model):
-                losses.append(self._backward(batch, self.batches.index(step, micro), coefficient))
+                losses.append(self._backward(learner, batch, self.batches.index(step, micro), coefficient))
             clips.append(batch.clips)
         means, norms = self._read(losses, learner.clip_gradients())
         if not all(math.isfinite(value) for value in (*means.values(), *norms)):
+            learner.discard_gradients()
             return self._skip(step, losses, clips)
         similarity, crepa = means.get("similarity"), means.get("crepa")
         cut_off = not learner.aligns or learner.schedule.cut_off
@@ -225,20 +230,21 @@ class Trainer:
             step_seconds=seconds,
             samples_per_second=self.batches.samples_per_step / seconds,
             peak_memory_bytes=self.peak.read(),
+            expert=family.expert if self.family.trains_all else None,
         )
 
-    def _backward(self, batch: MicroBatch, index: int, coefficient: float) -> Tensors:
+    def _backward(self, learner: Learner, batch: MicroBatch, index: int, coefficient: float) -> Tensors:
         """Accumulate the gradients of the micro-batch with this index of the run, and return its losses by name."""
         train = self.profile.train
         torch.manual_seed(seeded_generator(train.seed, "dropout", index).initial_seed())
         batch = batch.to(self.accelerator.device, self.family.read_on_cpu)
-        if self.online_teacher is not None:
+        if self.online_teacher is not None and learner.aligns:
             teaching = Teaching(*self.online_teacher.features(batch.tensors["latents"]), coefficient)
         else:
             teaching = Teaching(batch.features, batch.teacher_grid, coefficient)
         with self.accelerator.autocast():
             losses = step_losses(
-                self.learner.model, self.family, self.profile, batch.tensors, batch.noise, batch.sigmas, teaching
+                learner.model, self.family, self.profile, batch.tensors, batch.noise, batch.sigmas, teaching
             )
         self.accelerator.backward(losses.total / train.gradient_accumulation)
         return {name: loss.detach() for name, loss in losses._asdict().items() if loss is not None}
@@ -255,8 +261,7 @@ class Trainer:
         return dict(zip(losses[0], values, strict=False)), values[len(means) :]
 
     def _skip(self, step: int, losses: list[Tensors], clips: list[tuple[str, ...]]) -> StepSkipped:
-        """Change nothing, and name the term and the clips that were not finite."""
-        self.learner.discard_gradients()
+        """Name the term and the clips that were not finite."""
         here = [
             (names, f"the {term} loss of {', '.join(names)}")
             for part, names in zip(losses, clips, strict=True)
@@ -269,14 +274,16 @@ class Trainer:
         self.skipped.bad(name for names, _ in found for name in names)
         return StepSkipped(step, f"{' and '.join(reason for _, reason in found)} is not finite")
 
-    def _drop_alignment(self, step: int) -> AlignmentDropped:
-        self.learner.drop_alignment()
-        self.batches.with_features = False
-        self.online_teacher = None
-        return AlignmentDropped(step, self._reason_of_cutoff(step))
+    def _drop_alignment(self, step: int, expert: Expert) -> AlignmentDropped:
+        expert.learner.drop_alignment()
+        if not self.experts.aligns:
+            self.batches.with_features = False
+            self.online_teacher = None
+        reason = self._reason_of_cutoff(step, expert.learner.schedule)
+        return AlignmentDropped(step, f"{expert.family.expert} expert: {reason}" if self.family.trains_all else reason)
 
-    def _reason_of_cutoff(self, step: int) -> str:
-        settings, schedule = self.profile.crepa, self.learner.schedule
+    def _reason_of_cutoff(self, step: int, schedule: CoefficientSchedule) -> str:
+        settings = self.profile.crepa
         if schedule.cut_off:
             return f"similarity average {schedule.similarity_ema:.3f} >= {settings.similarity_threshold}"
         if schedule.cutoff_step and step >= schedule.cutoff_step:
@@ -303,19 +310,20 @@ class Trainer:
             "quantize_base": self.profile.memory.quantize_base,
             "held_out": self.held_out.state_dict() if self.held_out else None,
         }
-        event = self.checkpointer.save(self.learner, progress)
+        event = self.checkpointer.save(self.experts, progress)
         self.saved = self.done
         return event
 
     def _export(self, step: int | None = None) -> None:
         """Write the weights of the whole run, or those after `step` steps."""
-        transformer = self.learner.aligned.transformer
-        with self.learner.averaged_weights():
-            weights = trained_weights(transformer)
-            if self.accelerator.is_main_process:
-                exports = self.run.exports(self.family.expert, step)
-                header = file_header(self.run, self.family, self.profile, exports)
-                export_weights(self.family, transformer, weights, self.profile.adapter, exports, header)
+        for family, learner in self.experts.values():
+            transformer = learner.aligned.transformer
+            with learner.averaged_weights():
+                weights = trained_weights(transformer)
+                if self.accelerator.is_main_process:
+                    exports = self.run.exports(family.expert, step)
+                    header = file_header(self.run, family, self.profile, exports)
+                    export_weights(family, transformer, weights, self.profile.adapter, exports, header)
 
 
 def _due(step: int, every: int) -> bool:

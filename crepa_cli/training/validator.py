@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from statistics import fmean
 
 from accelerate import Accelerator
@@ -21,7 +22,7 @@ from crepa_cli.processes import from_all
 from crepa_cli.profile import Profile
 from crepa_cli.runs.folder import RunFolder
 from crepa_cli.runs.prompts import Prompts
-from crepa_cli.training.learner import Learner
+from crepa_cli.training.experts import Experts
 from crepa_cli.training.sampling import VideoSampler, sampling
 
 
@@ -53,16 +54,19 @@ class Validator:
         self.accelerator = accelerator
         self.sampler = VideoSampler(profile, family, form, accelerator.device)
 
-    def sample(self, learner: Learner, step: int, should_stop: Callable[[], bool]) -> ValidationSampled:
+    def sample(self, experts: Experts, step: int, should_stop: Callable[[], bool]) -> ValidationSampled:
         """Sample and measure the videos after `step` steps, with a sheet of their frames beside them.
 
         The processes of a run share out the prompts, and the main one writes and measures. If `should_stop` becomes
         true, the videos that are complete are written and the others are left out.
         """
-        transformer = learner.aligned.transformer
-        with learner.averaged_weights(), sampling(transformer, self.accelerator):
-            pipeline = self.sampler.load_pipeline(transformer)
-            videos = self._sample_share(pipeline, isinstance(transformer, FSDPModule), should_stop)
+        transformers = experts.transformers
+        with experts.averaged_weights(), ExitStack() as stack:
+            for transformer in transformers.values():
+                stack.enter_context(sampling(transformer, self.accelerator))
+            pipeline = self.sampler.load_pipeline(transformers)
+            sharded = any(isinstance(transformer, FSDPModule) for transformer in transformers.values())
+            videos = self._sample_share(pipeline, sharded, should_stop)
             del pipeline
         release_memory()
         frames = dict(from_all(videos))

@@ -39,11 +39,9 @@ def main() -> None:
     silence_libraries()
     torch.set_num_threads(options.threads)
     folder: Path = options.output
-    lab = Lab(
-        folder,
-        write_once(folder / "wan", write_trained_wan),
-        write_once(folder / "dinov2", write_trained_dinov2),
-    )
+    with FileLock(folder / "models.lock"):
+        models = write_once(folder / "wan", write_trained_wan), write_once(folder / "dinov2", write_trained_dinov2)
+    lab = Lab(folder, *models)
     chosen = {name: start for name, start in starts().items() if name in options.starts}
     if options.quick:
         chosen = {name: _shortened(start) for name, start in chosen.items()}

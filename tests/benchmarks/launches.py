@@ -59,7 +59,7 @@ Row = dict[str, Any]
 @contextmanager
 def casting_inputs(trainer: Trainer) -> Iterator[None]:
     """Every LoRA copies its input to float32, as peft does by itself."""
-    layers = lora_layers(trainer.learner.aligned.transformer).values()
+    layers = lora_layers(trainer.experts[""].learner.aligned.transformer).values()
     for layer in layers:
         layer.cast_input_dtype_enabled = True
     yield
@@ -81,7 +81,7 @@ def copying_positions(_trainer: Trainer) -> Iterator[None]:
 @contextmanager
 def averaging_one_by_one(trainer: Trainer) -> Iterator[None]:
     """One weight is averaged after the other."""
-    average = trainer.learner.average
+    average = trainer.experts[""].learner.average
     assert average is not None
     average.foreach = False
     yield
@@ -107,7 +107,7 @@ WAYS: dict[str, Callable[[Trainer], AbstractContextManager[None]]] = {
 
 def fuse(trainer: Trainer, *, fused: bool) -> None:
     """Update all weights in one kernel, on the CPU too, where the trainer does not."""
-    for group in trainer.learner.optimizer.param_groups:
+    for group in trainer.experts[""].learner.optimizer.param_groups:
         group["fused"], group["foreach"] = fused, False
 
 

@@ -132,7 +132,7 @@ def measured_profile(folder: Path) -> Profile:
     settings = demo_settings("wan", "t2v")
     settings["model"] |= {"family": "wan", "checkpoint": str(folder / "wan")}
     settings["data"] |= {"path": str(folder / "clips")}
-    settings["crepa"] |= {"encoder": str(folder / "dinov2")}
+    settings["crepa"] |= {"encoder": str(folder / "dinov2"), "encoder_image_size": 56}
     settings["train"] |= {"steps": STEPS, "output": str(folder / "run"), "batch_size": 2}
     settings["validation"] = {"every": 0}
     flat = {f"{table}.{key}": value for table, values in settings.items() for key, value in values.items()}

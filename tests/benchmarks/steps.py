@@ -41,7 +41,7 @@ from crepa_cli.teachers.dinov2 import Dinov2Teacher, encoder_dtype
 from crepa_cli.training.batches import Batches
 from crepa_cli.training.build import build_model, frozen_dtype
 from crepa_cli.training.checkpointer import Checkpointer
-from crepa_cli.training.learner import build_learner
+from crepa_cli.training.experts import build_experts
 from crepa_cli.training.skipped import SkippedSteps
 from crepa_cli.training.step import Teaching, step_losses
 from crepa_cli.training.trainer import Trainer
@@ -121,9 +121,13 @@ class RandomWeights(BaseCheckpoint):
             model = getattr(diffusers, class_name).from_config(self.read_config(f"{component}/config.json"))
         return filled(in_loaded_dtypes(model, dtype), self.device)
 
-    def weight_files(self, component: str) -> list[Path]:  # noqa: ARG002
+    def stored(self, component: str) -> Iterator[tuple[str, Tensor]]:  # noqa: ARG002
         """None: `open_trainer` draws the weights in place of reading files."""
-        return []
+        return iter(())
+
+    def source(self, component: str) -> str:
+        """The name of the component alone."""
+        return component
 
     def load_pipeline(
         self,
@@ -219,8 +223,8 @@ def open_trainer(profile: Profile, family: Family, folder: Path) -> Trainer:
     device, crepa, run = accelerator.device, profile.crepa, RunFolder(folder)
     clips = clips_of(profile, family, form_bucket(profile, family))
     # int8 weights are quantized while files are read, and there are none.
-    with patch("crepa_cli.models.family.read_weights", lambda transformer, _: filled(transformer, device)):
-        learner = build_learner(profile, family, clips.feature_size, accelerator, None, {})
+    with patch("crepa_cli.models.family.read_weights", lambda transformer, *_: filled(transformer, device)):
+        experts = build_experts(profile, family, clips.feature_size, accelerator, None)
     online = None
     if crepa.enabled and crepa.encoder_teaches and not crepa.teacher_cache:
         with patch("crepa_cli.data.online.load_teacher", lambda *_: random_teacher(profile, device)):
@@ -229,8 +233,8 @@ def open_trainer(profile: Profile, family: Family, folder: Path) -> Trainer:
         profile,
         family,
         run,
-        learner,
-        Batches(RandomClip(clips), family, profile, accelerator, learner.aligns and online is None),
+        experts,
+        Batches(RandomClip(clips), family, profile, accelerator, experts.aligns and online is None),
         Checkpointer(run, 1, accelerator),
         Validator(profile, family, Prompts([], {}), ClipForm.of(profile.data), run, accelerator),
         accelerator,

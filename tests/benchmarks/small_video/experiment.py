@@ -32,7 +32,7 @@ from crepa_cli.demo.tiny import write_once
 from crepa_cli.files import write_whole
 from crepa_cli.measures import measure
 from crepa_cli.models import FINAL_LORA, family_defaults
-from crepa_cli.models.family import add_noise
+from crepa_cli.models.noise import Flow
 from crepa_cli.models.wan import Wan
 from crepa_cli.profile import Profile
 from crepa_cli.profile.layers import complete
@@ -272,7 +272,7 @@ def held_out_losses(pipeline: WanPipeline, start: Start, latents: Tensor) -> lis
     errors = torch.zeros(len(captions))
     for sigma in SIGMAS:
         noise = torch.randn(latents.shape, generator=seeded_generator("held out", str(sigma)))
-        noisy = add_noise(latents, noise, errors.new_full(errors.shape, sigma))
+        noisy = Flow().add_noise(latents, noise, errors.new_full(errors.shape, sigma))
         timesteps = errors.new_full(errors.shape, 1000 * sigma)
         prediction = pipeline.transformer(noisy, timesteps, prompts).sample
         errors += (prediction - (noise - latents)).square().flatten(1).mean(1) / len(SIGMAS)
