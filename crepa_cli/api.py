@@ -23,9 +23,11 @@ from accelerate.utils import GradientAccumulationPlugin
 from crepa_cli.data.cache import Cache, cache_folder
 from crepa_cli.data.clips import clips_folder
 from crepa_cli.data.dataset import ClipDataset
+from crepa_cli.data.healing import Healing
 from crepa_cli.data.held_out import divided, scan_all
 from crepa_cli.data.online import OnlineTeacher
-from crepa_cli.data.prepare import ClipForm, PreparedClip, encoder_config, prepare, prompt_key
+from crepa_cli.data.prepare import ClipForm, PreparedClip, encoder_config, prepare
+from crepa_cli.data.prompts import prompt_key
 from crepa_cli.errors import UserError
 from crepa_cli.events import Event, Notice, Progress, RunOpened, TrainingEnded, TrainingStarted
 from crepa_cli.follow import Listener, StopRequest, follow
@@ -110,6 +112,7 @@ def train(
     *,
     output: Path | str | None = None,
     resume: bool = False,
+    verify_cache: bool = False,
     listeners: Sequence[Listener] = (),
     should_stop: StopRequest = lambda: False,
 ) -> RunFolder:
@@ -121,6 +124,7 @@ def train(
         profile: the resolved settings, from `resolve`.
         output: the run's folder, in place of `train.output`.
         resume: resume the run in that folder from its newest checkpoint.
+        verify_cache: verify every entry of the cache first, rather than each when it is read.
         listeners: called with every event, in order.
         should_stop: asked between micro-batches, between steps of a sampler, and between items of the preparation;
             once it is true, a checkpoint is saved and the run ends early.
@@ -160,7 +164,9 @@ def train(
             trackers = stack.enter_context(closing(Trackers(profile, run, listeners)))
             listeners = [MetricsFile(run.metrics), curves, trackers, *listeners]
         last = follow(
-            lambda should_stop: _run(profile, family, run, accelerator, resume=resume, should_stop=should_stop),
+            lambda should_stop: _run(
+                profile, family, run, accelerator, resume=resume, verify_cache=verify_cache, should_stop=should_stop
+            ),
             listeners,
             should_stop,
         )
@@ -172,13 +178,17 @@ def train(
 
 
 def fill_cache(
-    profile: Profile, *, listeners: Sequence[Listener] = (), should_stop: StopRequest = lambda: False
+    profile: Profile,
+    *,
+    verify_cache: bool = False,
+    listeners: Sequence[Listener] = (),
+    should_stop: StopRequest = lambda: False,
 ) -> None:
     """Prepare the clips for later runs, and train nothing; see `train`."""
     start_processes()
     profile, family = _opened(profile)
     accelerator = Accelerator(mixed_precision=PRECISION[profile.model.dtype])
-    follow(lambda _: _prepared(profile, family, accelerator), listeners, should_stop)
+    follow(lambda _: _prepared(profile, family, accelerator, verify_cache=verify_cache), listeners, should_stop)
 
 
 def download(profile: Profile, *, listeners: Sequence[Listener] = (), should_stop: StopRequest = lambda: False) -> None:
@@ -228,6 +238,7 @@ def _run(
     accelerator: Accelerator,
     *,
     resume: bool,
+    verify_cache: bool,
     should_stop: StopRequest,
 ) -> Events:
     """Prepare, build the trainer, train."""
@@ -243,7 +254,7 @@ def _run(
     if shortage := shortage_of_run(profile, family, accelerator.device):
         yield Notice(shortage)
     checkpoint = (yield from checkpoint_to_resume(run, profile)) if resume else None
-    prepared = yield from _prepared(profile, family, accelerator)
+    prepared = yield from _prepared(profile, family, accelerator, verify_cache=verify_cache)
     for warning in neighbor_warnings(profile.crepa, family, (clip.bucket.frames for clip in prepared.clips)):
         yield Notice(warning)
     profile = from_main(lambda: with_prompts(profile, prepared.clips, run))
@@ -275,7 +286,9 @@ def _downloaded(profile: Profile, family: Family) -> Events:
         raise failure
 
 
-def _prepared(profile: Profile, family: Family, accelerator: Accelerator) -> Generator[Event, None, _Prepared]:
+def _prepared(
+    profile: Profile, family: Family, accelerator: Accelerator, *, verify_cache: bool
+) -> Generator[Event, None, _Prepared]:
     """Fill the cache with everything that depends on the clips alone."""
     yield from _downloaded(profile, family)
     crepa, form = profile.crepa, ClipForm.of(profile.data)
@@ -283,6 +296,7 @@ def _prepared(profile: Profile, family: Family, accelerator: Accelerator) -> Gen
     cache = Cache(
         cache_folder(profile.data),
         on_damage=lambda path, reason: damaged.append(f"{path.name} in the cache is made again: {reason}"),
+        verify=verify_cache,
     )
     dtype = torch_dtype(profile.model.dtype)
     texts, negative = [*sampled_texts(profile.validation, family), ""], negative_prompt(profile.validation, family)
@@ -307,10 +321,12 @@ def _build_trainer(
     crepa = profile.crepa
     progress = read_progress(checkpoint) if checkpoint else {}
     teacher_size = encoder_config(crepa)["hidden_size"] if crepa.encoder_teaches else family.hidden_size
-    empty_key = prompt_key(family, "", torch_dtype(profile.model.dtype))
+    dtype, cache = torch_dtype(profile.model.dtype), prepared.cache
+    empty_key = prompt_key(family, "", dtype)
+    healing = Healing(family, crepa, cache, dtype)
     experts = build_experts(profile, family, teacher_size, accelerator, checkpoint)
     online = crepa.encoder_teaches and not crepa.teacher_cache and experts.aligns
-    clips, held_out = (ClipDataset(some, prepared.cache, empty_key) for some in (prepared.clips, prepared.held_out))
+    clips, held_out = (ClipDataset(some, cache, empty_key, healing) for some in (prepared.clips, prepared.held_out))
     measures = prepared.held_out and profile.validation.every
     # Checkpoints of earlier versions counted the skipped steps of the run alone.
     skipped = progress.get("skipped", {RUN: progress.get("skipped_in_a_row", 0)})

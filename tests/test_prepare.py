@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +14,15 @@ import pytest
 import torch
 from conftest import OpenTiny
 
-from crepa_cli.data.cache import Cache
+from crepa_cli.data.cache import Cache, DamagedEntryError
+from crepa_cli.data.index import Index
 from crepa_cli.data.online import OnlineTeacher
-from crepa_cli.data.prepare import ClipForm, PreparedClip, clip_pixels, prepare, prompt_key, scan
+from crepa_cli.data.prepare import ClipForm, PreparedClip, clip_pixels, prepare, scan
+from crepa_cli.data.prompts import prompt_key
 from crepa_cli.data.video import DECODING_VERSION, write_video
 from crepa_cli.demo.clips import write_demo_clips
 from crepa_cli.errors import UserError
-from crepa_cli.events import ClipSkipped, Event, Notice, drained
+from crepa_cli.events import ClipSkipped, Event, Notice, Progress, drained
 from crepa_cli.models.family import Family
 from crepa_cli.models.wan import Wan
 from crepa_cli.profile import CrepaSettings
@@ -136,6 +139,73 @@ def test_an_entry_of_an_old_cache_that_is_not_finite_is_made_again(
     prepared(Cache(cache.root, on_damage=lambda *damage: damaged.append(damage)))
     assert damaged == [(path, f"{name}: not finite")]
     assert torch.equal(cache.read(kind, path.stem)[name], good[name])
+
+
+def change_unnoticed(path: Path, content: bytes) -> None:
+    """Give a file another content of the same size and time."""
+    stat = path.stat()
+    path.write_bytes(content[: stat.st_size].ljust(stat.st_size, b"x"))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+LOSSES: dict[str, Callable[[Path], object]] = {
+    "kept": lambda _: None,
+    "deleted": Path.unlink,
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:1000]),
+    "foreign": lambda path: path.write_text("of another program"),
+}
+
+
+def test_a_second_scan_opens_no_clip_and_an_index_that_is_lost_is_made_again(family: Family, tmp_path: Path) -> None:
+    events: list[Event] = []
+    clips, cache, form = tmp_path / "clips", tmp_path / "cache", ClipForm(96, 64, 5, 16)
+    write_demo_clips(clips, count=3)
+    cache.mkdir()
+
+    def scanned() -> list[PreparedClip]:
+        events.clear()
+        return drained(scan(family, clips, form, Index(cache)), events.append)
+
+    # What was changed a moment ago is read again: its file system may count in seconds, and show no second change.
+    for path in clips.iterdir():
+        os.utime(path)
+    first = scanned()
+    assert scanned() == first
+    assert Progress("scanning", 3, 3) in events
+    for path in clips.iterdir():
+        os.utime(path, (0, 0))
+    for lose in LOSSES.values():
+        scanned()
+        lose(cache / "index.sqlite")
+        assert scanned() == first
+        assert (Progress("scanning", 3, 3) in events) == (lose is not LOSSES["kept"])
+    for path in clips.iterdir():
+        change_unnoticed(path, b"no video and no caption")
+    assert scanned() == first
+    os.utime(clips / "clip-01.mp4", (1, 1))
+    assert [clip.clip.path.name for clip in scanned()] == ["clip-00.mp4", "clip-02.mp4"]
+    assert [event.name for event in events if isinstance(event, ClipSkipped)] == ["clip-01.mp4"]
+
+
+def test_entries_are_verified_ahead_if_asked_and_otherwise_when_they_are_read(
+    prepared: Prepare, tmp_path: Path
+) -> None:
+    cache = Cache(tmp_path / "cache")
+    (_, one, _), _ = prepared(cache)
+    entries = {"prompts": one.prompt_key, "latents": one.latents_key, "features": str(one.features_key)}
+    good = {cache.path(kind, key): cache.path(kind, key).read_bytes() for kind, key in entries.items()}
+    for path, content in good.items():
+        change_unnoticed(path, content[:-1] + bytes([content[-1] ^ 1]))
+    damaged: list[Path] = []
+    prepared(Cache(cache.root, on_damage=lambda path, _: damaged.append(path)))
+    assert damaged == [cache.path("latents", one.latents_key)], "the first latents of a shape are read at every start"
+    for kind in ("prompts", "features"):
+        with pytest.raises(DamagedEntryError, match="does not match its checksum"):
+            cache.read(kind, entries[kind])
+    damaged.clear()
+    prepared(Cache(cache.root, on_damage=lambda path, _: damaged.append(path), verify=True))
+    assert damaged == [cache.path(kind, entries[kind]) for kind in ("prompts", "features")]
+    assert {path: path.read_bytes() for path in good} == good
 
 
 def written_clip(folder: Path, fps: float) -> None:

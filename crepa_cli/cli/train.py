@@ -36,6 +36,9 @@ def train(
     print_profile: Annotated[bool, Flag("--print-profile", help="Show the settings, and train nothing.")] = False,
     cache_only: Annotated[bool, Flag("--cache-only", help="Prepare the clips, and train nothing.")] = False,
     download_only: Annotated[bool, Flag("--download-only", help="Download the models, and train nothing.")] = False,
+    verify_cache: Annotated[
+        bool, Flag("--verify-cache", help="Verify the whole cache before training, not each entry when it is read.")
+    ] = False,
     processes: Annotated[int, Flag(min=1, help="Processes to start on this machine, one for each GPU.")] = 1,
     sets: SetFlag = None,
 ) -> None:
@@ -73,7 +76,7 @@ def train(
             console.print(f"resuming {output}, the run in runs/ that was written to last", markup=False, soft_wrap=True)
         view = open_view(resolved.profile, console, plain=plain, quiet=quiet, log_level=log_level)
         only: Only = "download" if download_only else "cache" if cache_only else None
-        raise typer.Exit(_train(resolved.profile, view, resume=resume, only=only, demo=demo))
+        raise typer.Exit(_train(resolved.profile, view, resume=resume, only=only, demo=demo, verify_cache=verify_cache))
 
 
 def _check_launch(profile: Profile, processes: int, *, resume: bool, demo: bool) -> None:
@@ -87,7 +90,7 @@ def _check_launch(profile: Profile, processes: int, *, resume: bool, demo: bool)
     check_processes(processes)
 
 
-def _train(profile: Profile, view: View, *, resume: bool, only: Only, demo: bool) -> int:
+def _train(profile: Profile, view: View, *, resume: bool, only: Only, demo: bool, verify_cache: bool) -> int:
     """Run the training and return the exit code."""
     from crepa_cli import api
     from crepa_cli.demo import write_demo
@@ -103,9 +106,9 @@ def _train(profile: Profile, view: View, *, resume: bool, only: Only, demo: bool
             if only == "download":
                 api.download(profile, listeners=listeners)
             elif only == "cache":
-                api.fill_cache(profile, listeners=listeners)
+                api.fill_cache(profile, verify_cache=verify_cache, listeners=listeners)
             else:
-                api.train(profile, resume=resume, listeners=listeners)
+                api.train(profile, resume=resume, verify_cache=verify_cache, listeners=listeners)
     except Stopped as stop:
         return 128 + stop.number
     return 0

@@ -16,7 +16,7 @@ class Size(NamedTuple):
     height: int
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True, order=True, slots=True)
 class Bucket:
     """The shape of clips that can share a batch: number of frames, and height and width in pixels."""
 

@@ -7,10 +7,12 @@ the same tensors, and the later rename wins.
 
 import hashlib
 import json
+import os
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -19,6 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from crepa_cli.data.clips import clips_folder
+from crepa_cli.data.index import FileState, Index, Known
 from crepa_cli.errors import UserError
 from crepa_cli.files import write_whole
 from crepa_cli.profile import DataSettings
@@ -26,6 +29,26 @@ from crepa_cli.profile import DataSettings
 CACHE_FOLDER = ".crepa-cache"
 LAYOUT_VERSION = 1
 LEFTOVER_SECONDS = 24 * 3600
+SUFFIX = ".safetensors"
+
+
+class DamagedEntryError(UserError):
+    """An entry that is there and not as it was written.
+
+    Attributes:
+        kind: of the entry.
+        key: of the entry.
+        reason: what is wrong with it.
+    """
+
+    def __init__(self, path: Path, kind: str, key: str, reason: str) -> None:
+        super().__init__(
+            f"{path} is damaged: {reason}. `crepa train --verify-cache` makes all damaged entries again, and so does "
+            "deleting the file and running the command again"
+        )
+        self.kind = kind
+        self.key = key
+        self.reason = reason
 
 
 def cache_folder(data: DataSettings) -> Path:
@@ -78,17 +101,24 @@ def cache_key(**parts: object) -> str:
 class Cache:
     """Named tensors on disk under a kind ("latents", "prompts", "features") and a key from `cache_key`.
 
-    `on_damage(path, reason)` is called for each damaged entry found, so that it can be reported.
+    Args:
+        root: its folder.
+        on_damage: called with the path of each damaged entry that is looked for, and the reason.
+        verify: whether every entry that is looked for is read and verified. Otherwise that waits until it is needed.
     """
 
-    def __init__(self, root: Path, on_damage: Callable[[Path, str], None] | None = None) -> None:
+    def __init__(
+        self, root: Path, on_damage: Callable[[Path, str], None] | None = None, *, verify: bool = False
+    ) -> None:
         self.root = root
+        self.verify = verify
+        self.index = Index(root)
         self._on_damage = on_damage
 
     def path(self, kind: str, key: str) -> Path:
         """The path of an entry; one folder for each first two digits of the key keeps folders small."""
         # In one piece: three joins take a fifth of the time of looking an entry up.
-        return Path(f"{self.root}/{kind}/{key[:2]}/{key}.safetensors")
+        return Path(f"{self.root}/{kind}/{key[:2]}/{key}{SUFFIX}")
 
     def has(self, kind: str, key: str) -> bool:
         """Whether a complete, undamaged entry exists: every byte is read and verified against the checksum.
@@ -105,20 +135,65 @@ class Cache:
             self._on_damage(path, damage)
         return damage is None
 
+    def missing(self, kind: str, keys: Collection[str], doubted: Collection[str] = ()) -> set[str]:
+        """Those of some keys that have no whole entry.
+
+        An entry is verified, as by `has`, if its key is `doubted` or its file was changed since it was last looked for.
+        The others are not opened; they are verified when they are read.
+        """
+        states = self._states(kind, set(keys))
+        known = self.index.find([f"{kind}/{key}" for key in states])
+        missing, fresh = set(keys) - states.keys(), []
+        for (key, state), seen in zip(states.items(), known, strict=True):
+            changed = seen is not None and seen.state != state
+            if (self.verify or changed or key in doubted) and not self.has(kind, key):
+                missing.add(key)
+            elif seen is None or changed:
+                fresh.append((f"{kind}/{key}", Known(state, "")))
+        self.index.put(fresh)
+        return missing
+
+    def remember(self, kind: str, keys: Collection[str]) -> None:
+        """Remember the state of entries that have been written."""
+        self.index.put((f"{kind}/{key}", Known(state, "")) for key, state in self._states(kind, set(keys)).items())
+
+    def _states(self, kind: str, keys: set[str]) -> dict[str, FileState]:
+        """The states of the files of some entries, without those that are missing."""
+        states = {}
+        for part in {key[:2] for key in keys}:
+            try:
+                with os.scandir(f"{self.root}/{kind}/{part}") as entries:
+                    for entry in entries:
+                        key = entry.name.removesuffix(SUFFIX)
+                        if key in keys and key != entry.name:
+                            states[key] = FileState.of(entry.stat())
+            except OSError:  # no such folder, or none that can be listed: nothing of it can be used
+                continue
+        return states
+
     def read(self, kind: str, key: str) -> dict[str, Tensor]:
-        """The tensors of an entry, copied, so that its file can be replaced or deleted. Nothing is verified again.
+        """The verified tensors of an entry, copied, so that its file can be replaced or deleted.
+
+        Values that are not finite are passed on.
 
         Raises:
-            UserError: if the entry is missing or cannot be read.
+            DamagedEntryError: if its content is not as it was written.
+            UserError: if the entry is missing.
         """
         path = self.path(kind, key)
         try:
-            # Tensors of safetensors map their file as long as they live, and Windows deletes no file that is mapped.
-            return {name: tensor.clone() for name, tensor in _tensors(path)[0].items()}
-        except (OSError, SafetensorError) as error:
+            mapped, metadata = _tensors(path)
+        except FileNotFoundError as error:
             raise UserError(
                 f"{path} cannot be read ({error}). Run the command again: missing entries are computed again."
             ) from error
+        except (OSError, SafetensorError) as error:
+            raise DamagedEntryError(path, kind, key, f"cannot be read: {error}") from error
+        # Tensors of safetensors map their file as long as they live, and Windows deletes no file that is mapped.
+        tensors = {name: tensor.clone() for name, tensor in mapped.items()}
+        if damage := _mismatch(tensors, metadata, key):
+            raise DamagedEntryError(path, kind, key, damage)
+        return tensors
 
     def write(self, kind: str, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Store `tensors`, of any dtype and device, replacing any existing entry.
@@ -131,12 +206,15 @@ class Cache:
 
     def remove_leftovers(self) -> None:
         """Remove temporary files left behind by killed runs: those not written to for a day."""
-        for path in self.root.rglob(".*.tmp"):
-            try:
-                if time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
-                    path.unlink()
-            except FileNotFoundError:  # another process cleans up too
-                continue
+        for folder, _, names in os.walk(self.root):
+            for name in names:
+                if name.startswith(".") and name.endswith(".tmp"):
+                    self._remove_leftover(Path(folder, name))
+
+    def _remove_leftover(self, path: Path) -> None:
+        with suppress(FileNotFoundError):  # another process cleans up too
+            if time.time() - path.stat().st_mtime > LEFTOVER_SECONDS:
+                path.unlink()
 
 
 def _damage(path: Path, key: str) -> str | None:
@@ -146,12 +224,19 @@ def _damage(path: Path, key: str) -> str | None:
         raise
     except (OSError, SafetensorError) as error:
         return f"cannot be read: {error}"
+    if damage := _mismatch(tensors, metadata, key):
+        return damage
+    if names := not_finite(tensors):
+        return f"{', '.join(names)}: not finite"
+    return None
+
+
+def _mismatch(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], key: str) -> str | None:
+    """Why tensors are not the entry of a key as it was written; None if they are."""
     if metadata.get("key") != key:
         return "contains another entry"
     if metadata.get("crc32") != _checksum(tensors):
         return "its content does not match its checksum"
-    if names := not_finite(tensors):
-        return f"{', '.join(names)}: not finite"
     return None
 
 

@@ -8,10 +8,11 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from crepa_cli.data.index import FileState, Index, Known, now, settled
 from crepa_cli.errors import UserError, counted, listed
 from crepa_cli.profile import DataSettings
 
@@ -29,7 +30,7 @@ class ClipError(Exception):
     """A clip that cannot be used. The message is only the reason, without the clip's name."""
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True, order=True, slots=True)
 class Clip:
     """A video file (absolute path) and its caption."""
 
@@ -50,11 +51,30 @@ class SkippedClip:
 
 @dataclass(frozen=True)
 class ClipScan:
-    """The contents of a folder: usable clips, skipped ones, and the names of files of other kinds, each sorted."""
+    """The contents of a folder: usable clips, skipped ones, and the names of files of other kinds, each sorted.
+
+    `states` has the state of each clip's file.
+    """
 
     clips: list[Clip]
+    states: list[FileState]
     skipped: list[SkippedClip]
     left_out: list[str]
+
+
+@dataclass
+class _Files:
+    """The files of a folder by kind, by their absolute paths, and what cannot be listed or used.
+
+    The state of a video is None if it is no regular file. Symlinks are among the `links` too.
+    """
+
+    videos: dict[str, FileState | None] = field(default_factory=dict)
+    captions: dict[str, FileState] = field(default_factory=dict)
+    links: set[str] = field(default_factory=set)
+    metadata: list[Path] = field(default_factory=list)
+    left_out: list[Path] = field(default_factory=list)
+    skipped: list[SkippedClip] = field(default_factory=list)
 
 
 def clips_folder(data: DataSettings) -> Path:
@@ -68,29 +88,34 @@ def clips_folder(data: DataSettings) -> Path:
     return Path(data.path)
 
 
-def find_clips(folder: Path) -> ClipScan:
+def find_clips(folder: Path, index: Index | None = None) -> ClipScan:
     """Find the video files in `folder` and its subfolders, each with its caption.
 
     The caption of `clip.mp4` is the text of `clip.txt` next to it, or else the `text` that a `metadata.jsonl` or
     `metadata.csv` gives for its `file_name`, relative to that metadata file. Hidden files and folders are ignored.
     Clips and metadata lines that cannot be used are listed in the result's `skipped`, files that are neither videos nor
-    captions in `left_out`.
+    captions in `left_out`. Captions that the `index` knows are not read again.
 
     Raises:
         UserError: if the folder does not exist or contains no video file.
     """
     root = _existing(folder)
-    videos, metadata, left_out, skipped = _walk(root)
-    if not videos:
-        raise _no_clips(folder, _names(left_out, root))
-    captions = _metadata_captions(root, metadata, videos, skipped)
-    clips = []
-    for video in videos:
+    files = _listed_files(root)
+    if not files.videos:
+        raise _no_clips(folder, _names(files.left_out, root))
+    beside = _captions_beside(files, index)
+    captions = _metadata_captions(root, files)
+    found = ClipScan([], [], files.skipped, _names(files.left_out, root))
+    for video, state in files.videos.items():
         try:
-            clips.append(Clip(video, _caption(video, captions)))
-        except (ClipError, OSError) as error:
-            skipped.append(SkippedClip(_name(video, root), str(error)))
-    return ClipScan(sorted(clips), sorted(skipped), _names(left_out, root))
+            if state is None:
+                raise ClipError("is not a regular file, or is a broken symlink")
+            found.clips.append(Clip(Path(video), _caption(video, beside, captions)))
+            found.states.append(state)
+        except ClipError as error:
+            found.skipped.append(SkippedClip(_name(Path(video), root), str(error)))
+    found.skipped.sort()
+    return found
 
 
 def check_clips(folder: Path) -> None:
@@ -100,9 +125,8 @@ def check_clips(folder: Path) -> None:
         UserError: if the folder does not exist or contains no video file.
     """
     root = _existing(folder)
-    videos, _, left_out, _ = _walk(root)
-    if not videos:
-        raise _no_clips(folder, _names(left_out, root))
+    if not any(_suffix(entry.name) in VIDEO_SUFFIXES for entry in _walk(str(root), _Files(), root)):
+        raise _no_clips(folder, _names(_listed_files(root).left_out, root))
 
 
 def file_digest(path: Path) -> str:
@@ -138,72 +162,120 @@ def _existing(folder: Path) -> Path:
     return root
 
 
-def _walk(root: Path) -> tuple[list[Path], list[Path], list[Path], list[SkippedClip]]:
-    """Videos, metadata, files that are neither nor captions, and folders that cannot be listed.
+def _listed_files(root: Path) -> _Files:
+    files = _Files()
+    for entry in _walk(str(root), files, root):
+        suffix = _suffix(entry.name)
+        if entry.name in METADATA_NAMES:
+            files.metadata.append(Path(entry.path))
+        elif suffix in VIDEO_SUFFIXES:
+            files.videos[entry.path] = _state(entry)
+            if entry.is_symlink():
+                files.links.add(entry.path)
+        elif suffix != CAPTION_SUFFIX:
+            files.left_out.append(Path(entry.path))
+        elif state := _state(entry):
+            files.captions[entry.path] = state
+    return files
+
+
+def _walk(folder: str, files: _Files, root: Path) -> Iterator[os.DirEntry[str]]:
+    """What is in a folder and its subfolders, in the order of the paths; folders that cannot be listed are skipped.
 
     Symlinks to folders are not followed.
     """
-    videos: list[Path] = []
-    metadata: list[Path] = []
-    left_out: list[Path] = []
-    skipped: list[SkippedClip] = []
-
-    def unlisted(error: OSError) -> None:
-        skipped.append(SkippedClip(_name(Path(error.filename), root), f"cannot be listed: {error.strerror}"))
-
-    for parent, folders, files in os.walk(root, onerror=unlisted):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            path = Path(parent, name)
-            if name.startswith("."):
-                continue
-            if name in METADATA_NAMES:
-                metadata.append(path)
-            elif path.suffix.lower() in VIDEO_SUFFIXES:
-                videos.append(path)
-            elif path.suffix.lower() != CAPTION_SUFFIX:
-                left_out.append(path)
-    return sorted(videos), sorted(metadata), sorted(left_out), skipped
+    try:
+        with os.scandir(folder) as entries:
+            shown = [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        files.skipped.append(SkippedClip(_name(Path(folder), root), f"cannot be listed: {error.strerror}"))
+        return
+    for entry in sorted(shown, key=lambda entry: os.path.normcase(entry.name)):
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(entry.path, files, root)
+        elif not _is_folder(entry):
+            yield entry
 
 
-def _caption(video: Path, captions: dict[Path, str]) -> str:
-    if not video.is_file():
-        raise ClipError("is not a regular file, or is a broken symlink")
-    beside = video.with_suffix(CAPTION_SUFFIX)
-    if beside.is_file():
-        caption = _read_text(beside, MAX_CAPTION_BYTES).strip()
-    elif video in captions:
-        caption = captions[video]
-    else:
-        raise ClipError(
-            f"has no caption: write one in {_printable(beside.name)} next to the clip, or add it to metadata.jsonl"
-        )
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a symlink loop
+        return False
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()  # noqa: PTH122 (a Path for every file takes ten times as long)
+
+
+def _state(entry: os.DirEntry[str]) -> FileState | None:
+    """The state of a file; None if it is no regular file."""
+    try:
+        return FileState.of(entry.stat()) if entry.is_file() else None
+    except OSError:
+        return None
+
+
+def _captions_beside(files: _Files, index: Index | None) -> dict[str, str | ClipError]:
+    """The text of each caption file, or why it cannot be read; those that are not in the index are read."""
+    names, started = list(files.captions), now()
+    captions: dict[str, str | ClipError] = {}
+    read: list[tuple[str, Known]] = []
+    for name, known in zip(names, index.find(names) if index else [None] * len(names), strict=True):
+        state = files.captions[name]
+        if known and known.state == state:
+            captions[name] = known.content
+            continue
+        try:
+            captions[name] = text = _read_text(Path(name), MAX_CAPTION_BYTES).strip()
+        except ClipError as error:
+            captions[name] = error
+        else:
+            if settled(state, started):
+                read.append((name, Known(state, text)))
+    if index:
+        index.put(read)
+    return captions
+
+
+def _caption(video: str, beside: Mapping[str, str | ClipError], captions: Mapping[str, str]) -> str:
+    """The caption of a video: from the file beside it, or from metadata."""
+    name = f"{os.path.splitext(video)[0]}{CAPTION_SUFFIX}"  # noqa: PTH122
+    caption = beside.get(name)
+    if caption is None:
+        caption = captions.get(video)
+    if caption is None:
+        beside_video = Path(name)
+        if not beside_video.is_file():
+            shown = _printable(beside_video.name)
+            raise ClipError(f"has no caption: write one in {shown} next to the clip, or add it to metadata.jsonl")
+        # Its name differs in upper and lower case alone, which is the same file on some systems.
+        caption = _read_text(beside_video, MAX_CAPTION_BYTES).strip()
+    if isinstance(caption, ClipError):
+        raise caption
     if not caption:
         raise ClipError("has an empty caption: describe the clip in a sentence")
     return caption
 
 
-def _metadata_captions(
-    root: Path, metadata: list[Path], videos: list[Path], skipped: list[SkippedClip]
-) -> dict[Path, str]:
-    """The caption of each clip named in the metadata files; mistakes go to `skipped` with file and line."""
-    captions: dict[Path, str] = {}
-    known = set(videos)
-    for file in metadata:
+def _metadata_captions(root: Path, files: _Files) -> dict[str, str]:
+    """The caption of each clip named in the metadata files; mistakes are skipped with file and line."""
+    captions: dict[str, str] = {}
+    for file in files.metadata:
         try:
             for line, entry in _entries(file):
                 try:
-                    video, caption = _entry(entry, file.parent, root, known)
+                    video, caption = _entry(entry, file.parent, root, files)
                     if captions.setdefault(video, caption) != caption:
-                        raise ClipError(f"{_name(video, root)} already has another caption, which is kept")
+                        raise ClipError(f"{_name(Path(video), root)} already has another caption, which is kept")
                 except ClipError as error:
-                    skipped.append(SkippedClip(f"{_name(file, root)}, line {line}", str(error)))
+                    files.skipped.append(SkippedClip(f"{_name(file, root)}, line {line}", str(error)))
         except ClipError as error:
-            skipped.append(SkippedClip(_name(file, root), str(error)))
+            files.skipped.append(SkippedClip(_name(file, root), str(error)))
     return captions
 
 
-def _entry(entry: object, folder: Path, root: Path, videos: set[Path]) -> tuple[Path, str]:
+def _entry(entry: object, folder: Path, root: Path, files: _Files) -> tuple[str, str]:
     """The clip named by a metadata entry, and its caption."""
     if isinstance(entry, ClipError):
         raise entry
@@ -215,10 +287,11 @@ def _entry(entry: object, folder: Path, root: Path, videos: set[Path]) -> tuple[
     if len(caption.encode(errors="replace")) > MAX_CAPTION_BYTES:
         raise ClipError(f"the caption is longer than {MAX_CAPTION_BYTES:,} bytes")
     # The name is only compared with the clips found, so no path from a metadata file is ever opened.
-    video = Path(os.path.normpath(folder / name))
-    if not video.is_relative_to(root) or (video in videos and not _stays_within(video, root)):
+    video = os.path.normpath(folder / name)
+    outside = not Path(video).is_relative_to(root)
+    if outside or (video in files.links and not _stays_within(Path(video), root)):
         raise ClipError(f"{_printable(name)} is outside the clips' folder")
-    if video not in videos:
+    if video not in files.videos:
         raise ClipError(f"{_printable(name)} is not among the clips of this folder")
     return video, caption.strip()
 

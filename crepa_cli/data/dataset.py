@@ -12,8 +12,12 @@ from torch import Tensor
 
 from crepa_cli.alignment import TokenGrid
 from crepa_cli.data.buckets import Bucket
-from crepa_cli.data.cache import Cache
-from crepa_cli.data.prepare import PreparedClip
+from crepa_cli.data.cache import Cache, DamagedEntryError
+from crepa_cli.data.clips import ClipError
+from crepa_cli.data.healing import Healing
+from crepa_cli.data.prepare import PreparedClip, clip_name
+from crepa_cli.errors import RunError, UserError
+from crepa_cli.events import ClipSkipped
 from crepa_cli.models.family import Tensors
 
 Item = TypeVar("Item")
@@ -33,6 +37,20 @@ class Batch:
     teacher_grid: TokenGrid | None
 
 
+class DamagedClipError(UserError):
+    """An entry of a clip is damaged.
+
+    Attributes:
+        index: of the clip.
+        damage: the entry, and what is wrong with it.
+    """
+
+    def __init__(self, index: int, damage: DamagedEntryError) -> None:
+        super().__init__(str(damage))
+        self.index = index
+        self.damage = damage
+
+
 class ClipDataset:
     """The prepared clips of a run.
 
@@ -40,12 +58,17 @@ class ClipDataset:
         clips: from `prepare`.
         cache: the cache with their entries.
         empty_prompt_key: the entry of the empty caption, which replaces a dropped one.
+        healing: makes damaged entries again; without it they are errors.
     """
 
-    def __init__(self, clips: Sequence[PreparedClip], cache: Cache, empty_prompt_key: str) -> None:
+    def __init__(
+        self, clips: Sequence[PreparedClip], cache: Cache, empty_prompt_key: str, healing: Healing | None = None
+    ) -> None:
         self.clips = clips
         self.cache = cache
         self.empty_prompt_key = empty_prompt_key
+        self.healing = healing
+        self._left_out: set[int] = set()
 
     def buckets(self) -> list[list[int]]:
         """The indices of the clips in each bucket."""
@@ -58,23 +81,80 @@ class ClipDataset:
         """Read the entries of some clips of one bucket and stack them.
 
         Args:
-            indices: indices of the clips.
+            indices: indices of the clips; the next one of its bucket stands in for one that has been left out.
             drop_caption: for each clip, whether the empty caption replaces its own.
             with_features: whether to read features, if the clips have any.
+
+        Raises:
+            DamagedClipError: if an entry is damaged.
         """
+        indices = [self._stand_in(index) for index in indices]
         clips = [self.clips[index] for index in indices]
+        with_features = with_features and all(clip.features_key for clip in clips)
         samples = [
-            self.cache.read("latents", clip.latents_key)
-            | self.cache.read("prompts", self.empty_prompt_key if drop else clip.prompt_key)
-            for clip, drop in zip(clips, drop_caption, strict=True)
+            self._sample(index, with_features, drop_caption=drop)
+            for index, drop in zip(indices, drop_caption, strict=True)
         ]
         tensors = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
         features = grid = None
-        if with_features and all(clip.features_key for clip in clips):
-            stacked = torch.stack([self.cache.read("features", str(clip.features_key))["features"] for clip in clips])
+        if with_features:
+            stacked = tensors.pop("features")
             grid = TokenGrid(*stacked.shape[1:4])
             features = stacked.flatten(2, 3)
-        return Batch(tuple(clip.clip.path.name for clip in clips), tensors, features, grid)
+        return Batch(tuple(clip_name(clip) for clip in clips), tensors, features, grid)
+
+    def whole_batch(self, indices: Sequence[int], drop_caption: Sequence[bool], with_features: bool) -> Batch:
+        """The same, with damaged entries made again."""
+        while True:
+            try:
+                return self.batch(indices, drop_caption, with_features)
+            except DamagedClipError as error:
+                self.recover(error)
+
+    def recover(self, error: DamagedClipError) -> None:
+        """Make a damaged entry again; if that fails, leave its clip out from now on.
+
+        Raises:
+            DamagedClipError: if there is no healing.
+            RunError: if all clips of a bucket are left out.
+        """
+        if self.healing is None:
+            raise error
+        if error.index in self._left_out:
+            return
+        clip = self.clips[error.index]
+        try:
+            self.healing.heal(error.damage, clip)
+        except ClipError as reason:
+            self._left_out.add(error.index)
+            other = clip_name(self.clips[self._stand_in(error.index)])
+            self.healing.news.append(ClipSkipped(clip_name(clip), f"{reason}; {other} is trained on in its place"))
+
+    def _stand_in(self, index: int) -> int:
+        if index not in self._left_out:
+            return index
+        # Every process finds the same damage in the cache that they share, and takes the same clip instead.
+        bucket = [place for place, clip in enumerate(self.clips) if clip.bucket == self.clips[index].bucket]
+        start = bucket.index(index)
+        for place in (*bucket[start:], *bucket[:start]):
+            if place not in self._left_out:
+                return place
+        raise RunError(
+            f"no entry of the {len(bucket)} clips of one size can be read or made again, the last one of "
+            f"{clip_name(self.clips[index])}: is the disk of {self.cache.root} in order? `--verify-cache` checks all"
+        )
+
+    def _sample(self, index: int, with_features: bool, *, drop_caption: bool) -> Tensors:
+        """The tensors of a clip."""
+        clip = self.clips[index]
+        try:
+            tensors = self.cache.read("latents", clip.latents_key)
+            tensors |= self.cache.read("prompts", self.empty_prompt_key if drop_caption else clip.prompt_key)
+            if with_features:
+                tensors |= self.cache.read("features", str(clip.features_key))
+        except DamagedEntryError as damage:
+            raise DamagedClipError(index, damage) from damage
+        return tensors
 
 
 def prefetched(read: Callable[[int], Item], start: int) -> Iterator[Item]:

@@ -7,7 +7,9 @@ from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from crepa_cli.data.cache import cache_folder
 from crepa_cli.data.clips import clips_folder
+from crepa_cli.data.index import Index
 from crepa_cli.data.prepare import ClipForm, PreparedClip, scan
 from crepa_cli.errors import UserError, counted, listed
 from crepa_cli.events import Event, Notice
@@ -28,12 +30,13 @@ def scan_all(family: Family, profile: Profile) -> Generator[Event, None, list[Pr
         UserError: if a folder does not exist or has no usable clips, or if no clip is left to train on.
     """
     data, form, held_out = profile.data, ClipForm.of(profile.data), held_out_folder(profile)
-    clips = yield from scan(family, clips_folder(data), form)
+    index = Index(cache_folder(data))
+    clips = yield from scan(family, clips_folder(data), form, index)
     if data.validation_share is not None:
         chosen = choose({clip.digest for clip in clips}, data.validation_share, profile.train.seed)
         clips = [replace(clip, held_out=clip.digest in chosen) for clip in clips]
     if held_out is not None:
-        others = yield from scan(family, held_out, form)
+        others = yield from scan(family, held_out, form, index)
         yield from _trained_on(clips, others)
         clips += [replace(clip, held_out=True) for clip in others]
     divided(clips, profile)

@@ -1,13 +1,31 @@
-"""Says which clips are trained on in another look than their own."""
+"""Says which clips are trained on in part, or in another look than their own."""
 
 from collections.abc import Iterator, Sequence
 
 from crepa_cli.data.buckets import Bucket, Size, fit
-from crepa_cli.data.video import VideoInfo
+from crepa_cli.data.video import VideoInfo, frames_available
 from crepa_cli.errors import counted, listed
 from crepa_cli.events import Notice
 
 LARGE_CROP = 0.1
+
+
+def unused(clips: Sequence[tuple[VideoInfo, Bucket, float]], frames: int, fps: float) -> Iterator[Notice]:
+    """A notice of the part of long clips that is trained on.
+
+    Args:
+        clips: what was measured of each, its bucket, and the frame rate that it is trained at.
+        frames: the most frames that are trained on.
+        fps: the frame rate of the settings.
+    """
+    long = sum(frames_available(info, rate) > frames for info, _, rate in clips)
+    if long:
+        share = sum(bucket.frames / rate for _, bucket, rate in clips) / sum(info.duration for info, _, _ in clips)
+        yield Notice(
+            f"{long} of {counted(len(clips), 'clip')} are longer than data.frames = {frames}: only the first "
+            f"{frames / fps:.1f} s of each are trained on, {share:.0%} of all seconds; cut long clips into several to "
+            "use the rest"
+        )
 
 
 def changed_looks(clips: Sequence[tuple[str, VideoInfo, Bucket]]) -> Iterator[Notice]:

@@ -7,28 +7,32 @@ in memory together. A stage whose entries are all cached loads no model. The pro
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from crepa_cli.alignment.grid import teaching_frames
 from crepa_cli.data.buckets import Bucket, Fit, Size, bucket_sizes, fit, nearest_bucket, valid_frames
 from crepa_cli.data.cache import Cache, cache_key, check_writable
-from crepa_cli.data.clips import Clip, ClipError, file_digest, find_clips
-from crepa_cli.data.looks import changed_looks
+from crepa_cli.data.clips import Clip, ClipError
+from crepa_cli.data.index import Index
+from crepa_cli.data.looks import changed_looks, unused
+from crepa_cli.data.measured import Measured, measured_clips
+from crepa_cli.data.prompts import Prompt, encode_prompts, prompt_key, require_prompts
 from crepa_cli.data.stages import each, share, store
-from crepa_cli.data.video import DECODING_VERSION, VideoInfo, decode, frames_available, probe
-from crepa_cli.errors import UserError, counted, listed
+from crepa_cli.data.video import DECODING_VERSION, VideoInfo, decode, frames_available
+from crepa_cli.errors import UserError, counted
 from crepa_cli.events import ClipSkipped, Event, Notice, Progress
 from crepa_cli.heap import release_memory
 from crepa_cli.hub.download import Need, fetch
 from crepa_cli.hub.read import fingerprint, read_config
-from crepa_cli.models.family import Family
-from crepa_cli.models.streaming import place
+from crepa_cli.models.family import Family, Tensors
 from crepa_cli.processes import from_main
 from crepa_cli.profile import CrepaSettings, DataSettings
 from crepa_cli.teachers.dinov2 import ENCODERS, Dinov2Teacher, input_size
@@ -37,11 +41,11 @@ SAME_RATE = 0.99
 """Clips that have this share of a frame rate or more are trained frame by frame, as if they had it: 29.97 is 30."""
 
 
-class Prompt(NamedTuple):
-    """A text to encode, as a caption or as a negative prompt."""
+class TeacherInput(NamedTuple):
+    """The frames of a clip that the encoder sees, and the height and width at which it does."""
 
-    text: str
-    negative: bool = False
+    frames: list[int]
+    size: tuple[int, int]
 
 
 class ClipForm(NamedTuple):
@@ -58,7 +62,7 @@ class ClipForm(NamedTuple):
         return cls(data.width, data.height, data.frames, data.fps)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PreparedClip:
     """A clip, the frame rate it is trained at, and the keys of its cache entries.
 
@@ -113,11 +117,13 @@ def prepare(
         UserError: if the cache cannot be written, no clip is usable, or a prompt of `prompts` cannot be encoded.
     """
     check_writable(cache.root, folder)
+    with suppress(OSError):  # the first entry that cannot be written says why
+        cache.root.mkdir(parents=True, exist_ok=True)
     cache.remove_leftovers()
-    clips = yield from scanned or scan(family, folder, form)
+    clips = yield from scanned or scan(family, folder, form, cache.index)
     texts = {Prompt(text) for text in prompts} | ({Prompt(negative_prompt, True)} if negative_prompt else set())
     captions = {Prompt(clip.clip.caption) for clip in clips}
-    reasons = yield from encode_prompts(family, texts | captions, cache, device, dtype)
+    reasons = yield from encode_prompts(family, texts | captions, cache, device, dtype, trusted=captions - texts)
     require_prompts(texts, reasons)
     clips = yield from _with_captions(family, clips, reasons, dtype)
     clips = yield from _prepare_latents(family, clips, cache, device)
@@ -128,71 +134,49 @@ def prepare(
     return clips
 
 
-def prompt_key(family: Family, caption: str, dtype: torch.dtype, *, negative: bool = False) -> str:
-    """The cache key of a caption's tensors, or of a negative prompt's; without a text they are the same."""
-    difference = {"negative": True} if negative and caption else {}
-    return cache_key(
-        **difference,
-        kind="prompts",
-        family=family.name,
-        pipeline=family.pipeline_class,
-        caption=caption,
-        dtype=str(dtype),
-        encoder=family.base.fingerprints(*family.text_components),
-        # Entries of earlier versions have the pipeline's length.
-        **({"tokens": family.caption_tokens} if family.caption_tokens else {}),
-    )
-
-
-def scan(family: Family, folder: Path, form: ClipForm) -> Generator[Event, None, list[PreparedClip]]:
+def scan(
+    family: Family, folder: Path, form: ClipForm, index: Index | None = None
+) -> Generator[Event, None, list[PreparedClip]]:
     """Find the clips of a folder and the bucket of each; yields progress, skipped clips and notices.
+
+    Clips that the `index` knows are not opened.
 
     Raises:
         UserError: if the folder does not exist or has no usable clips.
     """
-    found = find_clips(folder)
-    for skipped in found.skipped:
-        yield ClipSkipped(skipped.name, skipped.reason)
-    if found.left_out:
-        yield Notice(f"{counted(len(found.left_out), 'file')} left out, of no kind of video: {listed(found.left_out)}")
-    clips = yield from each(
-        "scanning", found.clips, lambda clip: _placed(clip, family, form), name=lambda clip: clip.path.name
-    )
+    found = yield from measured_clips(folder, index)
+    sizes, buckets, clips = bucket_sizes(form.width, form.height, family.size_multiple), dict[Bucket, Bucket](), []
+    for one, measured in found.clips:
+        try:
+            placed = _placed(one, measured, family, form, sizes)
+        except ClipError as error:
+            yield ClipSkipped(one.path.name, str(error))
+        else:
+            # One object for each bucket, not for each clip.
+            clips.append(replace(placed, bucket=buckets.setdefault(placed.bucket, placed.bucket)))
     if not clips:
         raise UserError(
-            f"no usable clips in {folder}: {len(found.clips) + len(found.skipped)} found, all skipped for the reasons "
+            f"no usable clips in {folder}: {len(found.clips) + found.skipped} found, all skipped for the reasons "
             "given above"
         )
     for clip in clips:
         if clip.repeated:
             yield Notice(
-                f"{_clip_name(clip)} is slower than data.fps = {form.fps:g}: {clip.repeated} of its "
+                f"{clip_name(clip)} is slower than data.fps = {form.fps:g}: {clip.repeated} of its "
                 f"{clip.bucket.frames} frames repeat the one before"
             )
-    yield from _unused(clips, form)
-    yield from changed_looks([(_clip_name(clip), clip.info, clip.bucket) for clip in clips])
+    yield from unused([(clip.info, clip.bucket, clip.fps) for clip in clips], form.frames, form.fps)
+    yield from changed_looks([(clip_name(clip), clip.info, clip.bucket) for clip in clips])
     return clips
 
 
-def _unused(clips: Sequence[PreparedClip], form: ClipForm) -> Iterator[Notice]:
-    """Say what part of long clips is trained on."""
-    long = [clip for clip in clips if frames_available(clip.info, clip.fps) > form.frames]
-    if long:
-        share = sum(clip.bucket.frames / clip.fps for clip in clips) / sum(clip.info.duration for clip in clips)
-        yield Notice(
-            f"{len(long)} of {counted(len(clips), 'clip')} are longer than data.frames = {form.frames}: only the first "
-            f"{form.frames / form.fps:.1f} s of each are trained on, {share:.0%} of all seconds; cut long clips into "
-            "several to use the rest"
-        )
-
-
-def _placed(clip: Clip, family: Family, form: ClipForm) -> PreparedClip:
+def _placed(clip: Clip, measured: Measured, family: Family, form: ClipForm, sizes: list[Size]) -> PreparedClip:
     """The clip with the size, the frame count and the frame rate at which it is trained.
 
     Raises:
-        ClipError: if it cannot be read or is too short.
+        ClipError: if it is too short.
     """
-    info, fps = probe(clip.path), form.fps
+    info, fps = measured.info, form.fps
     frames = valid_frames(frames_available(info, fps), form.frames, family.frame_multiple)
     repeated = _repeated(info, frames or 1, fps)
     if repeated and (family.takes_frame_rate or info.fps >= SAME_RATE * fps):
@@ -203,9 +187,8 @@ def _placed(clip: Clip, family: Family, form: ClipForm) -> PreparedClip:
             f"too short: {counted(frames_available(info, fps), 'frame')} at {fps:g} frames per second, "
             f"needs at least {min(form.frames, family.frame_multiple + 1)}"
         )
-    sizes = bucket_sizes(form.width, form.height, family.size_multiple)
     size = sizes[0] if family.only_size else nearest_bucket(info.width, info.height, sizes)
-    return PreparedClip(clip, info, Bucket(frames, size.height, size.width), file_digest(clip.path), fps, repeated)
+    return PreparedClip(clip, info, Bucket(frames, size.height, size.width), measured.digest, fps, repeated)
 
 
 def _repeated(info: VideoInfo, frames: int, fps: float) -> int:
@@ -241,58 +224,20 @@ def encoder_config(crepa: CrepaSettings) -> dict[str, Any]:
     return read_config(need.name, "config.json", need.revision)
 
 
-def encode_prompts(
-    family: Family, prompts: Collection[Prompt], cache: Cache, device: torch.device, dtype: torch.dtype
-) -> Generator[Event, None, dict[Prompt, str]]:
-    """Fill the cache for some texts, and return why some of them cannot be used; see `prepare`."""
-    keys = {one: prompt_key(family, one.text, dtype, negative=one.negative) for one in sorted(prompts)}
-    missing = from_main(lambda: [one for one in keys if not cache.has("prompts", keys[one])])
-    if not missing:
-        return {}
-    reasons = yield from _encode_missing(family, {one: keys[one] for one in missing}, cache, device, dtype)
-    release_memory()
-    return reasons
-
-
-def _encode_missing(
-    family: Family, keys: dict[Prompt, str], cache: Cache, device: torch.device, dtype: torch.dtype
-) -> Generator[Event, None, dict[Prompt, str]]:
-    yield Progress("prompts", 0, len(share(keys)), "loading the text encoder")
-    pipeline = family.load_text_pipeline(dtype)
-    for name in family.text_encoders:
-        place(getattr(pipeline, name), device, streamed=family.streams_text_encoders)
-
-    def encode(prompt: Prompt) -> tuple[Prompt, str] | None:
-        encode_text = family.encode_negative_prompt if prompt.negative else family.encode_prompt
-        try:
-            store(cache, "prompts", keys[prompt], encode_text(pipeline, prompt.text))
-        except ClipError as error:
-            return prompt, str(error)
-        return None
-
-    failed = yield from each("prompts", list(keys), encode, name=lambda prompt: repr(prompt.text))
-    return dict(one for one in failed if one is not None)
-
-
-def require_prompts(prompts: Collection[Prompt], reasons: Mapping[Prompt, str]) -> None:
-    """Raise a UserError that names the first of some prompts that cannot be used, with the reason."""
-    for prompt in sorted(reasons.keys() & set(prompts)):
-        kind = "negative" if prompt.negative else "validation"
-        where = f"the {kind} prompt {prompt.text!r}" if prompt.text else "the empty prompt"
-        raise UserError(f"{where} cannot be used: {reasons[prompt]}. Try another model.dtype")
-
-
 def _with_captions(
     family: Family, clips: list[PreparedClip], reasons: Mapping[Prompt, str], dtype: torch.dtype
 ) -> Generator[Event, None, list[PreparedClip]]:
     """The clips with the keys of their captions; those whose caption cannot be used are skipped."""
+    keys: dict[str, str] = {}
     usable = []
     for clip in clips:
         caption = clip.clip.caption
         if reason := reasons.get(Prompt(caption)):
-            yield ClipSkipped(_clip_name(clip), f"its caption: {reason}")
-        else:
-            usable.append(replace(clip, prompt_key=prompt_key(family, caption, dtype)))
+            yield ClipSkipped(clip_name(clip), f"its caption: {reason}")
+            continue
+        if caption not in keys:
+            keys[caption] = prompt_key(family, caption, dtype)
+        usable.append(replace(clip, prompt_key=keys[caption]))
     return usable
 
 
@@ -306,60 +251,80 @@ def _prepare_latents(
         return cache_key(kind="latents", family=family.name, task=family.task, vae=vae, **content)
 
     clips = [replace(clip, latents_key=key(clip)) for clip in clips]
-    missing = from_main(lambda: [clip for clip in clips if not cache.has("latents", clip.latents_key)])
+    # The first entry of each bucket is read for its shape, before the training.
+    read = {clip.bucket: clip.latents_key for clip in reversed(clips)}
+    missing = from_main(lambda: cache.missing("latents", [clip.latents_key for clip in clips], [*read.values()]))
     if not missing:
         return clips
-    encoded = yield from _encode_latents(family, missing, cache, device)
+    tried = [clip for clip in clips if clip.latents_key in missing]
+    encoded = yield from _encode_latents(family, tried, cache, device)
     release_memory()
-    return _without_failed(clips, missing, encoded)
+    from_main(lambda: cache.remember("latents", missing))
+    return _without_failed(clips, tried, encoded)
 
 
 def _encode_latents(
     family: Family, clips: list[PreparedClip], cache: Cache, device: torch.device
 ) -> Generator[Event, None, list[PreparedClip]]:
     yield Progress("latents", 0, len(share(clips)), "loading the VAE")
-    pipeline = family.load_vae_pipeline()
-    pipeline.vae.decoder = None  # up to half of the weights, which no clip needs
-    pipeline.to(device)
+    pipeline = load_encoding_vae(family, device)
 
     def encode(clip: PreparedClip) -> PreparedClip:
-        video = clip_pixels(clip).transpose(0, 1).float() / 127.5 - 1
-        # The same noise whenever this entry is computed, and another for every clip.
-        generator = torch.Generator().manual_seed(int(clip.latents_key[:15], 16)) if family.samples_posterior else None
-        tensors = family.encode_clip(pipeline, video, generator) | {"fps": torch.tensor(clip.fps)}
-        store(cache, "latents", clip.latents_key, tensors)
+        store(cache, "latents", clip.latents_key, clip_latents(family, pipeline, clip))
         return clip
 
-    return (yield from each("latents", clips, encode, name=_clip_name))
+    return (yield from each("latents", clips, encode, name=clip_name))
+
+
+def load_encoding_vae(family: Family, device: torch.device) -> DiffusionPipeline:
+    """The pipeline that `clip_latents` needs."""
+    pipeline = family.load_vae_pipeline()
+    pipeline.vae.decoder = None  # up to half of the weights, which no clip needs
+    return pipeline.to(device)
+
+
+def clip_latents(family: Family, pipeline: DiffusionPipeline, clip: PreparedClip) -> Tensors:
+    """The tensors of a clip's entry of latents."""
+    video = clip_pixels(clip).transpose(0, 1).float() / 127.5 - 1
+    # The same noise whenever this entry is computed, and another for every clip.
+    generator = torch.Generator().manual_seed(int(clip.latents_key[:15], 16)) if family.samples_posterior else None
+    return family.encode_clip(pipeline, video, generator) | {"fps": torch.tensor(clip.fps)}
 
 
 def _prepare_features(
     family: Family, crepa: CrepaSettings, clips: list[PreparedClip], cache: Cache, device: torch.device
 ) -> Generator[Event, None, list[PreparedClip]]:
-    folder = encoder_folder(crepa)
-    encoder = fingerprint(folder)
-    patch_size = encoder_config(crepa)["patch_size"]
-    inputs: dict[str, tuple[list[int], tuple[int, int]]] = {}
+    encoder = fingerprint(encoder_folder(crepa))
+    inputs: dict[Bucket, TeacherInput] = {}
     keyed = []
     for clip in clips:
-        grid = family.token_grid(cache.read("latents", clip.latents_key)["latents"][None])
-        frames = teaching_frames(clip.bucket.frames, grid.frames, crepa.teacher_frame)
-        size = input_size(crepa.encoder_image_size, grid, patch_size)
+        if clip.bucket not in inputs:
+            latents = cache.read("latents", clip.latents_key)["latents"]
+            inputs[clip.bucket] = teacher_input(family, crepa, clip.bucket, latents)
+        frames, size = inputs[clip.bucket]
         key = cache_key(kind="features", encoder=encoder, chosen=frames, size=size, **_content(clip))
-        inputs[key] = frames, size
         keyed.append(replace(clip, features_key=key))
-    missing = from_main(lambda: [clip for clip in keyed if not cache.has("features", str(clip.features_key))])
+    missing = from_main(lambda: cache.missing("features", [str(clip.features_key) for clip in keyed]))
     if not missing:
         return keyed
-    encoded = yield from _encode_features(crepa, missing, inputs, cache, device)
+    tried = [clip for clip in keyed if clip.features_key in missing]
+    encoded = yield from _encode_features(crepa, tried, inputs, cache, device)
     release_memory()
-    return _without_failed(keyed, missing, encoded)
+    from_main(lambda: cache.remember("features", missing))
+    return _without_failed(keyed, tried, encoded)
+
+
+def teacher_input(family: Family, crepa: CrepaSettings, bucket: Bucket, latents: Tensor) -> TeacherInput:
+    """What the encoder sees of a bucket's clips, for latents `[C, T, h, w]` of one of them."""
+    grid = family.token_grid(latents[None])
+    frames = teaching_frames(bucket.frames, grid.frames, crepa.teacher_frame)
+    return TeacherInput(frames, input_size(crepa.encoder_image_size, grid, encoder_config(crepa)["patch_size"]))
 
 
 def _encode_features(
     crepa: CrepaSettings,
     clips: list[PreparedClip],
-    inputs: dict[str, tuple[list[int], tuple[int, int]]],
+    inputs: Mapping[Bucket, TeacherInput],
     cache: Cache,
     device: torch.device,
 ) -> Generator[Event, None, list[PreparedClip]]:
@@ -367,15 +332,19 @@ def _encode_features(
     teacher = load_teacher(crepa, device)
 
     def encode(clip: PreparedClip) -> PreparedClip:
-        frames, size = inputs[str(clip.features_key)]
-        features = teacher.features(clip_pixels(clip)[frames], size)
-        store(cache, "features", str(clip.features_key), {"features": features})
+        store(cache, "features", str(clip.features_key), clip_features(teacher, clip, inputs[clip.bucket]))
         return clip
 
-    return (yield from each("features", clips, encode, name=_clip_name))
+    return (yield from each("features", clips, encode, name=clip_name))
 
 
-def _clip_name(clip: PreparedClip) -> str:
+def clip_features(teacher: Dinov2Teacher, clip: PreparedClip, read: TeacherInput) -> Tensors:
+    """The tensors of a clip's entry of features."""
+    return {"features": teacher.features(clip_pixels(clip)[read.frames], read.size)}
+
+
+def clip_name(clip: PreparedClip) -> str:
+    """The name that messages give a clip."""
     return clip.clip.path.name
 
 

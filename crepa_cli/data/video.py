@@ -43,7 +43,7 @@ BT709 = 1
 LIMITED_RANGE = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class VideoInfo:
     """Size, length and frame rate of a clip, as a player shows it.
 

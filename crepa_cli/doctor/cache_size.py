@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -27,10 +28,11 @@ def cache_bytes(
         dtype: of the text encoder.
         crepa: the encoder's settings; None if no features are stored.
     """
+    counts = Counter(buckets).items()
     return {
-        "latents": sum(total_bytes(encoded_clip(family, bucket)) for bucket in buckets),
+        "latents": sum(count * total_bytes(encoded_clip(family, bucket)) for bucket, count in counts),
         "prompts": texts * _prompt_bytes(family, dtype),
-        "features": sum(_feature_bytes(family, bucket, crepa) for bucket in buckets) if crepa else 0,
+        "features": sum(count * _feature_bytes(family, bucket, crepa) for bucket, count in counts) if crepa else 0,
     }
 
 

@@ -13,7 +13,8 @@ from accelerate import Accelerator
 
 from crepa_cli.data.cache import Cache, cache_folder, cache_key
 from crepa_cli.data.clips import Clip, ClipError, file_digest, find_clips
-from crepa_cli.data.prepare import ClipForm, prompt_key
+from crepa_cli.data.prepare import ClipForm
+from crepa_cli.data.prompts import prompt_key
 from crepa_cli.data.video import write_video
 from crepa_cli.errors import RunError, UserError
 from crepa_cli.evaluate.prompts import Sampled, prompts_of_file, prompts_of_run

@@ -90,7 +90,7 @@ def measure(profile: Profile, family: Family) -> Generator[Event, None, Measurem
     folder = clips_folder(profile.data)
     yield from download(needs(profile, family))
     accelerator = Accelerator(mixed_precision=PRECISION[profile.model.dtype])
-    cache = Cache(cache_folder(profile.data))
+    cache = Cache(cache_folder(profile.data), verify=True)  # nothing is made again later
     dtype = torch_dtype(profile.model.dtype)
     form = ClipForm.of(profile.data)
     clips = yield from prepare(family, folder, form, profile.crepa, [], cache, accelerator.device, dtype)

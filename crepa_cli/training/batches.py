@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from crepa_cli.alignment import TokenGrid
-from crepa_cli.data.dataset import ClipDataset, prefetched
+from crepa_cli.data.dataset import ClipDataset, DamagedClipError, prefetched
 from crepa_cli.data.sampler import BatchOrder
 from crepa_cli.models.family import Family, Tensors
 from crepa_cli.profile import Profile
@@ -99,9 +99,22 @@ class Batches:
     def starting_at(self, step: int) -> Iterator[MicroBatch]:
         """The micro-batches from an optimizer step on, each read and drawn while the one before it is trained on.
 
-        They lie in the memory of the CPU, which is pinned if a GPU trains.
+        They lie in the memory of the CPU, which is pinned if a GPU trains. Damaged entries are made again here, in the
+        caller's thread.
         """
-        return prefetched(self._read, step * self.accumulation)
+        first = step * self.accumulation
+        for index, found in enumerate(prefetched(self._attempt, first), start=first):
+            batch = found
+            while isinstance(batch, DamagedClipError):
+                self.dataset.recover(batch)
+                batch = self._attempt(index)
+            yield batch
+
+    def _attempt(self, index: int) -> MicroBatch | DamagedClipError:
+        try:
+            return self._read(index)
+        except DamagedClipError as error:
+            return error
 
     def index(self, step: int, micro: int) -> int:
         """The index, among the micro-batches of all processes, of this process's `micro`-th one of a step."""

@@ -132,7 +132,7 @@ class HeldOutLoss:
     def _batch(self, index: int, *, with_features: bool) -> MicroBatch:
         """A batch of one clip, with noise `[LEVELS, C, T, h, w]` and noise levels `[LEVELS]`."""
         train = self.profile.train
-        batch = self.dataset.batch([index], [False], with_features=with_features)
+        batch = self.dataset.whole_batch([index], [False], with_features=with_features)
         latents = batch.tensors["latents"]
         shift = train.timestep_shift or self.family.timestep_shift(latents)
         sigmas = spread_sigmas(LEVELS, train.timestep_sampling, shift, self.family.sigma_range)

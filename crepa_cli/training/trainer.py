@@ -147,7 +147,12 @@ class Trainer:
                 yield self._save()
                 if self.done < last and profile.adapter.kind == "lora":
                     self._export(self.done)
-            if self._stopping(should_stop):
+            healing = self.batches.dataset.healing
+            stopping, healed = self._agreed(should_stop(), bool(healing and healing.news))
+            if healing and healed:
+                yield from from_all(healing.news)
+                healing.news = []
+            if stopping:
                 break
             yield from self._validate(should_stop)
         if self.done < last:
@@ -289,10 +294,14 @@ class Trainer:
 
     def _stopping(self, should_stop: StopRequest) -> bool:
         """Whether any process is asked to stop; every process has to call this."""
+        return self._agreed(should_stop())[0]
+
+    def _agreed(self, *flags: bool) -> list[bool]:
+        """Whether each of some flags is set in any process; every process has to call this."""
         if self.accelerator.num_processes == 1:
-            return should_stop()
-        asked = torch.tensor([float(should_stop())], device=self.accelerator.device)
-        return bool(self.accelerator.reduce(asked, "sum").item())
+            return list(flags)
+        numbers = torch.tensor([float(flag) for flag in flags], device=self.accelerator.device)
+        return [bool(number) for number in self.accelerator.reduce(numbers, "sum").tolist()]
 
     def _save(self) -> CheckpointSaved:
         progress = {
