@@ -43,6 +43,7 @@ from crepa_cli.models.family import Family
 from crepa_cli.processes import PRECISION, from_all, from_main, start_processes
 from crepa_cli.profile import Profile
 from crepa_cli.report.card import write_model_card
+from crepa_cli.report.events_file import EventsFile
 from crepa_cli.report.loading import loading_lines
 from crepa_cli.report.metrics import MetricsFile
 from crepa_cli.report.plot import CurvesFile
@@ -162,7 +163,7 @@ def train(
                 run.write_profile(profile)
             curves = CurvesFile(run, profile.crepa.similarity_threshold)
             trackers = stack.enter_context(closing(Trackers(profile, run, listeners)))
-            listeners = [MetricsFile(run.metrics), curves, trackers, *listeners]
+            listeners = [MetricsFile(run.metrics), curves, EventsFile(run.events), trackers, *listeners]
         last = follow(
             lambda should_stop: _run(
                 profile, family, run, accelerator, resume=resume, verify_cache=verify_cache, should_stop=should_stop

@@ -19,6 +19,7 @@ from crepa_cli.cli.init import init
 from crepa_cli.cli.probe import probe_blocks
 from crepa_cli.cli.terminal import in_notebook, write_plain_text
 from crepa_cli.cli.train import train
+from crepa_cli.cli.watch import watch
 from crepa_cli.errors import RunError, UserError
 
 app = typer.Typer(
@@ -33,6 +34,7 @@ app.command()(train)
 app.command()(probe_blocks)
 app.command()(doctor)
 app.command(name="eval")(evaluate)
+app.command()(watch)
 app.command()(export)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from rich import progress as bars
@@ -24,6 +24,7 @@ from crepa_cli.report.panels import (
     coefficient_lines,
     header,
     held_out_lines,
+    legend_lines,
     losses_lines,
     message_lines,
     progress_lines,
@@ -54,6 +55,7 @@ class Dashboard:
         console: a terminal.
         schedule: the planned coefficient (lambda); None for a run without alignment.
         clock: returns the time in seconds.
+        others: states of further runs, whose curves are drawn beside those of this one.
     """
 
     def __init__(
@@ -62,7 +64,9 @@ class Dashboard:
         schedule: CoefficientSchedule | None,
         *,
         clock: Callable[[], float] = time.monotonic,
+        others: Sequence[RunState] = (),
     ) -> None:
+        self.others = list(others)
         self.entered = self.opened = False
         self.state = RunState(schedule, clock)
         self.summary = Summary()
@@ -102,17 +106,15 @@ class Dashboard:
     def __call__(self, event: Event) -> None:
         """Update the view with an event."""
         if isinstance(event, RunOpened):
-            if self.entered:
+            if self.opened:
+                # A run that is watched was resumed.
+                self.summary = Summary()
+            elif self.entered:
                 self.live.start()
             self.opened = True
         if isinstance(event, Progress):
             self._advance(event)
-        if isinstance(event, TrainingStarted):
-            for step in steps_before(event):
-                self.state(step)
-            self.state.sampled += validations_before(event)
-            self.state.held_out += held_out_before(event)
-        self.state(event)
+        self.state = advanced(self.state, event)
         self.summary(event)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -141,9 +143,13 @@ class Dashboard:
 
     def _training(self, started: TrainingStarted, view: View, console: Console, width: int, height: int) -> Layout:
         """The panels during training; of a window's lines beyond 24, messages take a quarter and charts the rest."""
-        state, runs = self.state, [self.state]
+        state, runs = self.state, [self.state, *self.others]
         inner, left, extra = width - MARGIN, width // 2, max(0, height - HEIGHT)
-        progress = [*progress_lines(state, started, view, inner, FACTS), *sampled_lines(state, inner)]
+        progress = [
+            *progress_lines(state, started, view, inner, FACTS),
+            *sampled_lines(state, inner),
+            *legend_lines(runs),
+        ]
         below = held_out_lines(state, inner)
         free = height - len(progress) - BORDER
         messages = min(MESSAGES + extra // 4, max(1, free - 4 * BORDER)) + BORDER
@@ -176,3 +182,16 @@ class Dashboard:
             self.stages[event.stage] = self.progress.add_task(event.stage, total=event.total, amount="")
         self.progress.update(self.stages[event.stage], completed=event.done, total=event.total, amount=amount(event))
         self.stage(event)
+
+
+def advanced(state: RunState, event: Event) -> RunState:
+    """The state of a run after an event: a new one if the run is opened again, with its earlier steps if it goes on."""
+    if isinstance(event, RunOpened) and state.opened is not None:
+        state = RunState(state.schedule, state.clock)
+    if isinstance(event, TrainingStarted):
+        for step in steps_before(event):
+            state(step)
+        state.sampled += validations_before(event)
+        state.held_out += held_out_before(event)
+    state(event)
+    return state

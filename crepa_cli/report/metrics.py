@@ -7,6 +7,7 @@ follows. It has a line of its own if no step follows, and the measures of videos
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of the steps in a metrics file, without what validations found."""
     steps = (line for line in _lines(path) if "loss" in line)
     return [{key: value for key, value in line.items() if not key.startswith((VALIDATION, HELD_OUT))} for line in steps]
+
+
+def step_done(line: Mapping[str, Any]) -> StepDone | None:
+    """The event of a line; None if it has no step, or one that was skipped."""
+    if "loss" not in line or line.get("skipped"):
+        return None
+    return StepDone(**{field.name: line[field.name] for field in fields(StepDone) if field.name in line})
 
 
 def read_validations(path: Path) -> list[ValidationSampled]:

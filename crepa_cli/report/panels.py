@@ -91,7 +91,7 @@ def progress_lines(state: RunState, started: TrainingStarted, view: View, width:
 
 def _facts(state: RunState, started: TrainingStarted, done: int) -> list[str]:
     epochs, latest = started.batches_per_epoch, state.latest
-    facts = [f"epoch {done / epochs:.1f} of {started.steps / epochs:.1f}"]
+    facts = [f"epoch {done / epochs:.1f} of {started.steps / epochs:.1f}"] if epochs else []
     if latest is None:
         facts.append("waiting for the first step")
     else:
@@ -110,6 +110,17 @@ def _facts(state: RunState, started: TrainingStarted, done: int) -> list[str]:
         if done < following <= started.steps:
             facts.append(f"{name} at step {following:,}")
     return facts
+
+
+def legend_lines(runs: Sequence[RunState]) -> list[Text]:
+    """One line with the names of several runs, each in the color of its curves, and their steps."""
+    if len(runs) == 1:
+        return []
+    names = [
+        (f"{run.opened.output.name if run.opened else '-'} at step {run.latest.step if run.latest else 0:,}   ", style)
+        for run, style in zip(runs, map(style_of, range(len(runs))), strict=True)
+    ]
+    return [Text.assemble(*names)]
 
 
 def losses_lines(runs: Sequence[RunState], view: View, width: int, height: int) -> list[Text]:

@@ -75,9 +75,11 @@ def describe(event: Event) -> str:
         case Notice(message):
             return message
         case TrainingStarted():
+            start = f"training from step {event.step} to {event.steps}: {counted(event.clips, 'clip')}"
+            if not event.batches_per_epoch:
+                return start
             return (
-                f"training from step {event.step} to {event.steps}: {counted(event.clips, 'clip')}, "
-                f"{counted(event.batches_per_epoch, 'step')} per epoch, "
+                f"{start}, {counted(event.batches_per_epoch, 'step')} per epoch, "
                 f"{counted(event.trainable_parameters, 'trainable parameter')}"
             )
         case StepDone():

@@ -13,7 +13,7 @@ from crepa_cli.events import (
     TrainingStarted,
     ValidationSampled,
 )
-from crepa_cli.report.metrics import read_held_out, read_metrics, read_validations
+from crepa_cli.report.metrics import read_held_out, read_metrics, read_validations, step_done
 from crepa_cli.report.state import Series
 from crepa_cli.runs.folder import RunFolder
 
@@ -92,8 +92,8 @@ def held_out_before(started: TrainingStarted) -> list[HeldOutMeasured]:
 def steps_before(started: TrainingStarted) -> Iterator[StepDone]:
     """The steps of earlier sessions, so that curves and best values cover the whole run."""
     for line in read_metrics(RunFolder(started.output).metrics) if started.step else ():
-        if line["step"] < started.step and not line.pop("skipped", None):
-            yield StepDone(**line)
+        if line["step"] < started.step and (step := step_done(line)) is not None:
+            yield step
 
 
 def validations_before(started: TrainingStarted) -> list[ValidationSampled]:

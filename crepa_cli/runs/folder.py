@@ -84,6 +84,11 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def events(self) -> Path:
+        """One JSON object for each event but steps and progress."""
+        return self.path / "events.jsonl"
+
+    @property
     def curves(self) -> Path:
         """The plot of the metrics."""
         return self.path / "curves.svg"
