@@ -261,7 +261,7 @@ def _run(
     profile = from_main(lambda: with_prompts(profile, prepared.clips, run))
     prompts = yield from read_prompts(profile, family, prepared.cache, accelerator.device)
     if profile.train.attention == "auto" and accelerator.device.type == "cuda" and family.attention_heads:
-        attention = largest_attention(profile, family, (clip.bucket for clip in prepared.clips))
+        attention = largest_attention(profile, family, {clip.bucket for clip in prepared.clips})
         times = from_main(lambda: attention.times(accelerator.device))
         profile = with_setting(profile, "train", "attention", fastest(times))
         yield Notice(described(times))
