@@ -18,6 +18,22 @@ LONGEST_GRACE_SECONDS = 30
 """Windows itself ends a process some 5 seconds after its console was closed."""
 
 
+_acknowledgements: list[Callable[[], None]] = []
+
+
+@contextmanager
+def acknowledged(acknowledge: Callable[[], None]) -> Iterator[None]:
+    """Within this context `acknowledge` is called as soon as a signal asks for a stop that has something to save.
+
+    It runs inside the signal handler, so it may set a flag and no more: a lock may be held already.
+    """
+    _acknowledgements.append(acknowledge)
+    try:
+        yield
+    finally:
+        _acknowledgements.remove(acknowledge)
+
+
 class Stopped(KeyboardInterrupt):
     """A signal ended the work in good order.
 
@@ -50,6 +66,8 @@ class StopSignals:
         self.received.append(number)
         if self.at_once and len(self.received) == 1:
             raise Stopped(number)
+        for acknowledge in _acknowledgements:
+            acknowledge()
 
     def raise_first(self) -> None:
         """Raise `Stopped` if there was a signal."""

@@ -213,6 +213,7 @@ def test_the_end_leaves_a_summary(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Lowest diffusion loss (smoothed): 0.9699 at step 37" in printed
     assert re.search(r"Highest similarity: 0\.16\d\d at step 3\d\n", printed)
     assert f"Weights: {RUN}/weights" in printed
+    assert printed.endswith(f"Train further: crepa train --resume --output {RUN} --steps 10000\n")
     assert '    pipeline.load_lora_weights("weights")' in printed
 
 

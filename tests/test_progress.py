@@ -125,6 +125,14 @@ def test_the_first_and_the_last_step_have_a_line(clock: Clock) -> None:
     assert printed_steps(screen) == [3, 5, 10, 12]
 
 
+def test_a_step_says_how_many_there_are_and_how_long_the_rest_takes(clock: Clock) -> None:
+    lines, screen = plain_lines(clock)
+    lines(TrainingStarted(RUN, 10, 21, 20, 10, 1000))
+    clock.now += 6
+    lines(step_done(10))
+    assert screen.getvalue().endswith(" steps=21 seconds_left=60\n")
+
+
 def test_the_last_step_of_a_run_that_is_stopped_has_a_line(clock: Clock) -> None:
     lines, screen = plain_lines(clock)
     lines(TrainingStarted(RUN, 0, 60, 20, 10, 1000))
@@ -192,6 +200,35 @@ def test_the_dashboard_shows_the_item_and_its_time(clock: Clock) -> None:
         console.print(dashboard)
     assert "1/20" in capture.get()
     assert "clip-1.mp4, 40 s so far" in capture.get()
+
+
+def test_the_dashboard_shows_a_validation_at_work_and_a_stop(clock: Clock) -> None:
+    console = Console(file=io.StringIO(), width=80, height=24, color_system=None, force_terminal=True)
+    dashboard = Dashboard(console, None, clock=clock)
+    dashboard(TrainingStarted(RUN, 0, 100, 8, 2, 100))
+    dashboard(step_done(0))
+    dashboard(Progress("validation", 0, 4, "sampling videos"))
+    clock.now += 30
+
+    def screen() -> str:
+        with console.capture() as capture:
+            console.print(dashboard)
+        return capture.get()
+
+    assert "validation: sampling videos, 30 s so far" in screen()
+    assert "Ctrl-C" not in screen()
+    dashboard.stop()
+    assert "saving a checkpoint; Ctrl-C once more to stop now" in screen()
+    dashboard(step_done(1))
+    assert "sampling videos" not in screen()
+
+
+def test_plain_lines_acknowledge_a_stop_once(clock: Clock) -> None:
+    lines, screen = plain_lines(clock)
+    lines.stop()
+    lines.beat()
+    lines.beat()
+    assert screen.getvalue() == "stopping: saving a checkpoint; Ctrl-C once more to stop now\n"
 
 
 @pytest.mark.usefixtures("fresh_accelerate")

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from crepa_cli.signals import Stopped, stop_signals
+from crepa_cli.signals import Stopped, acknowledged, stop_signals
 
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 WAIT = """
@@ -63,6 +63,20 @@ def test_the_second_ctrl_c_ends_the_process_at_once() -> None:
         signal.raise_signal(signal.SIGINT)
     assert ended.value.code == 128 + signal.SIGINT
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_signal_is_acknowledged_while_there_is_something_to_save() -> None:
+    heard: list[int] = []
+    with acknowledged(lambda: heard.append(1)), stop_signals() as signals:
+        signals.at_once = False
+        signal.raise_signal(signal.SIGTERM)
+        assert heard == [1]
+    with acknowledged(lambda: heard.append(2)), pytest.raises(Stopped), stop_signals():
+        signal.raise_signal(signal.SIGTERM)
+    with stop_signals() as signals:
+        signals.at_once = False
+        signal.raise_signal(signal.SIGTERM)
+    assert heard == [1]
 
 
 def test_a_launcher_may_repeat_ctrl_c_as_sigterm() -> None:

@@ -48,6 +48,9 @@ def train(
     from crepa_cli.runs.folder import RunFolder
     from crepa_cli.settings import resolve
 
+    if sys.stdout and sys.stdout.isatty() and not (quiet or print_profile):
+        # Imports take several seconds, and a screen must not stay blank for so long.
+        typer.echo("starting: loading PyTorch and diffusers")
     silence_libraries()
     named = output is not None
     if resume:

@@ -38,6 +38,7 @@ def open_view(
     from crepa_cli.report.plain import PlainLines
     from crepa_cli.report.records import prints_as_notices, records_as_notices
     from crepa_cli.report.summary import Summary
+    from crepa_cli.signals import acknowledged
     from crepa_cli.training.build import coefficient_schedule
 
     level = logging.getLevelNamesMapping()[log_level.upper()]
@@ -51,11 +52,13 @@ def open_view(
             summary = Summary()
             stack.callback(lambda: _print_lines(console, summary.lines()))
             lines = stack.enter_context(PlainLines(console, profile.report.every))
+            stack.enter_context(acknowledged(lines.stop))
             stack.enter_context(records_as_notices(lines, level))
             yield [lines, summary]
         else:
             schedule = coefficient_schedule(profile) if profile.crepa.enabled else None
             dashboard = stack.enter_context(Dashboard(console, schedule))
+            stack.enter_context(acknowledged(dashboard.stop))
             stack.enter_context(prints_as_notices(dashboard))
             stack.enter_context(records_as_notices(dashboard, level))
             yield [dashboard]

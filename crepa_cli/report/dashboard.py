@@ -36,7 +36,9 @@ from crepa_cli.report.panels import (
 from crepa_cli.report.plain import StageClock, amount, duration, item_text
 from crepa_cli.report.state import RunState
 from crepa_cli.report.summary import Summary, held_out_before, steps_before, validations_before
+from crepa_cli.signals import Stopped
 
+STOPPED_EARLY = "Stopped in the preparation: what it made is kept, and the next start goes on from there"
 HEIGHT = 24
 LOSSES = "losses: total = diffusion + lambda x alignment, which falls below 0"
 FACTS = 3
@@ -98,10 +100,17 @@ class Dashboard:
         if not self.opened:
             return
         self.live.stop()
+        self.state.stopping = False
         console = self.live.console
         console.print(self, height=HEIGHT)
         for line in self.summary.lines():
             console.print(line, markup=False, highlight=False, soft_wrap=True)
+        if isinstance(error, Stopped) and self.state.started is None:
+            console.print(STOPPED_EARLY, soft_wrap=True)
+
+    def stop(self) -> None:
+        """Show from the next drawing on that a signal has asked for a stop; it may be called from a signal handler."""
+        self.state.stopping = True
 
     def __call__(self, event: Event) -> None:
         """Update the view with an event."""

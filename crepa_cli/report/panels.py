@@ -17,7 +17,7 @@ from crepa_cli.errors import counted
 from crepa_cli.events import HeldOutMeasured, TrainingStarted
 from crepa_cli.report.chart import Line, Signs, beside, draw_bar, draw_chart, fitting, level, packed, spread, widths
 from crepa_cli.report.curves import Curve
-from crepa_cli.report.plain import duration, number
+from crepa_cli.report.plain import STOPPING, duration, number
 from crepa_cli.report.state import RunState, Series, phase
 
 BORDER = 2
@@ -85,12 +85,14 @@ def progress_lines(state: RunState, started: TrainingStarted, view: View, width:
     before, after = f"step {done:,} of {started.steps:,} ", f" {share:4.0%}  ETA {left}"
     bar = draw_bar(share, max(0, width - len(before) - len(after)), view.signs)
     line = Text.assemble((before, "bold"), (bar, "green"), (after, "bold"))
-    parts = packed(_facts(state, started, done), width, height)
-    return [line, *(Text(part) for part in parts)]
+    now = [Text(fitting(width, STOPPING, "stopping"), style="bold yellow")] if state.stopping else []
+    parts = packed(_facts(state, started, done), width, height - len(now))
+    return [line, *now, *(Text(part) for part in parts)]
 
 
 def _facts(state: RunState, started: TrainingStarted, done: int) -> list[str]:
     epochs, latest = started.batches_per_epoch, state.latest
+    work = [state.work_text] if state.work_text else []
     facts = [f"epoch {done / epochs:.1f} of {started.steps / epochs:.1f}"] if epochs else []
     if latest is None:
         facts.append("waiting for the first step")
@@ -109,7 +111,7 @@ def _facts(state: RunState, started: TrainingStarted, done: int) -> list[str]:
         following = done - done % every + every if every else 0
         if done < following <= started.steps:
             facts.append(f"{name} at step {following:,}")
-    return facts
+    return [*work, *facts]
 
 
 def legend_lines(runs: Sequence[RunState]) -> list[Text]:

@@ -30,6 +30,7 @@ from crepa_cli.events import (
 QUIET_SECONDS = 10.0
 """The longest time without a line while a stage is at work."""
 ITEM_LENGTH = 60
+STOPPING = "stopping: saving a checkpoint; Ctrl-C once more to stop now"
 
 
 def one_line(message: str) -> str:
@@ -183,9 +184,11 @@ class PlainLines:
         self.training: TrainingStarted | None = None
         self.step, self.step_started = 0, 0.0
         """The step at work, and the time at which it started."""
+        self.training_started = 0.0
         self.unprinted: StepDone | None = None
         """The latest step, if it has no line."""
         self.printed_at = clock()
+        self.stopping = False
         self.lock = threading.Lock()
         self.closed = threading.Event()
         self.thread = threading.Thread(target=self._keep_alive, name="crepa-plain-lines", daemon=True)
@@ -212,13 +215,13 @@ class PlainLines:
                 self.stage.latest = None
                 self._follow_steps(event)
             if event is not self.unprinted:
-                self._print(describe(event))
+                self._print(describe(event) + self._rest(event))
 
     def _follow_steps(self, event: Event) -> None:
         self.step_started = self.clock()
         match event:
             case TrainingStarted():
-                self.training, self.step = event, event.step
+                self.training, self.step, self.training_started = event, event.step, self.step_started
             case StepDone():
                 self.step = event.step + 1
                 self.unprinted = None if self._has_line(event) else event
@@ -229,14 +232,29 @@ class PlainLines:
                 if self.unprinted is not None:
                     self._print(describe(self.unprinted))
 
+    def _rest(self, event: Event) -> str:
+        """The number of steps and the seconds that are left, checkpoints and validations counted in, after a step."""
+        if self.training is None or not isinstance(event, StepDone):
+            return ""
+        done, steps = event.step + 1, self.training.steps
+        per_step = (self.clock() - self.training_started) / max(1, done - self.training.step)
+        return f" steps={steps} seconds_left={per_step * (steps - done):.0f}"
+
     def _has_line(self, event: StepDone) -> bool:
         ends = (self.training.step, self.training.steps - 1) if self.training else ()
         return event.step % self.every == 0 or event.step in ends
 
+    def stop(self) -> None:
+        """Say soon that a signal has asked for a stop; it may be called from a signal handler."""
+        self.stopping = True
+
     def beat(self) -> None:
-        """Say what is worked on, if nothing has been printed for `quiet` seconds."""
+        """Say that a stop was asked for, or what is worked on if nothing has been printed for `quiet` seconds."""
         with self.lock:
-            if self._seconds_to_beat() <= 0 and (work := self._work()):
+            if self.stopping:
+                self.stopping = False
+                self._print(STOPPING)
+            elif self._seconds_to_beat() <= 0 and (work := self._work()):
                 self._print(work)
 
     def _work(self) -> str:

@@ -10,6 +10,7 @@ from crepa_cli.events import (
     AlignmentDropped,
     Event,
     HeldOutMeasured,
+    Notice,
     Progress,
     RunOpened,
     StepDone,
@@ -17,7 +18,7 @@ from crepa_cli.events import (
     ValidationSampled,
 )
 from crepa_cli.report.curves import Curve
-from crepa_cli.report.plain import describe, one_line
+from crepa_cli.report.plain import describe, duration, item_text, one_line
 
 SMOOTHING = 0.95
 MESSAGES = 50
@@ -65,9 +66,18 @@ class RunState:
         """The validations with measures, the oldest first."""
         self.held_out: list[HeldOutMeasured] = []
         self.messages: deque[str] = deque(maxlen=MESSAGES)
+        self.work: Progress | None = None
+        """What is at work between two steps, such as a validation."""
+        self.work_started_at = 0.0
+        self.stopping = False
+        """Whether a signal has asked for a stop."""
 
     def __call__(self, event: Event) -> None:
         """Update the state with an event."""
+        if isinstance(event, Progress):
+            self.work, self.work_started_at = event, self.clock()
+        elif not isinstance(event, Notice):
+            self.work = None
         match event:
             case RunOpened():
                 self.opened, self.opened_at = event, self.clock()
@@ -83,6 +93,13 @@ class RunState:
                 self.held_out.append(event)
         if not isinstance(event, Progress | RunOpened | StepDone):
             self.messages.append(one_line(describe(event)))
+
+    @property
+    def work_text(self) -> str:
+        """What is at work between two steps, and since when; empty during steps."""
+        if self.work is None or not self.work.item:
+            return ""
+        return f"{self.work.stage}: {item_text(self.work.item)}, {duration(self.clock() - self.work_started_at)} so far"
 
     @property
     def elapsed(self) -> float:

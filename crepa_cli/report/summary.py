@@ -67,7 +67,9 @@ class Summary:
         if self.ended is not None and self.ended.weights is not None:
             lines += [f"Weights: {self.ended.weights}", "Load them with:", ""]
             lines += [f"    {line}".rstrip() for line in self.loading.splitlines()]
-            lines += ["", f"Compare them with the base model: crepa eval {self.ended.weights.parent}"]
+            run, more = self.ended.weights.parent, 2 * self.ended.step
+            lines += ["", f"Compare them with the base model: crepa eval {run}"]
+            lines.append(f"Train further: crepa train --resume --output {run} --steps {more}")
         elif self.started is not None:
             lines.append(f"Resume with: crepa train --resume --output {self.started.output}")
         return lines

@@ -201,6 +201,7 @@ class RunFolder:
     def remove(self) -> None:
         """Undo `claim`: the folder stays if there is anything else in it."""
         self.profile.unlink(missing_ok=True)
+        self.events.unlink(missing_ok=True)
         shutil.rmtree(self.first_frames, ignore_errors=True)
         with suppress(OSError):
             self.path.rmdir()
