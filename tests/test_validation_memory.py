@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import OpenTiny
+from diffusers import AutoencoderKLWan
 from PIL import Image
 from rich.console import Console
 from test_memory import CPU, GPU, changes, filled, settings, shallow
@@ -33,6 +35,7 @@ from crepa_cli.models.family import Family
 from crepa_cli.models.wan import Wan
 from crepa_cli.processes import PRECISION
 from crepa_cli.profile import Profile
+from crepa_cli.runs.checks import configured
 from crepa_cli.runs.folder import RunFolder
 from crepa_cli.runs.prompts import Prompts
 from crepa_cli.training.build import trainable
@@ -157,6 +160,23 @@ def test_a_validation_takes_what_is_predicted(
     )
     assert max(prediction(family, profile).values()) == pytest.approx(measured.validation(), rel=0.1)
     assert batch_sizes == STEPS * ([2] if family.guides_in_one_batch else [1, 1])
+
+
+@pytest.mark.slow
+def test_a_validation_in_tiles_takes_what_is_predicted(
+    open_tiny: OpenTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles of 64 pixels, as those of 256 would take long on the CPU."""
+    monkeypatch.setattr(
+        AutoencoderKLWan, "enable_tiling", partialmethod(AutoencoderKLWan.enable_tiling, 64, 64, 48, 48)
+    )
+    family = open_tiny("wan", "t2v")
+    whole = validated(family, tmp_path)
+    profile = with_setting(whole, "model", "vae_tiling", True)
+    tiled = configured(family, profile)
+    predicted = max(prediction(tiled, profile).values())
+    assert predicted < 0.9 * max(prediction(family, whole).values())
+    assert predicted == pytest.approx(Measured(tiled, profile, tmp_path).validation(), rel=0.1)
 
 
 @pytest.mark.slow
