@@ -17,6 +17,8 @@ from test_families import CAPTION, FPS, batch_of, encoded_clip, sampled_latents
 
 from crepa_cli.demo.tiny import write_once
 from crepa_cli.models.ltx2 import Ltx2
+from crepa_cli.runs.checks import family_mistakes
+from crepa_cli.settings import resolve
 
 OF_2_3 = {
     "gated_attn": True,
@@ -135,3 +137,12 @@ def test_what_depends_on_the_version_is_said_to_the_pipeline(open_tiny: OpenTiny
         assert {name: value for name, value in arguments.items() if "prompt" not in name} == expected
     family.base.read_config("text_encoder/config.json")["model_type"] = "gemma4_unified"
     assert family.sampling_arguments(prompt, prompt)["image_crf"] == 18
+
+
+@pytest.mark.parametrize(("name", "reason"), [("ltx2", "spectrograms"), ("wan", "generates videos without sound")])
+def test_training_the_sound_is_refused_with_the_reason(name: str, reason: str, open_tiny: OpenTiny) -> None:
+    family = open_tiny(name, "t2v")
+    flags = {"model.family": name, "model.checkpoint": family.base.name}
+    profile = resolve("t2v", flags, ["model.audio=true"]).profile
+    (refusal,) = [one for one in family_mistakes(family, profile) if "model.audio" in one]
+    assert reason in refusal

@@ -68,7 +68,7 @@ CREPA_DEFAULTS = {
     "adjacent_tau_seconds": None,
 }
 KEYS = {
-    "model": "family task checkpoint components revision variant dtype vae_dtype vae_tiling",
+    "model": "family task checkpoint components revision variant dtype vae_dtype vae_tiling audio",
     "memory": "stream_weights offload_idle_expert offload_activations finer_recompute keep keep_blocks quantize_base",
     "adapter": "kind rank alpha dropout target_modules init_from export export_dtype",
     "data": "path width height frames fps repeats caption_dropout cache validation_share validation_path",

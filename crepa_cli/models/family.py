@@ -106,6 +106,8 @@ class Family(ABC):
     """Patterns in module names and their replacements in the original names; None if ComfyUI does not run it."""
     comfyui_prefix: ClassVar[str] = "diffusion_model."
     """Before the names of a LoRA for ComfyUI; one that diffusers reads too."""
+    no_audio: ClassVar[str] = "it generates videos without sound"
+    """Why `model.audio` is refused, about the family."""
     read_on_cpu: ClassVar[frozenset[str]] = frozenset()
     """Tensors of a batch that `step` reads as numbers: on a GPU it would wait for them."""
     guides_in_one_batch: ClassVar[bool] = False

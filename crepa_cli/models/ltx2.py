@@ -48,6 +48,10 @@ class Ltx2(Family):
         r"\b(video|audio)_a2v_cross_attn_scale_shift_table$": r"scale_shift_table_a2v_ca_\1",
         r"\bnorm_([qk])$": r"\1_norm",
     }
+    no_audio = (
+        "diffusers publishes its audio VAE, but neither the code that makes the VAE's spectrograms from sound nor the "
+        "length of their windows"
+    )
     # ltx-trainer: scripts/process_captions.py; the pipelines' default too.
     caption_tokens = 1024
     takes_frame_rate = True

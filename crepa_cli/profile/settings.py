@@ -64,6 +64,10 @@ class ModelSettings(Table):
         description="Let the VAE work on overlapping tiles of the frames: far less memory for large videos, a little "
         "slower, and slightly different. none: as the model's own code does.",
     )
+    audio: bool = Field(
+        default=False,
+        description="Train the sound of the clips with the video. No family can yet, and the message says why.",
+    )
 
     @property
     def repository(self) -> str:

@@ -21,7 +21,7 @@ from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import BOTH, Family
 from crepa_cli.models.lora import fetch_lora, lora_rank
 from crepa_cli.models.single_file import is_single_file
-from crepa_cli.profile import AdapterSettings, DataSettings, Profile, TrainSettings, ValidationSettings
+from crepa_cli.profile import AdapterSettings, DataSettings, ModelSettings, Profile, TrainSettings, ValidationSettings
 
 Result = TypeVar("Result")
 
@@ -175,6 +175,7 @@ def family_mistakes(family: Family, profile: Profile, *, resumes: bool = False) 
         *_expert_mistakes(family, profile),
         *memory_mistakes(profile),
         *export_mistakes(family, profile.adapter),
+        *_audio_mistakes(family, profile.model),
         *([] if resumes else warm_start_mistakes(profile.adapter)),
     ]
 
@@ -338,6 +339,13 @@ def export_mistakes(family: Family, adapter: AdapterSettings) -> list[str]:
         known = [name for name in FAMILIES if load_family(name).comfyui_names is not None]
         return [f"adapter.export: ComfyUI does not run {family.name}; comfyui is for {', '.join(known)}"]
     return []
+
+
+def _audio_mistakes(family: Family, model: ModelSettings) -> list[str]:
+    """Whether sound is to be trained, which no family can."""
+    if not model.audio:
+        return []
+    return [f"model.audio = true: {family.name} is trained without sound, as {family.no_audio}; leave model.audio out"]
 
 
 def warm_start_mistakes(adapter: AdapterSettings) -> list[str]:
