@@ -21,13 +21,14 @@ from crepa_cli.doctor.findings import BucketCount
 from crepa_cli.doctor.findings import Plan as DoctorPlan
 from crepa_cli.doctor.fit import Target, _check_host, check_fit
 from crepa_cli.memory.fit import INT8, TILING, VAE_BFLOAT16, Fit, Work, _cheapest_first, cheapest_fit, lightest
-from crepa_cli.memory.prediction import pinned_memory, preparation_memory, training_memory, validation_memory
+from crepa_cli.memory.prediction import pinned_memory, predict, preparation_memory, training_memory, validation_memory
 from crepa_cli.memory.savings import Setting, lossless_settings, with_setting, with_settings
 from crepa_cli.memory.shapes import form_bucket
 from crepa_cli.models.family import Family
 from crepa_cli.profile import Profile
 from crepa_cli.profile.files import parse_toml
-from crepa_cli.runs.checks import configured, memory_mistakes
+from crepa_cli.runs.checks import configured, memory_mistakes, open_family
+from crepa_cli.settings import resolve
 
 GPU = torch.device("cuda")
 CHECKPOINTING = Setting("train", "activation_checkpointing", True)
@@ -155,6 +156,11 @@ def test_validations_are_turned_off_only_if_nothing_else_makes_them_fit(plan: Pl
     assert training < validation_memory(light, family, GPU) < 10 * training
     tiled = configured(family, with_setting(without, "model", "vae_tiling", True))
     assert validation_memory(with_setting(light, "model", "vae_tiling", True), tiled, GPU) > training
+    limit = validation_memory(light, family, GPU)
+    with_validations = cheapest_fit(light, family, bucket, GPU, limit)
+    assert with_validations is not None
+    assert with_validations.settings == []
+    assert with_validations.peak == predict(light, family, bucket, GPU).peak == limit, "of all phases"
     fit = cheapest_fit(light, family, bucket, GPU, training)
     assert fit is not None
     assert fit.profile == without
@@ -259,6 +265,24 @@ def test_doctor_says_what_the_host_needs_and_lacks(plan: Plan, monkeypatch: pyte
     assert lacking[0] == "warning"
     assert "memory.stream_weights and memory.offload_activations pin" in lacking[1]
     assert "int8 halves" in lacking[1]
+
+
+@pytest.mark.slow
+def test_wan_1_3b_fits_5_gb_in_all_its_phases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 832x480 with 81 frames and CREPA: the VAE encodes clips and decodes the videos of validations in tiles."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    profile = resolve("t2v", {"model.family": "wan", "model.checkpoint": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"}).profile
+    family = open_family(profile)
+    bucket = form_bucket(profile, family)
+    assert (bucket, profile.adapter.rank, profile.crepa.enabled) == (Bucket(81, 480, 832), 32, True)
+    assert profile.validation.every
+    light = lightest(profile, GPU)  # the settings that the search would come to, after half a minute
+    fit = cheapest_fit(light, configured(family, light), bucket, GPU, 5 * 10**9)
+    assert fit is not None
+    assert fit.settings == [TILING]
+    prediction = predict(fit.profile, configured(family, fit.profile), bucket, GPU)
+    phases = [sum(prediction.training.values()), *prediction.preparation.values(), prediction.validation]
+    assert fit.peak == max(phases) <= 5 * 10**9
 
 
 @pytest.mark.slow
