@@ -105,7 +105,7 @@ def test_a_teacher_block_past_the_last_one(run_crepa: RunCrepa, capsys: pytest.C
     assert "96 or 112" in message
 
 
-@pytest.mark.parametrize("family", ["hunyuan", "cogvideox"])
+@pytest.mark.parametrize("family", ["flux", "wan2"])
 def test_a_family_without_support(family: str, run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str]) -> None:
     message = refused(run_crepa, capsys, "train", "--profile", "t2v", "--model", family)
     assert family in message

@@ -102,10 +102,7 @@ class Index:
             sqlite3.Error: if it cannot be read, or is of another layout or program.
         """
         with closing(sqlite3.connect(self.path, timeout=TIMEOUT_SECONDS)) as database:
-            (layout,) = database.execute("PRAGMA user_version").fetchone()
-            if layout != LAYOUT:
-                if layout or database.execute("SELECT 1 FROM sqlite_master").fetchone():
-                    raise sqlite3.DatabaseError("of another layout or program")
+            if _layout(database) != LAYOUT:
                 _make(database)
             yield database
 
@@ -126,10 +123,25 @@ def _out_of_reach(error: sqlite3.Error) -> bool:
     return getattr(error, "sqlite_errorcode", 0) & 0xFF in OUT_OF_REACH
 
 
+def _layout(database: sqlite3.Connection) -> int:
+    (layout,) = database.execute("PRAGMA user_version").fetchone()
+    return int(layout)
+
+
 def _make(database: sqlite3.Connection) -> None:
+    """Make the table of an empty index, in one transaction: a table without its layout would look foreign to others.
+
+    Raises:
+        sqlite3.Error: if it is not empty, or cannot be written.
+    """
+    database.execute("BEGIN IMMEDIATE")
     with database:
+        if (layout := _layout(database)) == LAYOUT:
+            return  # another process was faster
+        if layout or database.execute("SELECT 1 FROM sqlite_master").fetchone():
+            raise sqlite3.DatabaseError("of another layout or program")
         database.execute(
-            "CREATE TABLE IF NOT EXISTS files (name BLOB PRIMARY KEY, size INTEGER, changed INTEGER, content TEXT, "
+            "CREATE TABLE files (name BLOB PRIMARY KEY, size INTEGER, changed INTEGER, content TEXT, "
             "checksum INTEGER) WITHOUT ROWID"
         )
         database.execute(f"PRAGMA user_version = {LAYOUT}")

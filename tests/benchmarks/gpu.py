@@ -225,7 +225,7 @@ def run_part(part: Part, bench: Bench) -> Iterator[Row]:
         names = [name, f"{name}, after the cutoff"]
         try:
             for shown, measured in zip(names, measure(plan, bench.device, bench.folder), strict=False):
-                yield {"plan": shown, **measured._asdict()}
+                yield {"plan": shown, **measured.to_json()}
         # Out of memory, a missing package, a setting of another version: the other plans are measured all the same.
         except Exception as error:
             yield {"plan": name, "failure": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"}

@@ -182,6 +182,7 @@ class RandomClip(ClipDataset):
     """
 
     def __init__(self, clips: Clips) -> None:
+        self.healing = None
         generator = torch.Generator().manual_seed(0)
         self.content = {name: _content(tensor, generator) for name, tensor in clips.tensors.items()}
         self.grid, self.features = clips.teacher, None
@@ -248,15 +249,32 @@ class Measurement(NamedTuple):
 
     Attributes:
         seconds: median of the timed steps.
-        flops: of a step, without what is recomputed; None if they are unknown.
         peak: most bytes of tensors on the device.
-        predicted: the same, as doctor predicts it.
+        profile: the settings.
+        family: with random weights.
+        device: that trained.
     """
 
     seconds: float
-    flops: int | None
     peak: int
-    predicted: int
+    profile: Profile
+    family: Family
+    device: torch.device
+
+    @property
+    def flops(self) -> int | None:
+        """FLOPs of a step, without what is recomputed; None if they are unknown."""
+        return step_flops(self.profile, self.family)
+
+    @property
+    def predicted(self) -> int:
+        """The peak, as doctor predicts it."""
+        bucket = form_bucket(self.profile, self.family)
+        return sum(training_memory(self.profile, self.family, bucket, self.device).values())
+
+    def to_json(self) -> dict[str, float | None]:
+        """The figures."""
+        return {"seconds": self.seconds, "flops": self.flops, "peak": self.peak, "predicted": self.predicted}
 
 
 def measure(plan: Plan, device: torch.device, folder: Path) -> Iterator[Measurement]:
@@ -276,9 +294,7 @@ def measure(plan: Plan, device: torch.device, folder: Path) -> Iterator[Measurem
         with closing(events):
             for phase in phases:
                 seconds = _median_seconds(events, plan, restart, device)
-                peak = read()
-                predicted = sum(training_memory(phase, family, form_bucket(phase, family), device).values())
-                yield Measurement(seconds, step_flops(phase, family), peak, predicted)
+                yield Measurement(seconds, read(), phase, family, device)
 
 
 def _median_seconds(events: Iterator[Event], plan: Plan, restart: Callable[[], None], device: torch.device) -> float:
