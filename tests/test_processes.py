@@ -20,7 +20,8 @@ from crepa_cli.report.metrics import read_held_out, read_metrics
 
 CREPA = [sys.executable, "-m", "crepa_cli"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "crepa_cli"]
-DEMO = ["train", "--profile", "t2v", "--model", "wan", "--demo", "--plain", "--set", "validation.every=0"]
+DEMO = ["train", "--profile", "t2v", "--model", "wan", "--demo", "--plain"]
+DEMO += ["--set", "validation.every=0", "--set", "train.batch_size=1"]
 LORA = "weights/pytorch_lora_weights.safetensors"
 FULL = "weights/transformer/diffusion_pytorch_model.safetensors"
 

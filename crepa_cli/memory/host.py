@@ -33,6 +33,7 @@ def predict_pinned(profile: Profile, family: Family, bucket: Bucket) -> dict[str
         experts = len(family.transformer_components) if profile.validation.every else len(family.trained)
         blocks = experts * streamed_bytes(family.blocks(transformer.requires_grad_(False)))
     if memory.offload_activations:
-        states = max(0, family.block_count - memory.keep_blocks) * hidden_bytes(profile, family, bucket)
+        moved = max(0, family.block_count - memory.keep_blocks - family.first_states_stay)
+        states = moved * hidden_bytes(profile, family, bucket)
         states += family.caption_blocks * caption_bytes(profile, family)
     return {"preparation": encoders, "training": blocks + states}

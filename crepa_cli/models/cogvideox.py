@@ -46,6 +46,7 @@ class CogVideoX(Family):
     samples_posterior = True
     vae_tiling = True
     negative_prompt = ""
+    first_states_stay = True
     guides_in_one_batch = True
     # THUDM/CogVideo: finetune/schemas/args.py and README.md; the block is that of the CREPA paper, for 5B.
     settings = {
