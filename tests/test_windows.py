@@ -16,7 +16,7 @@ from crepa_cli.report.metrics import read_metrics
 pytestmark = pytest.mark.skipif(not windows_rules.NEEDS.exists(), reason="the rules are enforced on Linux alone")
 CREPA = [sys.executable, windows_rules.__file__]
 FEW_STEPS = ["--steps", "2", "--output", "run", "--set", "validation.every=2", "--set", "validation.steps=2"]
-FEW_STEPS += ["--set", "validation.frames=5", "--set", "train.batch_size=1"]
+FEW_STEPS += ["--set", "validation.frames=9", "--set", "train.batch_size=1"]
 KEEP_ONE = ["--set", "checkpoints.every=1", "--set", "checkpoints.keep=1"]
 
 
