@@ -6,6 +6,7 @@ import importlib.util
 import re
 import shlex
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 
@@ -14,6 +15,7 @@ import typer.main
 from typer.core import TyperGroup
 
 from crepa_cli.cli import app
+from crepa_cli.events import StepDone
 from crepa_cli.profile import known_keys
 
 ROOT = Path(__file__).parents[1]
@@ -57,6 +59,11 @@ def test_generated_pages_are_what_the_code_says() -> None:
     for name, page in _generator().PAGES.items():
         written = (DOCS / name).read_text(encoding="utf-8")
         assert written == page(), f"docs/{name} is out of date: run python docs/generate.py"
+
+
+def test_the_page_of_files_names_every_value_of_a_step() -> None:
+    named = set(re.findall(r"`(\w+)`", (DOCS / "files.md").read_text(encoding="utf-8")))
+    assert {field.name for field in fields(StepDone)} <= named
 
 
 def test_every_page_is_in_the_navigation() -> None:

@@ -156,3 +156,19 @@ def test_a_folder_without_a_run_is_a_mistake(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "crepa watch RUN" in done.stderr
+
+
+def test_half_a_line_of_a_killed_run_hides_nothing_of_the_session_that_resumes_it(
+    tmp_path: Path, profile: Profile
+) -> None:
+    written = Written(tmp_path / "run", profile)
+    written.write(*written.session(0, 20))
+    with written.run.events.open("a", encoding="utf-8") as file:
+        file.write('{"time": 1.0, "event": "CheckpointSa')
+    written.write(*written.session(10, STEPS), TrainingEnded(STEPS, written.run.weights))
+    watched = WatchedRun(written.run, profile)
+    events = [event for _, event in watched.poll()]
+    assert isinstance(events[0], RunOpened)
+    assert [event.step for event in events if isinstance(event, TrainingStarted)] == [10]
+    assert [event.step for event in events if isinstance(event, StepDone)] == list(range(10, STEPS))
+    assert watched.ended

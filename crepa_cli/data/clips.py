@@ -180,7 +180,7 @@ def _listed_files(root: Path) -> _Files:
 
 
 def _walk(folder: str, files: _Files, root: Path) -> Iterator[os.DirEntry[str]]:
-    """What is in a folder and its subfolders, in the order of the paths; folders that cannot be listed are skipped.
+    """The files of a folder and its subfolders, in the order of the paths; folders that cannot be listed are skipped.
 
     Symlinks to folders are not followed.
     """

@@ -28,7 +28,7 @@ UNSETTLED_NS = 2 * 10**9
 
 
 class FileState(NamedTuple):
-    """What shows that a file is still the same: its size in bytes, and when it was changed, in nanoseconds."""
+    """The state of a file, which changes with its content: its size in bytes, and the time of change in nanoseconds."""
 
     size: int
     changed: int
@@ -40,7 +40,7 @@ class FileState(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What the index knows of a file: the state in which it was read, and what was found."""
+    """The row of a file in the index: the state in which it was read, and what was found."""
 
     state: FileState
     content: str
@@ -60,7 +60,7 @@ class Index:
         self._damaged = False
 
     def find(self, names: Sequence[str]) -> list[Known | None]:
-        """What is known of each of some files; None for those that are not known."""
+        """The row of each of some files; None for those that are not known."""
         found: list[Known | None] = []
         if self.path.is_file():
             try:

@@ -18,7 +18,7 @@ from crepa_cli.processes import from_main
 
 
 class Measured(NamedTuple):
-    """What was measured of a clip, and the digest of its file."""
+    """The measurements of a clip, and the digest of its file."""
 
     info: VideoInfo
     digest: str
@@ -90,6 +90,6 @@ def _written(measured: Measured) -> str:
 
 
 def _read(content: str) -> Measured | None:
-    """What was written, unless clips were read in another way then."""
+    """The measurements that `_written` wrote; None if clips were read in another way then."""
     version, digest, *info = json.loads(content)
     return Measured(VideoInfo(*info), digest) if version == DECODING_VERSION else None

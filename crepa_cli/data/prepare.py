@@ -315,7 +315,7 @@ def _prepare_features(
 
 
 def teacher_input(family: Family, crepa: CrepaSettings, bucket: Bucket, latents: Tensor) -> TeacherInput:
-    """What the encoder sees of a bucket's clips, for latents `[C, T, h, w]` of one of them."""
+    """The part of a bucket's clips that the encoder sees, for latents `[C, T, h, w]` of one of them."""
     grid = family.token_grid(latents[None])
     frames = teaching_frames(bucket.frames, grid.frames, crepa.teacher_frame)
     return TeacherInput(frames, input_size(crepa.encoder_image_size, grid, encoder_config(crepa)["patch_size"]))

@@ -16,7 +16,7 @@ from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from crepa_cli.demo.tiny import normalize_latents, smooth_video, tiny_gemma_tokenizer
-from crepa_cli.models.ltx2 import SHIFT
+from crepa_cli.models.ltxvideo import SHIFT
 
 CAPTION_WIDTH, CAPTION_LAYERS = 32, 2
 

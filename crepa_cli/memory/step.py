@@ -72,7 +72,7 @@ class FakeLearner(NamedTuple):
 
 
 class FakeTraining(NamedTuple):
-    """What is trained, and the counter of its tensors; of several experts, the step trains the first."""
+    """A model that is trained, and the counter of its tensors; of several experts, the step trains the first."""
 
     learners: tuple[FakeLearner, ...]
     live: LiveBytes
@@ -119,7 +119,7 @@ def _fake_learner(
     live: LiveBytes,
     shared: SharedPlace | None,
 ) -> FakeLearner:
-    """What trains a model that is on the meta device, as it is after a step."""
+    """The learner of a model that is on the meta device, as it is after a step."""
     make_fake(model)
     blocks, trained = family.blocks(model.transformer), trainable(model.transformer)
     trained_part = WEIGHTS if profile.adapter.kind == "full" else ADAPTER

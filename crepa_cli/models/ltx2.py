@@ -19,10 +19,8 @@ from torch import Tensor
 
 from crepa_cli.alignment import TokenGrid
 from crepa_cli.models.family import Family, Tensors, TransformerStep
+from crepa_cli.models.ltxvideo import SHIFT, with_first_frame
 from crepa_cli.models.vae import decoded_video, normalized_latents
-
-SHIFT = {"base_image_seq_len": 1024, "max_image_seq_len": 4096, "base_shift": 0.95, "max_shift": 2.05}
-"""Logarithm of the shift, linear in the number of latents, that all versions are trained with (ltx-trainer)."""
 
 
 class Ltx2(Family):
@@ -180,10 +178,7 @@ class Ltx2(Family):
         hidden = self._packed(self.noise_process.add_noise(latents, noise, sigmas))
         timestep, weight = sigmas[:, None] * 1000, None
         if self.task == "i2v":
-            given = torch.arange(hidden.shape[1], device=hidden.device) < grid.tokens
-            hidden = torch.where(given[:, None], self._packed(latents), hidden)
-            timestep = torch.where(given, 0.0, timestep)
-            weight = (~given).float()[None, :, None]
+            hidden, timestep, weight = with_first_frame(hidden, self._packed(latents), timestep, grid)
         return TransformerStep(
             inputs={
                 "hidden_states": hidden,

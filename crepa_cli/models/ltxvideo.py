@@ -146,10 +146,7 @@ class LtxVideo(Family):
         hidden = self._packed(self.noise_process.add_noise(latents, noise, sigmas))
         timestep, weight = sigmas[:, None] * 1000, None
         if self.task == "i2v":
-            given = torch.arange(hidden.shape[1], device=hidden.device) < grid.tokens
-            hidden = torch.where(given[:, None], self._packed(latents), hidden)
-            timestep = torch.where(given, 0.0, timestep)
-            weight = (~given).float()[None, :, None]
+            hidden, timestep, weight = with_first_frame(hidden, self._packed(latents), timestep, grid)
         return TransformerStep(
             inputs={
                 "hidden_states": hidden,
@@ -198,3 +195,20 @@ class LtxVideo(Family):
     def form_arguments(self, *, width: int, height: int, frames: int, fps: float) -> dict[str, Any]:
         """Size, length and frame rate, which scales the positions in time."""
         return super().form_arguments(width=width, height=height, frames=frames, fps=fps) | {"frame_rate": fps}
+
+
+def with_first_frame(hidden: Tensor, clean: Tensor, timestep: Tensor, grid: TokenGrid) -> tuple[Tensor, Tensor, Tensor]:
+    """Noisy tokens `[B, N, C]` with the clean ones of the first frame, at timestep 0, and the weights of the others.
+
+    Args:
+        hidden: the noisy tokens.
+        clean: the tokens without noise.
+        timestep: `[B, 1]`.
+        grid: of the tokens.
+
+    Returns:
+        Tokens `[B, N, C]`, timesteps `[B, N]`, and weights `[1, N, 1]`, which are 0 for the first frame and 1 else.
+    """
+    given = torch.arange(hidden.shape[1], device=hidden.device) < grid.tokens
+    hidden, timestep = torch.where(given[:, None], clean, hidden), torch.where(given, 0.0, timestep)
+    return hidden, timestep, (~given).float()[None, :, None]

@@ -30,7 +30,7 @@ class NoiseProcess(ABC):
 
     @abstractmethod
     def target(self, latents: Tensor, noise: Tensor, levels: Tensor) -> Tensor:
-        """What the transformer should predict, with the arguments of `add_noise` and in the same shape."""
+        """The prediction that is right, with the arguments of `add_noise` and in the same shape."""
 
 
 class Flow(NoiseProcess):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from crepa_cli import events
-from crepa_cli.events import Event, Progress, StepDone
+from crepa_cli.events import Event, Progress, RunOpened, StepDone
 
 KINDS: dict[str, type[Event]] = {
     kind.__name__: kind
@@ -39,8 +39,10 @@ class EventsFile:
         """Write the event, unless it is a step, which `metrics.jsonl` has, or progress."""
         if not isinstance(event, StepDone | Progress):
             line = {"time": round(time.time(), 3), "event": type(event).__name__, **asdict(event)}
+            # A killed run may have left half a line, which must not take the first one of this session with it.
+            start = "\n" if isinstance(event, RunOpened) and self.path.exists() else ""
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line, default=_text) + "\n")
+                file.write(f"{start}{json.dumps(line, default=_text)}\n")
 
 
 def _text(value: object) -> str:

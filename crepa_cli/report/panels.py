@@ -65,7 +65,7 @@ def style_of(index: int) -> str:
 
 
 def header(runs: Sequence[RunState], work: str, width: int) -> str:
-    """What is at work, with the run's name, model and device as far as they fit."""
+    """The title of the first panel: the work, with the run's name, model and device as far as they fit."""
     opened = runs[0].opened
     if opened is None:
         return work

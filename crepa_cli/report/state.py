@@ -67,7 +67,7 @@ class RunState:
         self.held_out: list[HeldOutMeasured] = []
         self.messages: deque[str] = deque(maxlen=MESSAGES)
         self.work: Progress | None = None
-        """What is at work between two steps, such as a validation."""
+        """The work between two steps, such as a validation."""
         self.work_started_at = 0.0
         self.stopping = False
         """Whether a signal has asked for a stop."""

@@ -38,10 +38,19 @@ class Tail:
             file.seek(self.position)
             whole, _, _ = file.read().rpartition(b"\n")
         self.position += len(whole) + 1 if whole else 0
-        return [json.loads(line) for line in whole.splitlines()]
+        return [line for text in whole.splitlines() if (line := _parsed(text)) is not None]
 
     def _size(self) -> int:
         return self.path.stat().st_size if self.path.exists() else 0
+
+
+def _parsed(text: bytes) -> dict[str, Any] | None:
+    """The object in a line; None for the rest of one that a killed run has left."""
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) else None
 
 
 class WatchedRun:
