@@ -146,7 +146,7 @@ def train(
         *compile_mistakes(profile, state.device),
         *attention_mistakes(profile, family, state.device),
         *kernel_mistakes(profile, family, state.device),
-        *process_mistakes(family, state.num_processes),
+        *process_mistakes(profile, family, state.num_processes),
     ]:
         raise UserError("\n".join(mistakes))
     # One process decides: once it has made the folder, the others would find a run in it.

@@ -340,6 +340,6 @@ def test_blocks_are_measured_for_one_expert_at_a_time(
 
 def test_both_are_trained_in_one_process(settings: Profile) -> None:
     both, low = (Wan(str(settings.model.checkpoint), "t2v", variant=variant) for variant in ("both", "low"))
-    assert not process_mistakes(both, 1)
-    assert not process_mistakes(low, 2)
-    assert "trains in one process, and there are 2" in process_mistakes(both, 2)[0]
+    assert not process_mistakes(settings, both, 1)
+    assert not process_mistakes(settings, low, 2)
+    assert "trains in one process, and there are 2" in process_mistakes(settings, both, 2)[0]

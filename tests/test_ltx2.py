@@ -17,6 +17,7 @@ from test_families import CAPTION, FPS, batch_of, encoded_clip, sampled_latents
 
 from crepa_cli.demo.tiny import write_once
 from crepa_cli.models.ltx2 import Ltx2
+from crepa_cli.runs.capabilities import process_mistakes
 from crepa_cli.runs.checks import family_mistakes
 from crepa_cli.settings import resolve
 
@@ -146,3 +147,17 @@ def test_training_the_sound_is_refused_with_the_reason(name: str, reason: str, o
     profile = resolve("t2v", flags, ["model.audio=true"]).profile
     (refusal,) = [one for one in family_mistakes(family, profile) if "model.audio" in one]
     assert reason in refusal
+
+
+def test_several_processes_train_whole_weights_only_if_they_are_sharded(open_tiny: OpenTiny) -> None:
+    family = open_tiny("ltx2", "t2v")
+    flags = {"model.family": "ltx2", "model.checkpoint": family.base.name}
+
+    def mistakes(processes: int, *sets: str) -> list[str]:
+        return process_mistakes(resolve("t2v", flags, sets).profile, family, processes)
+
+    (message,) = mistakes(2, "adapter.kind=full")
+    assert "train.sharding = true" in message
+    assert not mistakes(1, "adapter.kind=full")
+    assert not mistakes(2, "adapter.kind=full", "train.sharding=true")
+    assert not mistakes(2)

@@ -57,8 +57,8 @@ def gradients(family: Family, profile: Profile) -> dict[str, Tensor]:
     )
     losses.total.backward()
     found = {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
-    # LTX-2's audio takes no part.
-    assert len(found) == len(trainable(model)) or family.name == "ltx2"
+    everything = family.uses_all_weights or profile.adapter.kind == "lora"
+    assert (len(found) == len(trainable(model))) == everything
     assert len(captured) == 1, "a recomputation is not captured"
     return found | {"loss": losses.total.detach(), "captured": captured[0]}
 

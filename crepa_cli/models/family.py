@@ -112,6 +112,8 @@ class Family(ABC):
     """Tensors of a batch that `step` reads as numbers: on a GPU it would wait for them."""
     first_states_stay: ClassVar[bool] = False
     """Whether the first block's hidden states are a part of a larger tensor, which is not moved to the host."""
+    uses_all_weights: ClassVar[bool] = True
+    """Whether the loss depends on every weight of the transformer."""
     guides_in_one_batch: ClassVar[bool] = False
     """Whether the pipelines run a prompt and its negative as one batch of two, rather than one after the other."""
 

@@ -53,6 +53,7 @@ class Ltx2(Family):
     # ltx-trainer: scripts/process_captions.py; the pipelines' default too.
     caption_tokens = 1024
     takes_frame_rate = True
+    uses_all_weights = False  # the audio takes no part
     guides_in_one_batch = True
     settings = {
         "crepa": {"block_index": 8},

@@ -38,14 +38,23 @@ def attention_mistakes(profile: Profile, family: Family, device: torch.device) -
     ]
 
 
-def process_mistakes(family: Family, processes: int) -> list[str]:
-    """Whether both experts of a model are to be trained by several processes."""
-    if not family.trains_all or processes == 1:
+def process_mistakes(profile: Profile, family: Family, processes: int) -> list[str]:
+    """Settings that do not go with several processes."""
+    if processes == 1:
         return []
-    return [
-        f"model.variant = 'both': it trains in one process, and there are {processes}; train one expert after the "
-        f"other, with model.variant = {' or '.join(family.experts)}, or leave --processes out"
-    ]
+    mistakes = []
+    if family.trains_all:
+        mistakes.append(
+            f"model.variant = 'both': it trains in one process, and there are {processes}; train one expert after the "
+            f"other, with model.variant = {' or '.join(family.experts)}, or leave --processes out"
+        )
+    if profile.adapter.kind == "full" and not (family.uses_all_weights or profile.train.sharding):
+        # DistributedDataParallel waits for the gradient of every weight.
+        mistakes.append(
+            f"adapter.kind = 'full': {family.name} has weights that get no gradient, and {processes} processes train "
+            "whole weights of it with train.sharding = true alone; set it, or leave --processes out"
+        )
+    return mistakes
 
 
 def kernel_mistakes(profile: Profile, family: Family, device: torch.device) -> list[str]:
