@@ -31,7 +31,7 @@ from crepa_cli.memory.live_bytes import LiveBytes
 from crepa_cli.memory.prediction import predict, preparation_memory, training_memory
 from crepa_cli.memory.preparation import online_teacher_weights
 from crepa_cli.memory.savings import last_that_holds, lighter_settings, memory_advice, smaller_sizes, with_setting
-from crepa_cli.memory.shapes import Clips, clips_of, encoded_clip
+from crepa_cli.memory.shapes import Clips, clips_of, encoded_clip, form_bucket
 from crepa_cli.memory.step import PARTS, predict_training
 from crepa_cli.models import FAMILIES, load_family
 from crepa_cli.models.dtypes import torch_dtype
@@ -357,19 +357,25 @@ def test_a_prediction_that_cannot_be_kept(tmp_path: Path, monkeypatch: pytest.Mo
     assert kept(["facts"], lambda: {"weights": 5}) == {"weights": 5}
 
 
+@pytest.mark.slow
 def test_an_overview_of_the_families(open_tiny: OpenTiny, tiny_dinov2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny = open_tiny("ltxvideo", "t2v")
-    known = settings(tiny, crepa={"encoder": str(tiny_dinov2), "encoder_image_size": 56})
-    profiles = {"t2v": known, "i2v": settings(tiny, model={"checkpoint": "nobody/nothing"})}
-    monkeypatch.setattr(overview, "FAMILIES", ["ltxvideo"])
-    hub, found, failed = overview.family_memories(lambda _, task: profiles[task], Target(CPU, None), lambda _: None)
-    assert isinstance(found, FamilyMemory)
-    assert found.card == "8 GB"
-    assert found.shape == "96x96, 33 frames"
-    assert found.training > 0
-    assert isinstance(failed, Check)
-    assert "nobody/nothing" in failed.message
+    """Processes side by side predict what this one does, in the order of the families, and pass on what is wrong."""
+    encoder = {"encoder": str(tiny_dinov2), "encoder_image_size": 56}
+    tiny = {name: open_tiny(name, "t2v") for name in ("ltxvideo", "wan")}
+    profiles = {(name, "t2v"): settings(family, crepa=encoder) for name, family in tiny.items()}
+    profiles |= {(name, "i2v"): settings(family, model={"checkpoint": "nobody/none"}) for name, family in tiny.items()}
+    monkeypatch.setattr(overview, "FAMILIES", list(tiny))
+    hub, *found = overview.family_memories(lambda *asked: profiles[asked], Target(CPU, None), lambda _: None)
     assert isinstance(hub, Check)
+    for family, row, failed in zip(tiny.values(), found[::2], found[1::2], strict=True):
+        assert isinstance(row, FamilyMemory)
+        profile = profiles[family.name, "t2v"]
+        bucket = form_bucket(profile, family)
+        assert (row.family, row.card) == (family.name, "8 GB")
+        assert row.shape == f"{bucket.width}x{bucket.height}, {bucket.frames} frames"
+        assert row.training == sum(training_memory(profile, family, bucket, GPU).values())
+        assert isinstance(failed, Check)
+        assert "nobody/none" in failed.message
 
 
 def test_a_teacher_that_stays_is_counted(open_tiny: OpenTiny, tiny_dinov2: Path) -> None:

@@ -99,9 +99,9 @@ def _examine(
     listener: Listener,
 ) -> Report:
     """Check the machine, and the plan if there are settings and the libraries can be imported."""
-    from crepa_cli.cli.view import silence_libraries
     from crepa_cli.doctor.environment import check_environment
     from crepa_cli.doctor.findings import Report
+    from crepa_cli.libraries import silence_libraries
 
     machine = Report(check_environment(), None)
     if machine.exit_code:

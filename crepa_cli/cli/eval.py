@@ -61,12 +61,12 @@ def evaluate(
     """
     from rich.console import Console
 
-    from crepa_cli.cli.view import silence_libraries
     from crepa_cli.evaluate.page import report_page
     from crepa_cli.evaluate.report import report_json
     from crepa_cli.evaluate.table import show
     from crepa_cli.events import drained
     from crepa_cli.files import write_whole
+    from crepa_cli.libraries import silence_libraries
 
     silence_libraries()
     if runs and videos:

@@ -22,8 +22,8 @@ def export(
     merge: Annotated[bool, typer.Option("--merge", help="Add the LoRA to the weights of the base model.")] = False,
 ) -> None:
     """Export the weights of a run from one of its checkpoints."""
-    from crepa_cli.cli.view import silence_libraries
     from crepa_cli.errors import UserError
+    from crepa_cli.libraries import silence_libraries
     from crepa_cli.runs.checks import export_mistakes, load_checkpoint
     from crepa_cli.runs.folder import RunFolder
     from crepa_cli.settings import resolve

@@ -156,7 +156,7 @@ def _checked(
     Raises:
         UserError: if the checkpoint can be read, and the settings are not for it.
     """
-    from crepa_cli.cli.view import silence_libraries
+    from crepa_cli.libraries import silence_libraries
     from crepa_cli.models import family_defaults
     from crepa_cli.profile.layers import complete
     from crepa_cli.profile.project import lighter_clips
@@ -227,7 +227,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _imported(config: Mapping[str, Any], label: str, choices: _Choices) -> Imported:
-    from crepa_cli.cli.view import silence_libraries
+    from crepa_cli.libraries import silence_libraries
     from crepa_cli.models import family_defaults
     from crepa_cli.models.flavours import FLAVOURS
     from crepa_cli.profile.layers import complete
@@ -336,8 +336,8 @@ def detected_gpu() -> tuple[str, float] | None:
 
 
 def _export(path: Path, profile: str | None, flags: Mapping[str, object], *, force: bool) -> None:
-    from crepa_cli.cli.view import silence_libraries
     from crepa_cli.files import write_whole
+    from crepa_cli.libraries import silence_libraries
     from crepa_cli.models import family_defaults
     from crepa_cli.profile import resolve_profile
     from crepa_cli.profile.files import exists, read_text

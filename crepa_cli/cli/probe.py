@@ -43,8 +43,8 @@ def probe_blocks(
     """
     from rich.console import Console
 
-    from crepa_cli.cli.view import silence_libraries
     from crepa_cli.files import write_whole
+    from crepa_cli.libraries import silence_libraries
     from crepa_cli.settings import resolve
 
     folder = one_folder(data)

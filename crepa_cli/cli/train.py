@@ -11,7 +11,8 @@ import typer
 from crepa_cli.cli.flags import CheckpointFlag, DataFlag, ModelFlag, ProfileFlag, SetFlag, TaskFlag, one_folder
 from crepa_cli.cli.launch import check_processes, launch, launched
 from crepa_cli.cli.terminal import LastingOutput
-from crepa_cli.cli.view import LogLevel, View, open_view, print_settings, silence_libraries
+from crepa_cli.cli.view import LogLevel, View, open_view, print_settings
+from crepa_cli.libraries import silence_libraries
 
 if TYPE_CHECKING:
     from crepa_cli.profile import Profile

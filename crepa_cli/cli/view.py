@@ -80,19 +80,6 @@ def _print_lines(console: Console, lines: Iterable[str]) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def silence_libraries() -> None:
-    """Keep progress bars and notes of libraries off the screen; their warnings arrive as events."""
-    # Before diffusers imports it: on some processors it warns of a kernel for 4-bit weights, which nothing here uses.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    import diffusers.utils.logging
-    import transformers.utils.logging
-
-    for library in (diffusers.utils.logging, transformers.utils.logging):
-        library.disable_progress_bar()
-        library.set_verbosity_error()
-    logging.captureWarnings(True)
-
-
 def print_settings(resolved: ResolvedProfile, console: Console) -> None:
     """Print every setting with its value and where that comes from."""
     rows = [(f"{section}.{key}", value, source) for section, key, value, source in resolved.rows()]

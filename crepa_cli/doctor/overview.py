@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
@@ -10,11 +14,15 @@ from crepa_cli.doctor.findings import Check, FamilyMemory
 from crepa_cli.doctor.fit import Target
 from crepa_cli.doctor.hub import check_hub
 from crepa_cli.errors import UserError
+from crepa_cli.libraries import silence_libraries
 from crepa_cli.memory.prediction import predict
 from crepa_cli.memory.shapes import form_bucket
 from crepa_cli.models import FAMILIES, load_family
 from crepa_cli.profile import Profile
 from crepa_cli.runs.checks import open_family
+
+MOST_PROCESSES = 8
+"""Each takes half a GB of memory."""
 
 
 def family_memories(
@@ -29,25 +37,49 @@ def family_memories(
     """
     if target.device.type == "cpu":
         target = Target(torch.device("cuda"), None)
-    profiles = [default_profile(name, task) for name in FAMILIES for task in load_family(name).checkpoints]
-    yield from check_hub((str(profile.model.checkpoint), profile.model.revision) for profile in profiles)
-    for profile in profiles:
-        checkpoint = str(profile.model.checkpoint)
-        report(f"predicting the memory of {checkpoint}, {profile.model.task}")
+    families = [[default_profile(name, task) for task in load_family(name).checkpoints] for name in FAMILIES]
+    yield from check_hub((str(one.model.checkpoint), one.model.revision) for tasks in families for one in tasks)
+    if not families:
+        return
+    processes = min(len(families), os.cpu_count() or 1, MOST_PROCESSES)
+    # Forked processes would share the threads of this one. Only this one reacts to Ctrl-C, and it ends the others.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, _begin) as pool:
+        found = [pool.submit(_memories, profiles, target) for profiles in families]
         try:
-            family = open_family(profile)
-            bucket = form_bucket(profile, family)
-            prediction = predict(profile, family, bucket, target.device)
-        except UserError as error:
-            yield Check(f"{profile.model.family} {profile.model.task}", "warning", str(error))
-        else:
-            yield FamilyMemory(
-                profile.model.family,
-                profile.model.task,
-                checkpoint,
-                f"{bucket.width}x{bucket.height}, {bucket.frames} frames",
-                sum(prediction.training.values()),
-                max(prediction.preparation.values()),
-                prediction.validation,
-                target.free,
-            )
+            for profiles, rows in zip(families, found, strict=True):
+                report(f"predicting the memory of {profiles[0].model.family}")
+                yield from rows.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+
+
+def _begin() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    silence_libraries()
+
+
+def _memories(profiles: Sequence[Profile], target: Target) -> list[FamilyMemory | Check]:
+    return [_memory(profile, target) for profile in profiles]
+
+
+def _memory(profile: Profile, target: Target) -> FamilyMemory | Check:
+    try:
+        family = open_family(profile)
+        bucket = form_bucket(profile, family)
+        prediction = predict(profile, family, bucket, target.device)
+    except UserError as error:
+        return Check(f"{profile.model.family} {profile.model.task}", "warning", str(error))
+    return FamilyMemory(
+        str(profile.model.family),
+        profile.model.task,
+        str(profile.model.checkpoint),
+        f"{bucket.width}x{bucket.height}, {bucket.frames} frames",
+        sum(prediction.training.values()),
+        max(prediction.preparation.values()),
+        prediction.validation,
+        target.free,
+    )

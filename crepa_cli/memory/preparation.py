@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from crepa_cli.alignment import TokenGrid
 from crepa_cli.data.buckets import Bucket
 from crepa_cli.data.online import clip_features
 from crepa_cli.data.prepare import encoder_config
+from crepa_cli.kept import kept
 from crepa_cli.memory.repeats import run_vae_once_per_shape
 from crepa_cli.memory.shapes import Clips
 from crepa_cli.memory.step import fake_memory, make_fake
@@ -37,13 +39,23 @@ def predict_preparation(
     Raises:
         UserError: if a configuration cannot be read.
     """
-    peaks = {
-        "text encoder": text_encoders_peak(family, clips, torch_dtype(profile.model.dtype)),
-        "VAE": vae_peak(family, bucket),
-    }
+    peaks = _kept_text_encoders(family, clips, torch_dtype(profile.model.dtype)) | {"VAE": vae_peak(family, bucket)}
     if clips.teacher is not None:
-        peaks["vision encoder"] = _teacher_peak(profile.crepa, bucket, clips.teacher, encoder_dtype(device))
+        peaks |= _kept_teacher(profile.crepa, bucket, clips.teacher, encoder_dtype(device))
     return peaks
+
+
+def _kept_text_encoders(family: Family, clips: Clips, dtype: torch.dtype) -> dict[str, int]:
+    """The peak of the text encoders, which is stored for all tasks and sizes of clips."""
+    configs = [family.base.read_config(f"{name}/config.json") for name in family.text_encoders]
+    facts = [family.name, configs, len(clips.tensors["prompt_embeds"]), dtype, family.streams_text_encoders]
+    return kept(["text encoder", *facts], lambda: {"text encoder": text_encoders_peak(family, clips, dtype)})
+
+
+def _kept_teacher(crepa: CrepaSettings, bucket: Bucket, grid: TokenGrid, dtype: torch.dtype) -> dict[str, int]:
+    """The peak of the vision encoder, which is stored for all families."""
+    facts = [encoder_config(crepa), bucket.height, bucket.width, asdict(grid), dtype]
+    return kept(["vision encoder", *facts], lambda: {"vision encoder": _teacher_peak(crepa, bucket, grid, dtype)})
 
 
 @torch.no_grad()

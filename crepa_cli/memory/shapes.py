@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from crepa_cli.alignment import TokenGrid
 from crepa_cli.alignment.grid import matching_frames
 from crepa_cli.data.buckets import Bucket, valid_frames
 from crepa_cli.data.prepare import ClipForm, encoder_config
+from crepa_cli.kept import kept
 from crepa_cli.models.attention import Attention
 from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family, Tensors
@@ -105,13 +107,23 @@ def _encoded(family: Family, bucket: Bucket) -> Tensors:
     with torch.device("meta"):
         video = torch.empty(3, bucket.frames, bucket.height, bucket.width)
         # The image encoder needs pixels; the shape of its result is in its configuration.
-        return family.without_image_encoder().encode_clip(family.empty_vae_pipeline(), video)
+        return family.without_image_encoder().encode_clip(_vae_pipeline(family), video)
+
+
+@cache
+def _vae_pipeline(family: Family) -> Any:
+    return family.empty_vae_pipeline()
 
 
 def token_count(family: Family, bucket: Bucket) -> int:
-    """Tokens of a clip."""
-    grid = family.token_grid(encoded_clip(family, bucket)["latents"][None])
-    return grid.frames * grid.tokens
+    """Tokens of a clip; stored and reused."""
+
+    def count() -> dict[str, int]:
+        grid = family.token_grid(encoded_clip(family, bucket)["latents"][None])
+        return {"tokens": grid.frames * grid.tokens}
+
+    facts = [family.name, family.task, family.config, family.base.read_config("vae/config.json"), family.vae_tiling]
+    return kept(["tokens", *facts, asdict(bucket)], count)["tokens"]
 
 
 def largest_attention(profile: Profile, family: Family, buckets: Iterable[Bucket]) -> Attention:

@@ -8,6 +8,7 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor
 
+from crepa_cli.kept import kept
 from crepa_cli.memory.depth import END, Part, Segments, Timeline, highest, segments_of_all_blocks
 from crepa_cli.memory.repeats import run_vae_once_per_shape
 from crepa_cli.memory.shapes import Clips
@@ -38,7 +39,14 @@ def predict_validation(profile: Profile, family: Family, clip: Clips, device: to
     segments = segments_of_all_blocks(profile, family, run)
     # Autocast keeps the casts of weights until it ends: those of the sampler are there during the decoding.
     left = segments[-1][1].end.total()
-    return {"sampling": highest(segments).total(), "decoding": left + decoding_peak(family, clip.tensors["latents"])}
+    return {"sampling": highest(segments).total(), "decoding": left + _kept_decoding(family, clip.tensors["latents"])}
+
+
+def _kept_decoding(family: Family, latents: Tensor) -> int:
+    """The peak of the decoding, which is stored for all tasks."""
+    vae = family.base.read_config("vae/config.json")
+    facts = [family.name, vae, family.vae_dtype, family.vae_tiling, latents.shape]
+    return kept(["decoding", *facts], lambda: {"decoding": decoding_peak(family, latents)})["decoding"]
 
 
 def _sampling(profile: Profile, family: Family, clip: Clips, device: torch.device) -> Segments:

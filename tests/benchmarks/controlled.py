@@ -24,10 +24,10 @@ from small_video.arms import ARMS, BASE, DEFAULT, Tables
 from small_video.experiment import Lab, Start, starts
 from small_video.outcome import as_markdown, as_svg
 
-from crepa_cli.cli.view import silence_libraries
 from crepa_cli.demo.tiny import write_once
 from crepa_cli.demo.trained import write_trained_dinov2, write_trained_wan
 from crepa_cli.files import write_whole
+from crepa_cli.libraries import silence_libraries
 
 QUICK_ARMS = (BASE, DEFAULT)
 QUICK_STEPS = 3

@@ -28,8 +28,8 @@ import torch
 from accelerate import PartialState
 from steps import Plan, Settings, measure
 
-from crepa_cli.cli.view import silence_libraries
 from crepa_cli.heap import release_memory
+from crepa_cli.libraries import silence_libraries
 from crepa_cli.memory.fit import cheapest_fit
 from crepa_cli.memory.shapes import form_bucket
 from crepa_cli.models.attention import KERNELS
