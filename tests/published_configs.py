@@ -71,6 +71,9 @@ PUBLISHED: dict[tuple[str, str], Published] = {
     ("kandinsky5_video", "kandinskylab/Kandinsky-5.0-I2V-Pro-sft-5s-Diffusers"): Published(
         "i2v", 60, 4096, 4, 16, KANDINSKY_CLIP | {"first_frame": (16, 1, 4, 8)}
     ),
+    ("kandinsky6", "kandinskylab/Kandinsky-6.0-Lite-5s-Diffusers"): Published(
+        "i2v", 32, 1792, 4, 16, KANDINSKY_CLIP | {"first_frame": (16, 1, 4, 8)}
+    ),
     ("cogvideox", "zai-org/CogVideoX-2b"): Published("t2v", 30, 1920, 8, 16, {"latents": (16, 3, 4, 8)} | COG_PROMPT),
     ("cogvideox", "zai-org/CogVideoX-5b"): Published("t2v", 42, 3072, 8, 16, {"latents": (16, 3, 4, 8)} | COG_PROMPT),
     ("cogvideox", "zai-org/CogVideoX-5b-I2V"): Published(

@@ -25,11 +25,12 @@ FRAMES = {("kandinsky5_video", "i2v"): 17}
 """Its pipeline adjusts the statistics of the first four latent frames to those of the following frames."""
 STEPS = {"ltxvideo": 60, "kandinsky5_video": 200, "ltx2": 80}
 """Step counts of the families for which 150 are too few or more than enough."""
-OTHER_GUIDANCE = {
+OTHER_GUIDANCE: dict[str, dict[str, Any]] = {
     "ltx2": dict.fromkeys(("stg_scale", "audio_stg_scale"), 0.0)
-    | dict.fromkeys(("audio_guidance_scale", "modality_scale", "audio_modality_scale"), 1.0)
+    | dict.fromkeys(("audio_guidance_scale", "modality_scale", "audio_modality_scale"), 1.0),
+    "kandinsky6": {"sample_audio": False},
 }
-"""Arguments that leave out what a pipeline does beside classifier-free guidance."""
+"""Arguments that leave out what a pipeline does beside classifier-free guidance, and sound that changes the video."""
 TASKS = [(name, task) for name in FAMILIES for task in load_family(name).pipelines]
 
 

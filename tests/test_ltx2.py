@@ -140,7 +140,14 @@ def test_what_depends_on_the_version_is_said_to_the_pipeline(open_tiny: OpenTiny
     assert family.sampling_arguments(prompt, prompt)["image_crf"] == 18
 
 
-@pytest.mark.parametrize(("name", "reason"), [("ltx2", "spectrograms"), ("wan", "generates videos without sound")])
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("ltx2", "spectrograms"),
+        ("kandinsky6", "does not read the sound of clips"),
+        ("wan", "generates videos without sound"),
+    ],
+)
 def test_training_the_sound_is_refused_with_the_reason(name: str, reason: str, open_tiny: OpenTiny) -> None:
     family = open_tiny(name, "t2v")
     flags = {"model.family": name, "model.checkpoint": family.base.name}

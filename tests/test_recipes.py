@@ -43,6 +43,7 @@ WAN22 = "Wan2.2: wan/configs; " + WAN_LORA_AND_FULL
 LTX = "LTX-Video: model card, inference.py, pipeline_ltx_video.py; LTX-Video-Trainer: configs/ltxv_2b_{lora,full}.yaml"
 LTX2 = "LTX-2: packages/ltx-trainer/{configs/t2v_lora.yaml,docs/quick-start.md,docs/configuration-reference.md}"
 SANA = "Sana: configs/sana_video_config/Sana_2000M_{480px,720px_ltx2vae}_AdamW_fsdp.yaml"
+KANDINSKY6 = "model cards (size, length, frame rate); kandinsky-6: text_embedder.py; musubi-tuner: docs/kandinsky6.md"
 KANDINSKY = "kandinsky-5: configs/, t2v_pipeline.py; diffusers docs; musubi-tuner: docs/kandinsky5.md"
 WAN_RATES, LTX_RATES, SANA_RATES, KANDINSKY_RATES = (1e-4, 1e-5), (2e-4, 1e-5), (1e-4, 5e-5), (1e-4, 1e-5)
 LTX2_RATES = (1e-4, 1e-5)
@@ -87,6 +88,12 @@ RECIPES |= {
         KANDINSKY_RATES, size, frames, 24, None, 512, KANDINSKY
     )
     for name, (size, frames) in KANDINSKY_SIZES.items()
+}
+RECIPES |= {
+    ("kandinsky6", task, f"kandinskylab/Kandinsky-6.0-{name}-5s-Diffusers"): Recipe(
+        KANDINSKY_RATES, (864, 480), 121, 24, None, 1024, KANDINSKY6
+    )
+    for task, name in [("t2v", "Lite"), ("t2v", "Lite-pretrain"), ("i2v", "Pro"), ("t2v", "Pro-pretrain")]
 }
 COG = "CogVideo: finetune/schemas/args.py, finetune/README.md (sizes, lengths), README.md (frame rates)"
 COG_SIZES = {

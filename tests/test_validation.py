@@ -47,6 +47,9 @@ def test_encoded_prompts_give_what_the_published_pipeline_gives_for_their_texts(
     )
     side = 2 * family.size_multiple
     form = family.form_arguments(width=side, height=side, frames=family.frame_multiple + 1, fps=16)
+    if "sample_audio" in encoded:
+        # Sound would change the video.
+        form["sample_audio"] = encoded.pop("sample_audio")
     pipeline: Any = getattr(diffusers, family.pipeline_class).from_pretrained(family.base.name)
 
     def sampled(**prompts: Any) -> Tensor:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import (
-    AutoencoderKLHunyuanVideo,
     FlowMatchEulerDiscreteScheduler,
     Kandinsky5I2VPipeline,
     Kandinsky5T2VPipeline,
@@ -15,9 +13,11 @@ from diffusers import (
 )
 from diffusers.models.transformers.transformer_kandinsky import Kandinsky5Modulation
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from crepa_cli.demo.tiny import smooth_video, tiny_clip_tokenizer, tiny_qwen_tokenizer
+from crepa_cli.demo.kandinsky import tiny_text_encoders, tiny_vae
+
+PIECES = 475
+"""With this many, the tokenizer has as many tokens for the template as the pipeline cuts off: 128."""
 
 
 def write_tiny(folder: Path, task: str) -> None:
@@ -25,26 +25,14 @@ def write_tiny(folder: Path, task: str) -> None:
     pipeline_class = Kandinsky5T2VPipeline if task == "t2v" else Kandinsky5I2VPipeline
     pipeline = pipeline_class(
         transformer=tiny_transformer(),
-        vae=_tiny_vae(),
+        vae=tiny_vae(),
         text_encoder=None,
         tokenizer=None,
         text_encoder_2=None,
-        tokenizer_2=tiny_clip_tokenizer(),
+        tokenizer_2=None,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
     )
-    tokenizer = tiny_qwen_tokenizer(pipeline.prompt_template)
-    clip = CLIPTextConfig(
-        vocab_size=len(pipeline.tokenizer_2),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        bos_token_id=pipeline.tokenizer_2.bos_token_id,
-        eos_token_id=pipeline.tokenizer_2.eos_token_id,
-    )
-    pipeline.register_modules(
-        tokenizer=tokenizer, text_encoder=_tiny_qwen(len(tokenizer)), text_encoder_2=CLIPTextModel(clip)
-    )
+    pipeline.register_modules(**tiny_text_encoders(pipeline.prompt_template, PIECES))
     pipeline.save_pretrained(folder)
 
 
@@ -59,33 +47,3 @@ def tiny_transformer(**settings: Any) -> Kandinsky5Transformer3DModel:
             nn.init.normal_(module.out_layer.weight, std=0.1)
             nn.init.normal_(module.out_layer.bias, std=0.1)
     return transformer
-
-
-@torch.no_grad()
-def _tiny_vae() -> AutoencoderKLHunyuanVideo:
-    """A VAE whose latents have mean 0 and std 1 after scaling, and next to no variance, as a trained one."""
-    vae = AutoencoderKLHunyuanVideo(
-        latent_channels=4, block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4
-    )
-    vae.quant_conv.weight[4:] = 0
-    vae.quant_conv.bias[4:] = -20
-    latents = vae.encode(smooth_video(frames=17, size=96)).latent_dist.mode()
-    vae.quant_conv.bias[:4] -= latents.mean((0, 2, 3, 4))
-    vae.register_to_config(scaling_factor=1 / latents.std((0, 2, 3, 4)).mean().item())
-    return vae
-
-
-def _tiny_qwen(vocabulary: int) -> Qwen2_5_VLForConditionalGeneration:
-    text = {
-        "vocab_size": vocabulary,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "bos_token_id": None,
-        "eos_token_id": vocabulary - 1,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
-    }
-    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32}
-    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))

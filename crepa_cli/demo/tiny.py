@@ -55,13 +55,15 @@ def tiny_clip_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab={piece: index for index, piece in enumerate(pieces)}, merges=[])
 
 
-def tiny_qwen_tokenizer(template: str) -> Qwen2Tokenizer:
-    """A Qwen2 tokenizer of some 480 pieces that knows the words of a template of prompts."""
+def tiny_qwen_tokenizer(template: str, pieces: int) -> Qwen2Tokenizer:
+    """A Qwen2 tokenizer that knows the words of a template of prompts.
+
+    The pipelines of Kandinsky cut off as many tokens as the published tokenizer has for their template. The number of
+    pieces decides how many this one has.
+    """
     alphabet = {byte: index for index, byte in enumerate(sorted(ByteLevel.alphabet()))}
-    # The pipeline of Kandinsky 5 cuts off as many tokens as the published tokenizer has for its template, 128; this
-    # is the size that has as many.
     tokenizer = Qwen2Tokenizer(vocab=alphabet, merges=[]).train_new_from_iterator(
-        [template], vocab_size=475, show_progress=False
+        [template], vocab_size=pieces, show_progress=False
     )
     tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
     return tokenizer

@@ -20,6 +20,7 @@ FAMILIES = {
     "kandinsky5_video": "Kandinsky5Video",
     "cogvideox": "CogVideoX",
     "ltx2": "Ltx2",
+    "kandinsky6": "Kandinsky6",
 }
 """Name of each family, which is also its module here, and the class in it."""
 FINAL_LORA = "pytorch_lora_weights.safetensors"

@@ -33,11 +33,13 @@ class BaseCheckpoint:
     Args:
         name: a local folder in the layout of diffusers, or a Hub id.
         revision: branch, tag or commit on the Hub.
+        unused: components that are left where they are.
     """
 
-    def __init__(self, name: str, revision: str | None = None) -> None:
+    def __init__(self, name: str, revision: str | None = None, unused: Sequence[str] = ()) -> None:
         self.name = name
         self.revision = revision
+        self._unused = unused
         self._configs: dict[str, dict[str, Any]] = {}
         self._fingerprints: dict[str, str] = {}
         self.file: Path | None = None
@@ -70,9 +72,10 @@ class BaseCheckpoint:
 
     @property
     def components(self) -> list[str]:
-        """The folders that `model_index.json` names."""
+        """The folders that `model_index.json` names, without those of components that are not used."""
         index = self.read_config("model_index.json")
-        return [name for name, library in index.items() if isinstance(library, list) and library[0]]
+        found = (name for name, library in index.items() if isinstance(library, list) and library[0])
+        return [name for name in found if name not in self._unused]
 
     @property
     def extra_files(self) -> tuple[str, ...]:
@@ -168,7 +171,7 @@ class BaseCheckpoint:
             without: components that are not loaded.
             components: components that are loaded already.
         """
-        given = dict.fromkeys(without) | components
+        given = dict.fromkeys((*without, *self._unused)) | components
         pipeline_class = getattr(diffusers, class_name)
         folder = self.fetch(*(name for name in self.components if name not in given))
         pipeline = pipeline_class.from_pretrained(folder, dtype=dtype, use_safetensors=True, **given)

@@ -114,13 +114,17 @@ class Family(ABC):
     """Whether the first block's hidden states are a part of a larger tensor, which is not moved to the host."""
     uses_all_weights: ClassVar[bool] = True
     """Whether the loss depends on every weight of the transformer."""
+    unused_components: ClassVar[tuple[str, ...]] = ()
+    """Those of the checkpoint that neither training nor sampling needs: they are not downloaded."""
+    lora_loader: ClassVar[str] = "load_lora_weights"
+    """The pipeline's method that loads a LoRA file of diffusers, or that of one of its components."""
     guides_in_one_batch: ClassVar[bool] = False
     """Whether the pipelines run a prompt and its negative as one batch of two, rather than one after the other."""
 
     def __init__(self, checkpoint: str, task: str, revision: str | None = None, variant: str | None = None) -> None:
         if task not in self.pipelines:
             raise UserError(f"{self.name} is trained for {' and '.join(self.pipelines)}, not for {task!r}")
-        self.base = BaseCheckpoint(checkpoint, revision)
+        self.base = BaseCheckpoint(checkpoint, revision, self.unused_components)
         self.task = task
         self.component = self._expert(variant)
         self.trains_all = variant == BOTH

@@ -17,17 +17,12 @@ from diffusers.models.transformers.transformer_kandinsky import (
 )
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    AutoTokenizer,
-)
 
 from crepa_cli.alignment import TokenGrid
 from crepa_cli.models.base import BaseCheckpoint
-from crepa_cli.models.family import Family, Tensors, TransformerStep
-from crepa_cli.models.vae import encoded_latents
+from crepa_cli.models.family import Tensors, TransformerStep
+from crepa_cli.models.kandinsky import Kandinsky
 
-PROMPT_TOKENS = 512
-"""Most tokens of a caption in the pipeline's call."""
 NABLA_PATCH = 8
 """Rows and columns of the squares of tokens that NABLA attention keeps together."""
 PRO_WIDTH = 4096
@@ -85,13 +80,11 @@ class CaptionAttention(Kandinsky5AttnProcessor):  # type: ignore[misc]  # diffus
         return pad_sequence(texts, batch_first=True)
 
 
-class Kandinsky5Video(Family):
+class Kandinsky5Video(Kandinsky):
     """Kandinsky 5 transformers of any size; hidden states are patches of latents, row-major or in squares (NABLA)."""
 
     name = "kandinsky5_video"
     transformer_class = "Kandinsky5Transformer3DModel"
-    blocks_attribute = "visual_transformer_blocks"
-    depth_setting = "num_visual_blocks"
     attention_parts = ("self_attention", "cross_attention")
     token_parts = ("feed_forward",)
     pipelines = {"t2v": "Kandinsky5T2VPipeline", "i2v": "Kandinsky5I2VPipeline"}
@@ -99,13 +92,7 @@ class Kandinsky5Video(Family):
         "t2v": "kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s-Diffusers",
         "i2v": "kandinskylab/Kandinsky-5.0-I2V-Lite-5s-Diffusers",
     }
-    text_components = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-    vae_tiling = True
-    read_on_cpu = frozenset({"prompt_length"})
-    negative_prompt = (
-        "Static, 2D cartoon, cartoon, 2d animation, paintings, images, worst quality, low quality, ugly, "
-        "deformed, walking backwards"
-    )
+    prompt_tokens = 512
     comfyui_names = {}
     comfyui_prefix = "transformer."
     architecture = "Kandinsky-5"
@@ -156,33 +143,14 @@ class Kandinsky5Video(Family):
         return None
 
     @property
-    def caption_blocks(self) -> int:
-        """The text transformer's."""
-        return int(self.config["num_text_blocks"])
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of the blocks' hidden states."""
-        return int(self.config["model_dim"])
-
-    @property
     def attention_heads(self) -> int:
         """Heads of the blocks' self-attention; 0 with NABLA, which compares some tokens alone."""
-        return 0 if self._nabla else self.hidden_size // sum(self.config["axes_dims"])
+        return 0 if self._nabla else super().attention_heads
 
     @property
     def size_multiple(self) -> int:
         """The VAE's compression times the patch, and times the squares of NABLA: 16 or 128 pixels."""
-        return self._pixels * int(self.config["patch_size"][1]) * (NABLA_PATCH if self._nabla else 1)
-
-    @property
-    def frame_multiple(self) -> int:
-        """The VAE's compression of time."""
-        return int(self.base.read_config("vae/config.json").get("temporal_compression_ratio", 4))
-
-    @property
-    def _pixels(self) -> int:
-        return int(self.base.read_config("vae/config.json").get("spatial_compression_ratio", 8))
+        return super().size_multiple * (NABLA_PATCH if self._nabla else 1)
 
     @property
     def needs_compilation(self) -> bool:
@@ -205,17 +173,6 @@ class Kandinsky5Video(Family):
                 block.self_attention.set_attention_backend("flex")
         return super()._adapted(transformer)
 
-    def load_text_pipeline(self, dtype: torch.dtype) -> DiffusionPipeline:
-        """The pipeline with its text encoders, and the tokenizer alone of the processor that prepares images too.
-
-        The pipeline gives it no image, and the whole of it needs torchvision.
-        """
-        pipeline = self.base.load_pipeline(
-            self.pipeline_class, dtype=dtype, without=("transformer", "vae", "tokenizer")
-        )
-        pipeline.tokenizer = AutoTokenizer.from_pretrained(self.base.fetch("tokenizer") / "tokenizer")
-        return pipeline
-
     def load_sampling_pipeline(self, transformer: ModelMixin) -> DiffusionPipeline:
         """The pipeline for sampling videos from encoded prompts, with the rotary scale that is trained."""
         pipeline = super().load_sampling_pipeline(transformer)
@@ -224,35 +181,8 @@ class Kandinsky5Video(Family):
 
     def encode_prompt(self, pipeline: DiffusionPipeline, caption: str) -> Tensors:
         """`prompt_embeds` `[512, D]` of Qwen2.5-VL, zero from `prompt_length` on, and `pooled_embeds` `[E]` of CLIP."""
-        embeds, pooled, ends = pipeline.encode_prompt([caption], max_sequence_length=PROMPT_TOKENS)
-        length = int(ends[-1])
-        padded = embeds.new_zeros(PROMPT_TOKENS, embeds.shape[-1])
-        padded[:length] = embeds[0]
-        return {"prompt_embeds": padded, "prompt_length": torch.tensor(length), "pooled_embeds": pooled[0]}
-
-    def longest_prompt(self, dtype: torch.dtype) -> Tensors:
-        """`prompt_embeds` `[512, D]`, `prompt_length` and `pooled_embeds` `[E]`."""
-        return {
-            "prompt_embeds": torch.empty(PROMPT_TOKENS, self.config["in_text_dim"], dtype=dtype),
-            "prompt_length": torch.tensor(PROMPT_TOKENS, device="cpu"),
-            "pooled_embeds": torch.empty(self.config["in_text_dim2"], dtype=dtype),
-        }
-
-    def encode_clip(
-        self, pipeline: DiffusionPipeline, video: Tensor, generator: torch.Generator | None = None
-    ) -> Tensors:
-        """`latents` `[C, T, h, w]`, and for image to video `first_frame` `[C, 1, h, w]`, encoded on its own."""
-        tensors = {"latents": _scaled_latents(pipeline.vae, video, generator)}
-        if self.task == "i2v":
-            tensors["first_frame"] = _scaled_latents(pipeline.vae, video[:, :1], generator)
-        return tensors
-
-    def decode_latents(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
-        """The inverse of `encode_clip`, as far as the VAE is."""
-        vae = pipeline.vae
-        scaled = (latents / vae.config.scaling_factor)[None].to(vae.device, vae.dtype)
-        video: Tensor = vae.decode(scaled, return_dict=False)[0][0]
-        return video.float().clamp(-1, 1)
+        embeds, pooled, ends = pipeline.encode_prompt([caption], max_sequence_length=self.prompt_tokens)
+        return self.padded_prompt(embeds[0], pooled[0], int(ends[-1]))
 
     def step(self, batch: Tensors, noise: Tensor, sigmas: Tensor) -> TransformerStep:
         """Channels are last; the first frame of image to video is clean and not scored. Timesteps are sigmas * 1000."""
@@ -306,12 +236,6 @@ class Kandinsky5Video(Family):
     def sampling_arguments(self, prompt: Tensors, negative_prompt: Tensors) -> dict[str, Any]:
         """Both prompts without their padding, and their lengths."""
         return _prompt_arguments("", prompt) | _prompt_arguments("negative_", negative_prompt)
-
-
-def _scaled_latents(vae: Any, video: Tensor, generator: torch.Generator | None) -> Tensor:
-    """The latents of a video `[3, F, H, W]`, scaled: `[C, T, h, w]`, float32."""
-    scaled: Tensor = encoded_latents(vae, video, generator) * vae.config.scaling_factor
-    return scaled
 
 
 def _prompt_arguments(prefix: str, prompt: Tensors) -> dict[str, Tensor]:

@@ -61,7 +61,7 @@ def loading_code(run: RunFolder, family: Family, profile: Profile, checkpoint: s
     lines.append(f'pipeline = {pipeline}.from_pretrained("{checkpoint}", {transformer}dtype=torch.bfloat16)')
     for one, exports in zip(family.trained.values(), run.all_exports(family), strict=True):
         arguments = "".join(f", {name}={value}" for name, value in one.lora_loading_arguments.items())
-        lines.append(f'pipeline.load_lora_weights("{place}", weight_name="weights/{exports.diffusers}"{arguments})')
+        lines.append(f'pipeline.{family.lora_loader}("{place}", weight_name="weights/{exports.diffusers}"{arguments})')
     return f"{head}\n\n" + "\n".join(lines)
 
 
