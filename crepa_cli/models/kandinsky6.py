@@ -132,7 +132,7 @@ class Kandinsky6(Kandinsky):
 
     def row_major(self, hidden: Tensor, grid: TokenGrid) -> Tensor:
         """Hidden states of the video as `[B, T, N, H]`, without those of the reference behind them."""
-        return super().row_major(hidden[:, : grid.frames * grid.tokens].contiguous(), grid)
+        return super().row_major(hidden[:, : grid.frames * grid.tokens], grid)
 
     def sampling_arguments(self, prompt: Tensors, negative_prompt: Tensors) -> dict[str, Any]:
         """Both prompts without their padding, for a video without sound."""
