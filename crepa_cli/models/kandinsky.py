@@ -1,4 +1,4 @@
-"""What the generations of Kandinsky video models share: text encoders, VAE, and the names in their configurations."""
+"""The common part of the generations of Kandinsky video models: text encoders, VAE, names in their configurations."""
 
 from __future__ import annotations
 
