@@ -32,9 +32,14 @@ def reasons(scan: ClipScan) -> dict[str, str]:
 
 def test_captions_beside_the_clips_are_found_in_every_folder_and_sorted(tmp_path: Path) -> None:
     put(tmp_path, {"b.MP4": b"", "b.txt": "a bee\n", "a.webm": b"", "a.txt": "an ant", "sub/c.gif": b""})
-    put(tmp_path, {"sub/c.txt": "  a cat ", "notes.txt": "no clip"})
+    put(tmp_path, {"sub/c.txt": "  a cat ", "notes.txt": "no clip", "d.JPG": b"", "d.txt": "a dog"})
     scan = find_clips(tmp_path)
-    assert list(captions(scan, tmp_path).items()) == [("a.webm", "an ant"), ("b.MP4", "a bee"), ("sub/c.gif", "a cat")]
+    assert list(captions(scan, tmp_path).items()) == [
+        ("a.webm", "an ant"),
+        ("b.MP4", "a bee"),
+        ("d.JPG", "a dog"),
+        ("sub/c.gif", "a cat"),
+    ]
     assert scan.skipped == []
     assert all(clip.path.is_absolute() for clip in scan.clips)
 
@@ -192,10 +197,10 @@ def test_names_are_safe_to_print(tmp_path: Path) -> None:
 
 def test_a_folder_without_clips_is_a_mistake_that_says_what_was_looked_for(tmp_path: Path) -> None:
     put(tmp_path, {"a.txt": "x"})
-    with pytest.raises(UserError, match=r"no file that ends in mp4, .*, gif, webp\. Each clip"):
+    with pytest.raises(UserError, match=r"no file that ends in mp4, .*, webp, png, jpg, jpeg\. Each clip"):
         find_clips(tmp_path)
     put(tmp_path, {"a.zip": "x", "sub/b.heic": "x"})
-    with pytest.raises(UserError, match=r"webp, but 2 other files: a\.zip, sub/b\.heic\. Each clip"):
+    with pytest.raises(UserError, match=r"jpeg, but 2 other files: a\.zip, sub/b\.heic\. Each clip"):
         find_clips(tmp_path)
     with pytest.raises(UserError, match="is not a folder"):
         find_clips(tmp_path / "a.txt")
@@ -203,7 +208,7 @@ def test_a_folder_without_clips_is_a_mistake_that_says_what_was_looked_for(tmp_p
         find_clips(tmp_path / "gone")
     (tmp_path / "loop").symlink_to("loop")
     for name in ("loop", "a\x00b", "x" * 5000):
-        with pytest.raises(UserError, match=r"The clips' folder .* Give a folder of video files"):
+        with pytest.raises(UserError, match=r"The clips' folder .* Give a folder of videos or images"):
             find_clips(tmp_path / name)
 
 

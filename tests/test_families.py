@@ -14,6 +14,7 @@ from PIL import Image
 from published_configs import PUBLISHED
 from torch import Tensor
 
+from crepa_cli.alignment import Crepa
 from crepa_cli.models import FAMILIES, load_family
 from crepa_cli.models.capture import HiddenStateCapture
 from crepa_cli.models.family import Family, Tensors
@@ -140,6 +141,34 @@ def test_an_overfitted_transformer_gives_its_clip_back(name: str, task: str, ope
     video, tensors = encoded_clip(family, frames, height, width)
     transformer = overfitted(family, tensors, STEPS.get(name, 150))
     assert sampled_similarity(family, video, tensors, transformer=transformer) >= 0.8
+
+
+@pytest.mark.parametrize("name", [name for name, task in TASKS if task == "t2v"])
+def test_an_image_trains_and_is_aligned_frame_by_frame(name: str, open_tiny: OpenTiny) -> None:
+    family = open_tiny(name, "t2v")
+    assert family.trains_images
+    height, width = 2 * family.size_multiple, 4 * family.size_multiple
+    image, tensors = encoded_clip(family, 1, height, width)
+    with torch.no_grad():
+        assert family.decode_latents(family.load_vae_pipeline(), tensors["latents"]).shape == image.shape
+    batch = batch_of(tensors, 2)
+    transformer = family.load_transformer(torch.float32)
+    capture = HiddenStateCapture(family.blocks(transformer), [0])
+    noise, sigmas = torch.randn_like(batch["latents"]), torch.tensor([0.3, 0.8]).clamp(*family.sigma_range)
+    step = family.step(batch, noise, sigmas)
+    with torch.no_grad(), capture.recording() as recorded:
+        prediction = transformer(**step.inputs).sample
+    assert prediction.shape == step.target.shape
+    assert diffusion_loss(prediction, step, sigmas, "none").isfinite()
+    grid = family.token_grid(batch["latents"])
+    assert grid.frames == 1
+    hidden = family.row_major(recorded[0], grid)
+    features = torch.randn(2, 1, grid.tokens, 8)
+    apart, alone = (Crepa(hidden.shape[-1], 8, adjacent_distance=distance) for distance in (1, 0))
+    alone.load_state_dict(apart.state_dict())
+    found, expected = (crepa(hidden, features, grid, grid) for crepa in (apart, alone))
+    assert torch.equal(found.loss, expected.loss)
+    assert torch.equal(found.similarity, found.self_similarity)
 
 
 @pytest.mark.parametrize(("name", "task"), TASKS)

@@ -275,7 +275,7 @@ def test_what_changes_in_clips_and_what_is_left_out_is_named_once(family: Family
     across, down = wide.bucket.width / 256, wide.bucket.height / 64
     assert wide.fit == pytest.approx((down, 1 - across / down))
     assert [event.message for event in events if isinstance(event, Notice)] == [
-        "1 file left out, of no kind of video: photo.heic",
+        "1 file left out, neither video nor image: photo.heic",
         "1 clip in HDR, tone-mapped to BT.709: phone.mp4 (HLG)",
         f"1 clip cropped by more than a tenth: wide.mp4 loses {wide.fit.cropped:.0%} (256x64 scaled by {down:.2f} for "
         f"{wide.bucket.width}x{wide.bucket.height})",

@@ -16,6 +16,7 @@ from crepa_cli.runs.checks import image_mistakes
 
 def test_an_image_is_resized_to_cover_the_size_and_cropped_around_its_center(tmp_path: Path) -> None:
     pixels = np.zeros((60, 200, 4), np.uint8)
+    pixels[..., 3] = 255
     pixels[:, 80:120] = 255
     Image.fromarray(pixels).save(tmp_path / "wide.png")
     frame = first_frame(str(tmp_path / "wide.png"), 40, 30)

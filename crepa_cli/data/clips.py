@@ -20,6 +20,8 @@ VIDEO_SUFFIXES = (
     *(".mp4", ".m4v", ".mov", ".3gp", ".3g2", ".mkv", ".webm", ".avi", ".wmv", ".asf", ".flv"),
     *(".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".gif", ".webp"),
 )
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+CLIP_SUFFIXES = tuple(dict.fromkeys((*VIDEO_SUFFIXES, *IMAGE_SUFFIXES)))
 CAPTION_SUFFIX = ".txt"
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 MAX_CAPTION_BYTES = 1_000_000
@@ -32,7 +34,7 @@ class ClipError(Exception):
 
 @dataclass(frozen=True, order=True, slots=True)
 class Clip:
-    """A video file (absolute path) and its caption."""
+    """A video or image file (absolute path) and its caption."""
 
     path: Path
     caption: str
@@ -66,10 +68,10 @@ class ClipScan:
 class _Files:
     """The files of a folder by kind, by their absolute paths, and what cannot be listed or used.
 
-    The state of a video is None if it is no regular file. Symlinks are among the `links` too.
+    The state of a clip is None if it is no regular file. Symlinks are among the `links` too.
     """
 
-    videos: dict[str, FileState | None] = field(default_factory=dict)
+    clips: dict[str, FileState | None] = field(default_factory=dict)
     captions: dict[str, FileState] = field(default_factory=dict)
     links: set[str] = field(default_factory=set)
     metadata: list[Path] = field(default_factory=list)
@@ -89,24 +91,24 @@ def clips_folder(data: DataSettings) -> Path:
 
 
 def find_clips(folder: Path, index: Index | None = None) -> ClipScan:
-    """Find the video files in `folder` and its subfolders, each with its caption.
+    """Find the video and image files in `folder` and its subfolders, each with its caption.
 
     The caption of `clip.mp4` is the text of `clip.txt` next to it, or else the `text` that a `metadata.jsonl` or
     `metadata.csv` gives for its `file_name`, relative to that metadata file. Hidden files and folders are ignored.
-    Clips and metadata lines that cannot be used are listed in the result's `skipped`, files that are neither videos nor
+    Clips and metadata lines that cannot be used are listed in the result's `skipped`, files that are neither clips nor
     captions in `left_out`. Captions that the `index` knows are not read again.
 
     Raises:
-        UserError: if the folder does not exist or contains no video file.
+        UserError: if the folder does not exist or contains no clip.
     """
     root = _existing(folder)
     files = _listed_files(root)
-    if not files.videos:
+    if not files.clips:
         raise _no_clips(folder, _names(files.left_out, root))
     beside = _captions_beside(files, index)
     captions = _metadata_captions(root, files)
     found = ClipScan([], [], files.skipped, _names(files.left_out, root))
-    for video, state in files.videos.items():
+    for video, state in files.clips.items():
         try:
             if state is None:
                 raise ClipError("is not a regular file, or is a broken symlink")
@@ -119,13 +121,13 @@ def find_clips(folder: Path, index: Index | None = None) -> ClipScan:
 
 
 def check_clips(folder: Path) -> None:
-    """Check that `find_clips` would find a video file, without reading captions.
+    """Check that `find_clips` would find a clip, without reading captions.
 
     Raises:
-        UserError: if the folder does not exist or contains no video file.
+        UserError: if the folder does not exist or contains no clip.
     """
     root = _existing(folder)
-    if not any(_suffix(entry.name) in VIDEO_SUFFIXES for entry in _walk(str(root), _Files(), root)):
+    if not any(_suffix(entry.name) in CLIP_SUFFIXES for entry in _walk(str(root), _Files(), root)):
         raise _no_clips(folder, _names(_listed_files(root).left_out, root))
 
 
@@ -143,7 +145,7 @@ def file_digest(path: Path) -> str:
 
 
 def _no_clips(folder: Path, left_out: list[str]) -> UserError:
-    suffixes = ", ".join(suffix[1:] for suffix in VIDEO_SUFFIXES)
+    suffixes = ", ".join(suffix[1:] for suffix in CLIP_SUFFIXES)
     others = f", but {counted(len(left_out), 'other file')}: {listed(left_out)}" if left_out else ""
     return UserError(
         f"No clips in {_printable(str(folder))}: it and its subfolders hold no file that ends in {suffixes}{others}. "
@@ -158,7 +160,7 @@ def _existing(folder: Path) -> Path:
     except (OSError, RuntimeError, ValueError) as error:  # no permission, a symlink loop, a null character
         problem = f"cannot be opened: {error}"
     if problem:
-        raise UserError(f"The clips' folder {_printable(str(folder))} {problem}. Give a folder of video files.")
+        raise UserError(f"The clips' folder {_printable(str(folder))} {problem}. Give a folder of videos or images.")
     return root
 
 
@@ -168,8 +170,8 @@ def _listed_files(root: Path) -> _Files:
         suffix = _suffix(entry.name)
         if entry.name in METADATA_NAMES:
             files.metadata.append(Path(entry.path))
-        elif suffix in VIDEO_SUFFIXES:
-            files.videos[entry.path] = _state(entry)
+        elif suffix in CLIP_SUFFIXES:
+            files.clips[entry.path] = _state(entry)
             if entry.is_symlink():
                 files.links.add(entry.path)
         elif suffix != CAPTION_SUFFIX:
@@ -291,7 +293,7 @@ def _entry(entry: object, folder: Path, root: Path, files: _Files) -> tuple[str,
     outside = not Path(video).is_relative_to(root)
     if outside or (video in files.links and not _stays_within(Path(video), root)):
         raise ClipError(f"{_printable(name)} is outside the clips' folder")
-    if video not in files.videos:
+    if video not in files.clips:
         raise ClipError(f"{_printable(name)} is not among the clips of this folder")
     return video, caption.strip()
 

@@ -14,7 +14,7 @@ def unused(clips: Sequence[tuple[VideoInfo, Bucket, float]], frames: int, fps: f
     """A notice of the part of long clips that is trained on.
 
     Args:
-        clips: what was measured of each, its bucket, and the frame rate that it is trained at.
+        clips: what was measured of each video, its bucket, and the frame rate that it is trained at.
         frames: the most frames that are trained on.
         fps: the frame rate of the settings.
     """

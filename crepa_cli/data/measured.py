@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from crepa_cli.data.clips import Clip, ClipScan, file_digest, find_clips
+from crepa_cli.data.images import is_image, probe_image
 from crepa_cli.data.index import Index, Known, now, settled
 from crepa_cli.data.stages import each
 from crepa_cli.data.video import DECODING_VERSION, VideoInfo, probe
@@ -37,13 +38,13 @@ def measured_clips(folder: Path, index: Index | None) -> Generator[Event, None, 
     The processes of a run share out the clips that are not in the index.
 
     Raises:
-        UserError: if the folder does not exist or contains no video file.
+        UserError: if the folder does not exist or contains no clip.
     """
     found, known = from_main(lambda: _looked_up(folder, index))
     for skipped in found.skipped:
         yield ClipSkipped(skipped.name, skipped.reason)
-    if found.left_out:
-        yield Notice(f"{counted(len(found.left_out), 'file')} left out, of no kind of video: {listed(found.left_out)}")
+    if others := found.left_out:
+        yield Notice(f"{counted(len(others), 'file')} left out, neither video nor image: {listed(others)}")
     unknown = [place for place, one in enumerate(known) if one is None]
     if unknown:
         started = now()
@@ -82,7 +83,7 @@ def _measure(path: Path) -> Measured:
     Raises:
         ClipError: if it cannot be read.
     """
-    return Measured(probe(path), file_digest(path))
+    return Measured(probe_image(path) if is_image(path) else probe(path), file_digest(path))
 
 
 def _written(measured: Measured) -> str:

@@ -21,13 +21,14 @@ from crepa_cli.alignment.grid import teaching_frames
 from crepa_cli.data.buckets import Bucket, Fit, Size, bucket_sizes, fit, nearest_bucket, valid_frames
 from crepa_cli.data.cache import Cache, cache_key, check_writable
 from crepa_cli.data.clips import Clip, ClipError
+from crepa_cli.data.images import image_pixels
 from crepa_cli.data.index import Index
 from crepa_cli.data.looks import changed_looks, unused
 from crepa_cli.data.measured import Measured, measured_clips
 from crepa_cli.data.prompts import Prompt, encode_prompts, prompt_key, require_prompts
 from crepa_cli.data.stages import each, share, store
 from crepa_cli.data.video import DECODING_VERSION, VideoInfo, decode, frames_available
-from crepa_cli.errors import UserError, counted
+from crepa_cli.errors import UserError, counted, listed
 from crepa_cli.events import ClipSkipped, Event, Notice, Progress
 from crepa_cli.heap import release_memory
 from crepa_cli.hub.download import Need, fetch
@@ -146,7 +147,15 @@ def scan(
     """
     found = yield from measured_clips(folder, index)
     sizes, buckets, clips = bucket_sizes(form.width, form.height, family.size_multiple), dict[Bucket, Bucket](), []
+    images = [one.path.name for one, measured in found.clips if measured.info.image]
+    if images and not family.trains_images:
+        yield Notice(
+            f"{counted(len(images), 'image')} left out, because {family.name} {family.task} cannot be trained on a "
+            f"single frame: {listed(images)}"
+        )
     for one, measured in found.clips:
+        if measured.info.image and not family.trains_images:
+            continue
         try:
             placed = _placed(one, measured, family, form, sizes)
         except ClipError as error:
@@ -165,7 +174,8 @@ def scan(
                 f"{clip_name(clip)} is slower than data.fps = {form.fps:g}: {clip.repeated} of its "
                 f"{clip.bucket.frames} frames repeat the one before"
             )
-    yield from unused([(clip.info, clip.bucket, clip.fps) for clip in clips], form.frames, form.fps)
+    videos = [clip for clip in clips if not clip.info.image]
+    yield from unused([(clip.info, clip.bucket, clip.fps) for clip in videos], form.frames, form.fps)
     yield from changed_looks([(clip_name(clip), clip.info, clip.bucket) for clip in clips])
     return clips
 
@@ -177,6 +187,9 @@ def _placed(clip: Clip, measured: Measured, family: Family, form: ClipForm, size
         ClipError: if it is too short.
     """
     info, fps = measured.info, form.fps
+    size = sizes[0] if family.only_size else nearest_bucket(info.width, info.height, sizes)
+    if info.image:
+        return PreparedClip(clip, info, Bucket(1, size.height, size.width), measured.digest, fps)
     frames = valid_frames(frames_available(info, fps), form.frames, family.frame_multiple)
     repeated = _repeated(info, frames or 1, fps)
     if repeated and (family.takes_frame_rate or info.fps >= SAME_RATE * fps):
@@ -187,7 +200,6 @@ def _placed(clip: Clip, measured: Measured, family: Family, form: ClipForm, size
             f"too short: {counted(frames_available(info, fps), 'frame')} at {fps:g} frames per second, "
             f"needs at least {min(form.frames, family.frame_multiple + 1)}"
         )
-    size = sizes[0] if family.only_size else nearest_bucket(info.width, info.height, sizes)
     return PreparedClip(clip, info, Bucket(frames, size.height, size.width), measured.digest, fps, repeated)
 
 
@@ -200,6 +212,8 @@ def _repeated(info: VideoInfo, frames: int, fps: float) -> int:
 def clip_pixels(clip: PreparedClip) -> Tensor:
     """The frames of a clip, resized for training: uint8 `[F, 3, H, W]`."""
     bucket = clip.bucket
+    if clip.info.image:
+        return image_pixels(clip.clip.path, bucket.width, bucket.height)
     return decode(clip.clip.path, frames=bucket.frames, fps=clip.fps, width=bucket.width, height=bucket.height)
 
 

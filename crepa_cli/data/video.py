@@ -56,6 +56,7 @@ class VideoInfo:
         rounding: seconds by which the file's timestamps may be off.
         hdr: "HLG" or "PQ" if the clip is in high dynamic range, "" if not.
         interlaced: whether the first frame is interlaced.
+        image: whether the file is an image, which has no length and no frame rate.
     """
 
     frames: int
@@ -66,6 +67,7 @@ class VideoInfo:
     rounding: float
     hdr: str
     interlaced: bool
+    image: bool = False
 
 
 def probe(path: Path) -> VideoInfo:
@@ -103,6 +105,12 @@ def probe(path: Path) -> VideoInfo:
         return VideoInfo(
             len(shown), width, height, fps, duration, video.rounding, hdr_kind(picture), picture.interlaced_frame
         )
+
+
+def check_aspect(width: int, height: int) -> None:
+    """Raise a ClipError if a picture is too long or too high for every bucket."""
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ClipError(f"has sides of {width} and {height} pixels, more than {MAX_ASPECT} to 1")
 
 
 def frames_available(info: VideoInfo, fps: float) -> int:
@@ -231,8 +239,7 @@ class _Video:
     def shown_size(self, frame: VideoFrame) -> tuple[int, int]:
         """Width and height in square pixels, upright."""
         width, height = max(1, round(frame.width * (self.stream.sample_aspect_ratio or 1))), frame.height
-        if max(width, height) > MAX_ASPECT * min(width, height):
-            raise ClipError(f"has sides of {width} and {height} pixels, more than {MAX_ASPECT} to 1")
+        check_aspect(width, height)
         return (height, width) if Orientation.of(frame).swapped else (width, height)
 
     def shown_frames(self) -> Iterator[tuple[VideoFrame, float]]:

@@ -20,7 +20,8 @@ def describe_buckets(buckets: Sequence[BucketCount], data: DataSettings, family:
     lines = [f"{counted(sum(one.clips for one in buckets), 'usable clip')}, by size:"]
     for one in buckets:
         more = one.width * one.height / asked - 1
-        line = f"{one.width}x{one.height}, {one.frames} frames: {one.clips}"
+        length = "single frames" if one.frames == 1 else f"{one.frames} frames"
+        line = f"{one.width}x{one.height}, {length}: {one.clips}"
         lines.append(f"{line} ({more:+.1%})" if more > 0 else line)
     if any(one.width * one.height > asked for one in buckets):
         lines.append(

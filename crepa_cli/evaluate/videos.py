@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from crepa_cli.data.clips import VIDEO_SUFFIXES, Clip, ClipError, file_digest, find_clips
+from crepa_cli.data.images import is_image
 from crepa_cli.data.prepare import ClipForm, load_teacher
 from crepa_cli.data.video import decode, frames_available, probe, write_video
 from crepa_cli.errors import UserError, counted, listed
@@ -171,8 +172,8 @@ def unique_names(names: Sequence[str]) -> list[str]:
 
 
 def chosen_clips(clips: Sequence[Clip]) -> list[Clip]:
-    """Up to `CLIPS` clips with different captions, spread over all of them."""
-    distinct = list({clip.caption: clip for clip in reversed(clips)}.values())[::-1]
+    """Up to `CLIPS` videos with different captions, spread over all of them."""
+    distinct = list({clip.caption: clip for clip in reversed(clips) if not is_image(clip.path)}.values())[::-1]
     count = min(CLIPS, len(distinct))
     return [distinct[index * len(distinct) // count] for index in range(count)]
 

@@ -232,6 +232,11 @@ class Family(ABC):
         """A clip has this many frames times k, plus one: the temporal compression of the VAE."""
 
     @property
+    def trains_images(self) -> bool:
+        """Whether an image is a clip to train on; image to video is given the first frame, and it has no other."""
+        return self.task == "t2v"
+
+    @property
     def pipeline_class(self) -> str:
         """The diffusers pipeline that generates the task with this checkpoint."""
         return self.pipelines[self.task]

@@ -166,7 +166,8 @@ class DataSettings(Table):
 
     path: Text | None = Field(
         default=None,
-        description="Folder of clips, with a caption beside each (clip.txt), or with metadata.jsonl or metadata.csv.",
+        description="Folder of videos and images, with a caption beside each (clip.txt), or with metadata.jsonl or "
+        "metadata.csv.",
     )
     width: int = resolved_later(
         FAMILY_DEFAULT,
