@@ -28,6 +28,7 @@ from crepa_cli.data.held_out import divided, scan_all
 from crepa_cli.data.online import OnlineTeacher
 from crepa_cli.data.prepare import ClipForm, PreparedClip, encoder_config, prepare
 from crepa_cli.data.prompts import prompt_key
+from crepa_cli.data.sources import dataset_needs
 from crepa_cli.errors import UserError
 from crepa_cli.events import Event, Notice, Progress, RunOpened, TrainingEnded, TrainingStarted
 from crepa_cli.follow import Listener, StopRequest, follow
@@ -278,7 +279,7 @@ def _downloaded(profile: Profile, family: Family) -> Events:
         yield Notice(f"{silence.reason}; the run uses what is on this machine")
     failures: list[UserError] = []
     try:
-        yield from download_needs(needs(profile, family))
+        yield from download_needs([*needs(profile, family), *dataset_needs(profile.data)])
     except UserError as error:
         failures.append(error)
     # This run needs no more of it, and the next one in this process wants fresh answers.

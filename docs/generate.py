@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -16,7 +16,7 @@ from crepa_cli import alignment, api
 from crepa_cli.cli import app
 from crepa_cli.profile import allowed_values, description, known_keys
 from crepa_cli.profile.describe import default_value
-from crepa_cli.profile.settings import TABLES
+from crepa_cli.profile.settings import LISTED_TABLES, TABLES
 from crepa_cli.profile.simpletuner import COUNTERPARTS
 
 DOCS = Path(__file__).parent
@@ -112,12 +112,19 @@ def _page(title: str, introduction: str, lines: Iterator[str]) -> str:
 
 def _settings() -> Iterator[str]:
     for table, keys in known_keys().items():
-        yield from (f"## `[{table}]`", "", _cell(inspect.getdoc(TABLES[table]) or ""), "")
-        yield from ("| key | default | values | meaning |", "| --- | --- | --- | --- |")
-        for key in keys:
-            values = _cell(allowed_values(table, key))
-            yield f"| `{key}` | {_cell(default_value(table, key))} | {values} | {_cell(description(table, key))} |"
-        yield ""
+        yield from _table(f"[{table}]", table, TABLES[table], keys)
+        for name, part in LISTED_TABLES.items():
+            if name.startswith(f"{table}."):
+                yield from _table(f"[[{name}]]", name, part, part.model_fields)
+
+
+def _table(heading: str, table: str, model: type, keys: Iterable[str]) -> Iterator[str]:
+    yield from (f"## `{heading}`", "", _cell(inspect.getdoc(model) or ""), "")
+    yield from ("| key | default | values | meaning |", "| --- | --- | --- | --- |")
+    for key in keys:
+        values = _cell(allowed_values(table, key))
+        yield f"| `{key}` | {_cell(default_value(table, key))} | {values} | {_cell(description(table, key))} |"
+    yield ""
 
 
 def _commands() -> Iterator[str]:

@@ -64,7 +64,7 @@ class HubStub:
     """The server and what it has seen.
 
     Attributes:
-        repositories: by owner/name.
+        repositories: by owner/name, datasets by datasets/owner/name.
         requests: all that arrived.
         silent: accept connections and never answer.
         bytes_per_second: the speed of each transfer; None for no limit.
@@ -141,10 +141,14 @@ class _Answer:
             self.handler.close_connection = True
             return
         parts = self.request.path.strip("/").split("/")
-        if parts[:2] == ["api", "models"]:
-            self._listing("/".join(parts[2:4]), parts[5] if len(parts) > 5 else None)
-        elif len(parts) > 4 and parts[2] == "resolve":
-            self._file("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
+        kind = "datasets/" if "datasets" in parts[:2] else ""
+        if parts[0] == "api" and parts[1] in ("models", "datasets"):
+            self._listing(kind + "/".join(parts[2:4]), parts[5] if len(parts) > 5 else None)
+            return
+        if kind:
+            parts = parts[1:]
+        if len(parts) > 4 and parts[2] == "resolve":
+            self._file(kind + "/".join(parts[:2]), parts[3], "/".join(parts[4:]))
         else:
             self._refuse(404)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -21,6 +22,7 @@ from crepa_cli.models.flavours import FLAVOURS
 from crepa_cli.profile import (
     Profile,
     ResolvedProfile,
+    SourceSettings,
     allowed_values,
     description,
     dump_toml,
@@ -32,7 +34,7 @@ from crepa_cli.profile import (
 )
 from crepa_cli.profile.describe import family_keys
 from crepa_cli.profile.layers import Setting, complete
-from crepa_cli.profile.project import project_settings, write_project
+from crepa_cli.profile.project import commented_toml, project_settings, write_project
 from crepa_cli.profile.settings import TABLES
 from crepa_cli.profile.simpletuner import COUNTERPARTS, import_config
 
@@ -71,7 +73,7 @@ KEYS = {
     "model": "family task checkpoint components revision variant dtype vae_dtype vae_tiling audio",
     "memory": "stream_weights offload_idle_expert offload_activations finer_recompute keep keep_blocks quantize_base",
     "adapter": "kind rank alpha dropout target_modules init_from export export_dtype",
-    "data": "path width height frames fps repeats caption_dropout cache validation_share validation_path",
+    "data": "path sources width height frames fps repeats caption_dropout cache validation_share validation_path",
     "train": "steps batch_size gradient_accumulation learning_rate optimizer beta1 beta2 eps weight_decay "
     "lr_scheduler lr_warmup_steps lr_floor max_grad_norm max_skipped_steps sharding activation_checkpointing "
     "attention compile ema timestep_sampling timestep_shift loss_weighting seed output",
@@ -606,6 +608,39 @@ def test_none_in_a_json_configuration_gives_the_default_of_the_family(folder: Pa
     assert found == {name: expected[name] for name in found}
 
 
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ('path = "a"\nweight = 0', "in table 1, weight must be a number > 0, or none"),
+        ('path = "a"\n[[data.sources]]\nfolder = "b"', "in table 2, the keys are path, hub, revision, weight"),
+        ('path = "a"\nhub = "b/c"', "each source needs either a path or a hub"),
+        ('path = "a"\nweight = 1\n[[data.sources]]\npath = "b"', "give each source a weight, or none of them"),
+        ('path = "a\\tb"', "is not a path"),
+    ],
+)
+def test_mistakes_in_sources_are_named(folder: Path, sources: str, message: str):
+    (folder / "crepa.toml").write_text(f"[[data.sources]]\n{sources}\n")
+    with pytest.raises(UserError, match=re.escape(message)):
+        resolve(folder)
+    (folder / "crepa.toml").write_text('[[data.sources]]\npath = "a"\n')
+    with pytest.raises(UserError, match="choose one: path is one folder, sources are several"):
+        resolve(folder, "data.path=b")
+
+
+def test_sources_are_anchored_written_and_read_back(folder: Path):
+    (folder / "sub").mkdir()
+    clips = '[[data.sources]]\npath = "clips"\nweight = 2\n[[data.sources]]\nhub = "owner/clips"\nweight = 1.5\n'
+    (folder / "crepa.toml").write_text(clips)
+    resolved = resolve(folder / "sub")
+    one, other = resolved.profile.data.sources
+    assert (one.path, one.weight, other.hub) == (str(Path("../clips")), 2.0, "owner/clips")
+    written = project_settings(
+        profile="crepa.toml", imported=[], flags={"model.family": "wan"}, folder=folder, families=FAMILIES
+    )
+    text = commented_toml(written, complete(written, real_defaults))
+    assert tomllib.loads(text)["data"]["sources"] == tomllib.loads(clips)["data"]["sources"]
+
+
 def test_the_schema_follows_the_settings():
     schema = json_schema()
     crepa = schema["$defs"]["CrepaSettings"]["properties"]
@@ -629,6 +664,16 @@ SCALARS = st.one_of(
     st.integers(), st.floats(), st.booleans(), st.text(max_size=10), st.sampled_from(["none", "grid", "t2v", "cosine"])
 )
 VALUES = st.one_of(SCALARS, st.lists(SCALARS, max_size=3), st.dictionaries(st.text(max_size=3), SCALARS, max_size=2))
+SOURCE_KEYS = st.sampled_from([*SourceSettings.model_fields]) | st.text(max_size=3)
+SOURCE_VALUES = st.one_of(SCALARS, st.floats(0.1, 10), st.integers(8, 1000))
+SOURCES = st.lists(
+    st.builds(
+        lambda path, more: {"path": path, **more},
+        st.text(max_size=5),
+        st.dictionaries(SOURCE_KEYS, SOURCE_VALUES, max_size=3),
+    ),
+    max_size=3,
+)
 NAMES = st.one_of(st.sampled_from(sorted(f"{t}.{k}" for t, keys in known_keys().items() for k in keys)), st.text())
 FUZZ = settings(deadline=None, max_examples=500, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -663,6 +708,14 @@ def test_no_depth_of_nesting_ends_in_a_traceback(folder: Path):
 @given(st.dictionaries(NAMES, VALUES, max_size=6))
 def test_no_values_end_in_a_traceback(folder: Path, values: dict[str, object]):
     survives(folder, flags={"model.family": "wan", **values})
+
+
+@FUZZ
+@given(SOURCES)
+@example([{"path": "clips", "weight": 2}, {"hub": "owner/clips", "weight": 0.5, "revision": "none"}])
+@example([{"path": "clips", "width": 2**70}])
+def test_no_sources_end_in_a_traceback(folder: Path, sources: list[dict[str, object]]):
+    survives(folder, flags={"model.family": "wan", "data.sources": sources})
 
 
 @FUZZ

@@ -3,10 +3,12 @@
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from crepa_cli.data.sampler import BatchOrder
+from crepa_cli.data.shares import Share, shares
+from crepa_cli.errors import UserError
 
 LAWS = settings(max_examples=200, deadline=None, derandomize=True, database=None)
 
@@ -68,6 +70,49 @@ def test_a_batch_depends_on_its_number_alone(case: tuple[list[list[int]], int, i
     changed = order.batch(0)
     changed.clear()
     assert order.batch(0)
+
+
+@LAWS
+@given(
+    counts=st.lists(st.lists(st.integers(0, 30), min_size=2, max_size=3), min_size=1, max_size=3),
+    weights=st.lists(st.sampled_from([0.1, 0.3, 1.0, 2.0, 7.0]), min_size=3, max_size=3),
+    batch_size=st.integers(1, 4),
+    seed=st.integers(0, 10**6),
+)
+def test_sources_have_their_shares_within_two_percent_of_a_thousand_batches(
+    counts: list[list[int]], weights: list[float], batch_size: int, seed: int
+) -> None:
+    """`counts` are the clips of each source in each bucket."""
+    sources = [source for bucket in counts for source, count in enumerate(bucket) for _ in range(count)]
+    assume(sources)
+    clips = iter(range(len(sources)))
+    buckets = [[next(clips) for _ in range(sum(bucket))] for bucket in counts]
+    order = BatchOrder(buckets, batch_size=batch_size, seed=seed, shares=shares(sources, weights, 1))
+    batches = [order.batch(index) for index in range(1000)]
+    drawn = Counter(sources[clip] for batch in batches for clip in batch)
+    total = sum(weights[source] for source in set(sources))
+    for source in set(sources):
+        assert abs(drawn[source] / (1000 * batch_size) - weights[source] / total) < 0.02
+    for batch in batches:
+        assert len(batch) == batch_size
+        assert any(set(batch) <= set(bucket) for bucket in buckets)
+
+
+def test_few_clips_beside_very_many_have_their_share_from_the_first_steps_on() -> None:
+    sources = [0] * 50_000 + [1] * 20
+    order = BatchOrder([range(len(sources))], batch_size=1, seed=3, shares=shares(sources, [0.7, 0.3], 1))
+    for first in (0, 10_000):
+        drawn = sum(sources[order.batch(first + index)[0]] for index in range(1000))
+        assert abs(drawn / 1000 - 0.3) < 0.006
+
+
+def test_sources_of_one_weight_per_clip_are_visited_equally_often_and_others_in_the_nearest_ratio() -> None:
+    assert shares([0, 1, 1], [1.0, 2.0], 3) == [Share({0}, 3), Share({1, 2}, 3)]
+    assert shares([0, 1, 1], [3.0, 2.0], 1) == [Share({0}, 3), Share({1, 2}, 1)]
+    assert shares([0, 1], [1.0, 2.5], 2) == [Share({0}, 4), Share({1}, 10)]
+    assert shares([0, 1], [None, None], 2) == [Share(range(2), 2)]
+    with pytest.raises(UserError, match="weights are too far apart"):
+        shares([0, 1], [1e-9, 1.0], 1)
 
 
 def test_epochs_and_seeds_differ() -> None:

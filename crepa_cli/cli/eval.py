@@ -135,7 +135,7 @@ def _compare(
     from crepa_cli.evaluate.videos import compare_folders
 
     crepa = settings.crepa if settings and settings.crepa.encoder_teaches else None
-    path = settings.data.path if settings else clips
+    path = next((one.path for one in settings.data.all_sources if one.path), None) if settings else clips
     return compare_folders(folders, Path(path) if path else None, crepa, output)
 
 

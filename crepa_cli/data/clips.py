@@ -80,14 +80,14 @@ class _Files:
 
 
 def clips_folder(data: DataSettings) -> Path:
-    """The folder of clips named in the settings.
+    """The folder of clips named in the settings: of several, the first one; the current folder if all are on the Hub.
 
     Raises:
         UserError: if the settings name none.
     """
-    if data.path is None:
+    if not data.all_sources:
         raise UserError("no clips: give their folder with --data DIR, or as path in [data] of crepa.toml")
-    return Path(data.path)
+    return Path(next((source.path for source in data.all_sources if source.path is not None), ""))
 
 
 def find_clips(folder: Path, index: Index | None = None) -> ClipScan:
@@ -299,8 +299,10 @@ def _entry(entry: object, folder: Path, root: Path, files: _Files) -> tuple[str,
 
 
 def _stays_within(path: Path, root: Path) -> bool:
+    # The files of a snapshot in the Hub's cache are links to the blobs of its repository.
+    roots = (root, root.parents[1] / "blobs") if root.parent.name == "snapshots" else (root,)
     try:
-        return path.resolve().is_relative_to(root)
+        return any(path.resolve().is_relative_to(one) for one in roots)
     except (OSError, RuntimeError):  # a symlink loop
         return False
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from crepa_cli.data.cache import cache_folder
-from crepa_cli.data.clips import clips_folder
 from crepa_cli.data.index import Index
 from crepa_cli.data.prepare import ClipForm, PreparedClip, scan
+from crepa_cli.data.sources import scan_sources
 from crepa_cli.errors import UserError, counted, listed
 from crepa_cli.events import Event, Notice
 from crepa_cli.models.family import Family
@@ -31,7 +31,7 @@ def scan_all(family: Family, profile: Profile) -> Generator[Event, None, list[Pr
     """
     data, form, held_out = profile.data, ClipForm.of(profile.data), held_out_folder(profile)
     index = Index(cache_folder(data))
-    clips = yield from scan(family, clips_folder(data), form, index)
+    clips = yield from scan_sources(family, data, index)
     if data.validation_share is not None:
         chosen = choose({clip.digest for clip in clips}, data.validation_share, profile.train.seed)
         clips = [replace(clip, held_out=clip.digest in chosen) for clip in clips]
@@ -84,7 +84,7 @@ def divided(clips: Sequence[PreparedClip], profile: Profile) -> tuple[list[Prepa
             f"no clip is left to train on: data.validation_share = {data.validation_share} holds out all of the "
             f"{counted(len(held_out), 'usable clip')}; lower it, or add clips"
             if data.validation_share is not None
-            else f"no usable clips in {data.path}; the messages above give the reasons"
+            else "no usable clips; the messages above give the reasons"
         )
     asked = data.validation_share is not None or held_out_folder(profile) is not None
     if asked and not held_out:

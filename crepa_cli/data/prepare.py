@@ -68,7 +68,7 @@ class PreparedClip:
     """A clip, the frame rate it is trained at, and the keys of its cache entries.
 
     `repeated` of its frames repeat the one before. `features_key` is None if no encoder is the teacher. A clip that is
-    `held_out` is never trained on.
+    `held_out` is never trained on. `source` is the number of its source.
     """
 
     clip: Clip
@@ -81,6 +81,7 @@ class PreparedClip:
     latents_key: str = ""
     features_key: str | None = None
     held_out: bool = False
+    source: int = 0
 
     @property
     def fit(self) -> Fit:
@@ -365,8 +366,9 @@ def clip_name(clip: PreparedClip) -> str:
 def _without_failed(
     clips: list[PreparedClip], tried: list[PreparedClip], succeeded: list[PreparedClip]
 ) -> list[PreparedClip]:
-    failed = {clip.clip.path for clip in tried} - {clip.clip.path for clip in succeeded}
-    return [clip for clip in clips if clip.clip.path not in failed]
+    # Not by the file: another source may use it in another form.
+    failed = {clip.latents_key for clip in tried} - {clip.latents_key for clip in succeeded}
+    return [clip for clip in clips if clip.latents_key not in failed]
 
 
 def _content(clip: PreparedClip) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from crepa_cli.data.prepare import PreparedClip
@@ -29,6 +30,17 @@ def describe_buckets(buckets: Sequence[BucketCount], data: DataSettings, family:
             f"multiples of {family.size_multiple}"
         )
     return "\n".join(lines)
+
+
+def describe_sources(clips: Sequence[PreparedClip], data: DataSettings) -> str:
+    """The number of clips to train on of each source, and their share of those that are drawn."""
+    counts = Counter(clip.source for clip in clips)
+    parts = {number: (data.sources[number].weight or counts[number]) for number in counts}
+    total = sum(parts.values())
+    return "\n".join(
+        f"{data.sources[number].name}: {counted(counts[number], 'clip')}, {part / total:.1%} of those drawn"
+        for number, part in sorted(parts.items())
+    )
 
 
 def describe_held_out(held_out: int, usable: int, data: DataSettings) -> str:

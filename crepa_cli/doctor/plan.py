@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
 from rich.filesize import decimal
 
 from crepa_cli.data.cache import cache_folder, check_writable
-from crepa_cli.data.clips import clips_folder, find_clips
+from crepa_cli.data.clips import clips_folder
 from crepa_cli.data.held_out import divided, scan_all
 from crepa_cli.data.prepare import PreparedClip, encoder_config, encoder_need
+from crepa_cli.data.sources import clips_here, dataset_needs
 from crepa_cli.demo import write_demo
 from crepa_cli.doctor.cache_size import cache_bytes
-from crepa_cli.doctor.clips import describe_buckets, describe_held_out, enlarged
+from crepa_cli.doctor.clips import describe_buckets, describe_held_out, describe_sources, enlarged
 from crepa_cli.doctor.disk import check_folder
 from crepa_cli.doctor.findings import BucketCount, Plan
 from crepa_cli.doctor.fit import Target, check_fit, check_memory
@@ -22,7 +24,7 @@ from crepa_cli.errors import counted
 from crepa_cli.events import ClipSkipped, Event, Notice, drained
 from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
-from crepa_cli.profile import CrepaSettings, Profile, ResolvedProfile
+from crepa_cli.profile import CrepaSettings, DataSettings, Profile, ResolvedProfile
 from crepa_cli.runs.checks import missing_optimizer, missing_trackers, open_family
 from crepa_cli.runs.folder import RunFolder
 from crepa_cli.runs.prompts import negative_prompt, sampled_texts
@@ -129,18 +131,27 @@ def _check_run_folder(plan: Plan, profile: Profile) -> None:
 def _check_cache_folder(plan: Plan, profile: Profile) -> bool:
     """Whether the cache can be written."""
     data, failures = profile.data, len(plan.checks)
-    if data.path is not None:
+    if data.all_sources:
         plan.attempt("cache", lambda: check_writable(cache_folder(data), clips_folder(data)))
     return len(plan.checks) == failures
 
 
+def _check_datasets(plan: Plan, data: DataSettings) -> bool:
+    """Whether the datasets of the Hub are on this machine."""
+    here = True
+    for need in dataset_needs(data):
+        check = plan.attempt("clips", partial(check_need, "clips", need))
+        plan.checks += [check] if check else []
+        here = here and check is not None and check.status == "fine"
+    return here
+
+
 def _check_clips(plan: Plan, family: Family | None, profile: Profile, listener: Listener) -> list[PreparedClip] | None:
     """The usable clips, those that are held out among them; the plan names the skipped ones."""
-    folder = plan.attempt("clips", lambda: clips_folder(profile.data))
-    if folder is None:
+    if plan.attempt("clips", lambda: clips_folder(profile.data)) is None or not _check_datasets(plan, profile.data):
         return None
     if family is None:
-        plan.attempt("clips", lambda: find_clips(folder))
+        plan.attempt("clips", lambda: clips_here(profile.data))
         return None
 
     def listen(event: Event) -> None:
@@ -157,6 +168,8 @@ def _check_clips(plan: Plan, family: Family | None, profile: Profile, listener: 
         counts = Counter(clip.bucket for clip in clips)
         plan.buckets = [BucketCount(key.frames, key.height, key.width, counts[key]) for key in sorted(counts)]
         plan.add("clips", "fine", describe_buckets(plan.buckets, profile.data, family))
+        if profile.data.sources:
+            plan.add("sources", "fine", describe_sources(clips, profile.data))
         if message := enlarged(clips):
             advice = "use larger clips, or lower data.width and data.height"
             plan.add("clips", "warning", message, advice)

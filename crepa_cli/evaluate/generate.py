@@ -12,9 +12,10 @@ import torch
 from accelerate import Accelerator
 
 from crepa_cli.data.cache import Cache, cache_folder, cache_key
-from crepa_cli.data.clips import Clip, ClipError, file_digest, find_clips
+from crepa_cli.data.clips import Clip, ClipError, clips_folder, file_digest
 from crepa_cli.data.prepare import ClipForm
 from crepa_cli.data.prompts import prompt_key
+from crepa_cli.data.sources import clips_here
 from crepa_cli.data.video import write_video
 from crepa_cli.errors import RunError, UserError
 from crepa_cli.evaluate.prompts import Sampled, prompts_of_file, prompts_of_run
@@ -110,10 +111,8 @@ def _check_device(profile: Profile, family: Family, device: torch.device) -> Non
 
 def _clips(profile: Profile) -> Generator[Event, None, list[Clip]]:
     """Some of the training clips; none, with a notice, if they are not on this machine."""
-    if profile.data.path is None:
-        return []
     try:
-        return chosen_clips(find_clips(Path(profile.data.path)).clips)
+        return chosen_clips(clips_here(profile.data))
     except UserError as error:
         yield Notice(f"no training clips as a reference: {error}")
         return []
@@ -137,7 +136,7 @@ def _with_prompts(request: Request, clips: Sequence[Clip]) -> tuple[Profile, lis
 def _cache(profile: Profile, output: Path) -> Cache:
     """The cache of the run, or one in the output if its clips are not on this machine."""
     data = profile.data
-    there = data.cache is not None or (data.path is not None and Path(data.path).is_dir())
+    there = data.cache is not None or (bool(data.all_sources) and clips_folder(data).is_dir())
     return Cache(cache_folder(data) if there else output / "cache")
 
 

@@ -133,6 +133,10 @@ def _one_expert(source: str, family: Family) -> Family:
 
 
 def _named(value: object) -> object:
+    if isinstance(value, list):
+        return [_named(one) for one in value]
+    if isinstance(value, dict):
+        return {key: _named(one) for key, one in value.items()}
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 

@@ -17,7 +17,7 @@ from rich.filesize import decimal
 from crepa_cli.errors import UserError
 from crepa_cli.events import Event, Notice, Progress
 from crepa_cli.hub import layout
-from crepa_cli.hub.messages import HubError, missing_file
+from crepa_cli.hub.messages import HubError, HubUnreachableError, missing_file
 from crepa_cli.hub.needed import is_model, lacking, small_files, weight_files
 from crepa_cli.hub.question import RemoteFile, list_files, resolve
 from crepa_cli.hub.read import read_config
@@ -31,19 +31,21 @@ REFRESH_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Need:
-    """The folders of a repository, or of a local checkpoint, that a run needs.
+    """What a run needs of a repository or of a local checkpoint: folders of models, or the clips of a dataset.
 
     Attributes:
         name: Hub id or local folder.
         revision: branch, tag or commit on the Hub; None is the main branch.
         folders: the sub-folders; "" is the top.
         files: single files that are of use if there are any.
+        kinds: ends of the names of files that are needed of a dataset, whatever folder they are in.
     """
 
     name: str
     revision: str | None
     folders: tuple[str, ...]
     files: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ()
 
 
 class Missing(NamedTuple):
@@ -69,6 +71,8 @@ def missing_files(need: Need) -> list[Missing]:
     Raises:
         UserError: if a local folder lacks files, or the Hub lacks them or cannot be asked.
     """
+    if need.kinds:
+        return _missing_clips(need)
     if Path(need.name).is_dir():
         if absent := lacking(Path(need.name), need.folders):
             raise UserError(f"{need.name} is not complete: it lacks {', '.join(absent)}")
@@ -86,6 +90,22 @@ def missing_files(need: Need) -> list[Missing]:
         raise
     chosen = _chosen(need, commit, list(listing.files))
     return [Missing(need.name, commit, listing.files[path]) for path in chosen if not (root / path).exists()]
+
+
+def _missing_clips(need: Need) -> list[Missing]:
+    """The files of a dataset that are not on this machine; if the Hub cannot be asked, what is here has to do."""
+    commit = resolve(need.name, need.revision)
+    root = layout.snapshot(need.name, commit)
+    try:
+        listing = list_files(need.name, commit)
+    except HubUnreachableError:
+        if root.is_dir():
+            return []
+        raise
+    chosen = [file for path, file in listing.files.items() if path.lower().endswith(need.kinds)]
+    if not chosen:
+        raise HubError(f"{need.name} has no file that ends in {', '.join(need.kinds)}: is it a folder of clips?")
+    return [Missing(need.name, commit, file) for file in chosen if not (root / file.path).exists()]
 
 
 def _chosen(need: Need, commit: str, paths: list[str]) -> list[str]:

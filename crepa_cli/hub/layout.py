@@ -19,6 +19,21 @@ from crepa_cli.files import write_whole
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
+DATASETS = "datasets/"
+"""Before the name of a repository that is a dataset, as in its address on the Hub."""
+
+
+def dataset(name: str) -> str:
+    """The name of a dataset among those of all repositories."""
+    return f"{DATASETS}{name}"
+
+
+def kind_and_id(repository: str) -> tuple[str, str]:
+    """The kind of a repository, in the libraries of Hugging Face, and its id."""
+    name = repository.removeprefix(DATASETS)
+    return ("model" if name == repository else "dataset"), name
+
+
 def is_commit(revision: str | None) -> bool:
     """Whether a revision is a commit, which never changes, and no branch or tag."""
     return revision is not None and COMMIT.fullmatch(revision) is not None
@@ -26,7 +41,8 @@ def is_commit(revision: str | None) -> bool:
 
 def storage(repository: str) -> Path:
     """The folder of a repository in the cache."""
-    return Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repository, repo_type="model"))
+    kind, name = kind_and_id(repository)
+    return Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type=kind))
 
 
 def snapshot(repository: str, commit: str) -> Path:

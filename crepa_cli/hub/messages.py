@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
 )
 
 from crepa_cli.errors import UserError
+from crepa_cli.hub.layout import kind_and_id
 
 PUBLISHED = Path(__file__).parents[1] / "models" / "published"
 """Configurations of published checkpoints, by Hub id, in the layout of diffusers."""
@@ -74,9 +75,12 @@ def _then_log_in() -> str:
 
 
 def _not_found(repository: str) -> str:
+    private = "" if get_token() else " If it is private, log in first: hf auth login."
+    kind, name = kind_and_id(repository)
+    if kind == "dataset":
+        return f"the Hub has no dataset {name}; look for it on {constants.ENDPOINT}/datasets{private}"
     near = get_close_matches(repository, published_ids(), n=1, cutoff=0.6)
     hint = f"did you mean {near[0]}?" if near else f"look for it on {constants.ENDPOINT}/models"
-    private = "" if get_token() else " If it is private, log in first: hf auth login."
     return f"there is no folder {repository!r}, and the Hub has no model of that name; {hint}{private}"
 
 

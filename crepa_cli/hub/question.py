@@ -13,7 +13,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from crepa_cli.errors import UserError
-from crepa_cli.hub.layout import is_commit, known_commit, remember_commit
+from crepa_cli.hub.layout import is_commit, kind_and_id, known_commit, remember_commit
 from crepa_cli.hub.messages import HubError, HubUnreachableError, explain
 
 TIMEOUTS = (2.0, 4.0)
@@ -108,15 +108,18 @@ def list_files(repository: str, revision: str | None = None) -> Listing:
 
 
 def _ask(repository: str, revision: str) -> Listing:
+    kind, name = kind_and_id(repository)
     try:
-        validate_repo_id(repository)
+        validate_repo_id(name)
     except HFValidationError as error:
+        if kind == "dataset":
+            raise UserError(f"{name!r} is not the Hub id of a dataset (owner/name)") from error
         raise UserError(f"no folder {repository!r}, and it is not a Hub id (owner/name) either") from error
     # A copy on this machine serves as well, so that nobody waits twice for a Hub that is not there.
     timeouts = TIMEOUTS[:1] if known_commit(repository, revision) else TIMEOUTS
     for timeout in timeouts:
         try:
-            info = HfApi().model_info(repository, revision=revision, timeout=timeout, files_metadata=True)
+            info = HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=timeout, files_metadata=True)
             break
         except Exception as error:  # the errors of the HTTP library share no base class with the Hub's
             explained = explain(error, repository, revision)

@@ -89,7 +89,8 @@ class _Transfer:
 
     def __init__(self, repository: str, commit: str, file: RemoteFile, output: BinaryIO, stop: threading.Event) -> None:
         self.repository = repository
-        self.url = hf_hub_url(repository, file.path, revision=commit)
+        kind, name = layout.kind_and_id(repository)
+        self.url = hf_hub_url(name, file.path, repo_type=kind, revision=commit)
         self.commit = commit
         self.file = file
         self.output = output

@@ -14,7 +14,8 @@ from torch import Tensor
 from crepa_cli.alignment import TokenGrid
 from crepa_cli.alignment.grid import matching_frames
 from crepa_cli.data.buckets import Bucket, valid_frames
-from crepa_cli.data.prepare import ClipForm, encoder_config
+from crepa_cli.data.prepare import encoder_config
+from crepa_cli.data.sources import largest_form
 from crepa_cli.kept import kept
 from crepa_cli.models.attention import Attention
 from crepa_cli.models.dtypes import torch_dtype
@@ -25,7 +26,7 @@ from crepa_cli.teachers.dinov2 import input_size
 
 def form_bucket(profile: Profile, family: Family) -> Bucket:
     """The shape of clips given by the settings."""
-    form = ClipForm.of(profile.data)
+    form = largest_form(profile.data)
     frames = valid_frames(form.frames, form.frames, family.frame_multiple)
     return Bucket(frames or form.frames, form.height, form.width)
 

@@ -19,6 +19,7 @@ from crepa_cli.data.cache import Cache, cache_folder, cache_key
 from crepa_cli.data.clips import clips_folder
 from crepa_cli.data.dataset import ClipDataset
 from crepa_cli.data.prepare import ClipForm, PreparedClip, prepare
+from crepa_cli.data.sources import dataset_needs, scan_sources
 from crepa_cli.errors import RunError, UserError
 from crepa_cli.events import Event, Notice, Progress
 from crepa_cli.hub.download import download
@@ -88,12 +89,13 @@ def measure(profile: Profile, family: Family) -> Generator[Event, None, Measurem
             "is a block; add --set crepa.use_backbone_features=false"
         )
     folder = clips_folder(profile.data)
-    yield from download(needs(profile, family))
+    yield from download([*needs(profile, family), *dataset_needs(profile.data)])
     accelerator = Accelerator(mixed_precision=PRECISION[profile.model.dtype])
     cache = Cache(cache_folder(profile.data), verify=True)  # nothing is made again later
     dtype = torch_dtype(profile.model.dtype)
     form = ClipForm.of(profile.data)
-    clips = yield from prepare(family, folder, form, profile.crepa, [], cache, accelerator.device, dtype)
+    found = scan_sources(family, profile.data, cache.index)
+    clips = yield from prepare(family, folder, form, profile.crepa, [], cache, accelerator.device, dtype, scanned=found)
     if len(clips) > CLIPS:
         yield Notice(f"measuring {CLIPS} of {len(clips)} clips")
     # The order of digests is arbitrary but the same on every machine: a fair choice of clips and folds.

@@ -15,6 +15,7 @@ from crepa_cli.profile.settings import (
     TrainSettings,
     ValidationSettings,
 )
+from crepa_cli.profile.sources import SourceSettings
 
 __all__ = [
     "AdapterSettings",
@@ -29,6 +30,7 @@ __all__ = [
     "ReportSettings",
     "ResolvedProfile",
     "SettingsError",
+    "SourceSettings",
     "TrainSettings",
     "ValidationSettings",
     "allowed_values",

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from crepa_cli.profile.settings import TABLES, Profile
+from crepa_cli.profile.settings import LISTED_TABLES, TABLES, Profile
 from crepa_cli.profile.table import FAMILY_DEFAULT, NONE_MEANS
 
 PRESET_DESCRIPTION = "Preset that the settings of this file change; --profile replaces it."
@@ -80,7 +80,7 @@ def examples() -> Mapping[tuple[str, str], object]:
 
 @cache
 def _properties(table: str) -> dict[str, Any]:
-    return dict(TABLES[table].model_json_schema()["properties"])
+    return dict((TABLES | LISTED_TABLES)[table].model_json_schema()["properties"])
 
 
 def description(table: str, key: str) -> str:
@@ -122,6 +122,8 @@ def _allowed(schema: Mapping[str, Any]) -> str:
         return shown(schema["const"])
     if "enum" in schema:
         return "one of " + ", ".join(schema["enum"])
+    if "$ref" in schema:
+        return "a table"
     if schema["type"] == "null":
         return "none"
     if schema["type"] == "array":

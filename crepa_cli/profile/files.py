@@ -22,6 +22,7 @@ PRESET = "preset"
 """Key of a TOML file, above its tables, that names the preset below its settings."""
 PATHS = {
     ("data", "path"),
+    ("data", "sources"),
     ("data", "validation_path"),
     ("data", "cache"),
     ("train", "output"),
@@ -157,6 +158,7 @@ def _refuse_broken_paths(tables: Mapping[str, object], label: str) -> None:
     for table, keys in tables.items():
         for key, value in keys.items() if isinstance(keys, dict) else ():
             texts = value if isinstance(value, list) else [value]
+            texts = [text.get("path") if isinstance(text, dict) else text for text in texts]
             if (table, key) in PATHS | PATHS_OR_NAMES and any(CONTROL.search(str(text)) for text in texts):
                 raise UserError(f"{label}: {table}.{key} = {shown(value)} is not a path; {BACKSLASHES}")
 

@@ -36,7 +36,7 @@ from crepa_cli.profile.files import (
     read_text,
     without_preset,
 )
-from crepa_cli.profile.settings import Profile
+from crepa_cli.profile.settings import LISTED_TABLES, Profile
 
 Tables = Mapping[str, Mapping[str, object]]
 Demo = Callable[[str, str], Tables]
@@ -226,6 +226,8 @@ def _anchored(setting: Setting, base: Path, folder: Path) -> Setting:
         return setting
 
     def anchor(path: object) -> object:
+        if isinstance(path, dict):  # a source
+            return path | {"path": anchor(path["path"])} if "path" in path else path
         if not isinstance(path, str) or (name in PATHS_OR_NAMES and not exists(folder / base / path)):
             return path
         return str(base / path)
@@ -262,10 +264,17 @@ def known_settings(tables: Mapping[str, object], source: str, mistakes: list[str
                 setting = Setting(table, key, value, source)
                 if key not in known_keys()[table]:
                     mistakes.append(f"{source}: {unknown_key(table, key)}")
-                elif isinstance(value, int) and abs(value) > LARGEST_INTEGER:
+                elif any(isinstance(one, int) and abs(one) > LARGEST_INTEGER for one in _parts(value)):
                     mistakes.append(f"{setting}: must have at most 64 bits")
                 else:
                     yield setting
+
+
+def _parts(value: object) -> Iterator[object]:
+    """The value itself, or the values of the tables in a list."""
+    yield value
+    for one in value if isinstance(value, list) else ():
+        yield from one.values() if isinstance(one, dict) else ()
 
 
 def flag_settings(flags: Mapping[str, object], mistakes: list[str]) -> Iterator[Setting]:
@@ -381,5 +390,10 @@ def _explained(error: ErrorDetails) -> tuple[list[Key], str]:
     table = str(error["loc"][0])
     if error["type"] == "rule":
         return [(table, key) for key in error["ctx"]["keys"]], error["msg"]
-    key = str(error["loc"][1])
+    key, *inner = (str(part) for part in error["loc"][1:])
+    tables = f"{table}.{key}"
+    if tables in LISTED_TABLES and len(inner) > 1:
+        name, known = inner[1], LISTED_TABLES[tables].model_fields
+        must = f"{name} must be {allowed_values(tables, name)}" if name in known else f"the keys are {', '.join(known)}"
+        return [(table, key)], f"in table {int(inner[0]) + 1}, {must}"
     return [(table, key)], f"must be {allowed_values(table, key)}"

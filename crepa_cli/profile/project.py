@@ -34,7 +34,7 @@ from crepa_cli.profile.layers import (
     merged,
     nested,
 )
-from crepa_cli.profile.settings import Profile
+from crepa_cli.profile.settings import LISTED_TABLES, Profile
 
 SCHEMA_FILE = "crepa.schema.json"
 HEADER = f"""\
@@ -140,9 +140,12 @@ def commented_toml(contents: Mapping[str, Any], profile: Profile) -> str:
     for table in dict.fromkeys([*settings, *KNOBS]):
         values = settings.get(table, {})
         parts.append(f"\n[{table}]\n")
-        parts += [_commented(table, key, value) for key, value in values.items()]
+        tables = {key: values[key] for key in values if f"{table}.{key}" in LISTED_TABLES}
+        parts += [_commented(table, key, value) for key, value in values.items() if key not in tables]
         open_ = (key for key in KNOBS.get(table, ()) if key not in values)
         parts += [_commented(table, key, defaults[table][key], mark="# ") for key in open_]
+        # Behind a list of tables, keys would belong to the last of them.
+        parts += [f"\n[[{table}.{key}]]\n{tomli_w.dumps(one)}" for key, value in tables.items() for one in value]
     return "".join(parts)
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Literal, cast
 from pydantic import Field, model_validator
 
 from crepa_cli.profile.alignment import CrepaSettings, LayerSyncSettings
+from crepa_cli.profile.sources import SourceSettings
 from crepa_cli.profile.table import (
     FAMILY_DEFAULT,
     LISTED,
@@ -169,6 +170,10 @@ class DataSettings(Table):
         description="Folder of videos and images, with a caption beside each (clip.txt), or with metadata.jsonl or "
         "metadata.csv.",
     )
+    sources: Annotated[tuple[SourceSettings, ...], Field(strict=False)] = Field(
+        default=(),
+        description="Several folders or datasets of the Hub in place of path, each as a table [[data.sources]].",
+    )
     width: int = resolved_later(
         FAMILY_DEFAULT,
         example=832,
@@ -226,6 +231,21 @@ class DataSettings(Table):
                 "validation_path",
             )
         return self
+
+    @model_validator(mode="after")
+    def _clear_sources(self) -> DataSettings:
+        if self.path is not None and self.sources:
+            raise broken_rule("choose one: path is one folder, sources are several", "path", "sources")
+        if any((one.path is None) == (one.hub is None) for one in self.sources):
+            raise broken_rule("each source needs either a path or a hub", "sources")
+        if len({one.weight is None for one in self.sources}) > 1:
+            raise broken_rule("give each source a weight, or none of them", "sources")
+        return self
+
+    @property
+    def all_sources(self) -> tuple[SourceSettings, ...]:
+        """The sources; a folder in `path` is the only one. Empty if the settings name no clips."""
+        return self.sources or ((SourceSettings(path=self.path),) if self.path is not None else ())
 
 
 class TrainSettings(Table):
@@ -398,3 +418,5 @@ class Profile(Table):
 
 TABLES = {name: cast("type[Table]", field.annotation) for name, field in Profile.model_fields.items()}
 """The class of each table, by its name in TOML."""
+LISTED_TABLES: dict[str, type[Table]] = {"data.sources": SourceSettings}
+"""The class of the tables of which there may be several, by table and key."""

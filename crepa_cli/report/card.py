@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from crepa_cli.errors import counted
 from crepa_cli.hub.layout import is_commit
 from crepa_cli.models.family import Family
-from crepa_cli.profile import Profile, dump_toml
+from crepa_cli.profile import Profile, SourceSettings, dump_toml
 from crepa_cli.report.loading import DIFFUSERS, generating_code, loading_code, place_in_comfyui
 from crepa_cli.report.metrics import read_held_out, read_metrics
 from crepa_cli.report.summary import held_out_words
@@ -111,8 +111,8 @@ def without_folders(profile: Profile) -> Profile:
     """The settings with the last part alone of every absolute path, as a card is published."""
     # Not validated: the last part alone names no encoder or folder of this machine.
     tables = {
-        table: getattr(profile, table).model_copy(update={key: _name_alone(value) for key, value in keys.items()})
-        for table, keys in profile.model_dump().items()
+        table: settings.model_copy(update={key: _name_alone(value) for key, value in settings})
+        for table, settings in profile
     }
     return profile.model_copy(update=tables)
 
@@ -120,6 +120,8 @@ def without_folders(profile: Profile) -> Profile:
 def _name_alone(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return tuple(_name_alone(one) for one in value)
+    if isinstance(value, SourceSettings):
+        return value.model_copy(update={"path": _name_alone(value.path)})
     if not isinstance(value, str):
         return value
     paths = [kind(value) for kind in (PurePosixPath, PureWindowsPath)]

@@ -15,6 +15,7 @@ from crepa_cli.data.cache import cache_folder, check_writable
 from crepa_cli.data.clips import check_clips, clips_folder
 from crepa_cli.data.held_out import held_out_folder
 from crepa_cli.data.images import first_frame
+from crepa_cli.data.sources import forms
 from crepa_cli.errors import UserError
 from crepa_cli.models import FAMILIES, load_family
 from crepa_cli.models.dtypes import torch_dtype
@@ -49,7 +50,7 @@ def start_mistakes(profile: Profile) -> list[str]:
     """All mistakes that `open_run` would list, without those in clips that no setting names."""
     mistakes: list[str] = []
     attempt(mistakes, lambda: require_packages(profile))
-    if profile.data.path is not None:
+    if profile.data.all_sources:
         attempt(mistakes, lambda: check_folders(profile))
     attempt(mistakes, lambda: open_family(profile))
     return mistakes
@@ -71,7 +72,9 @@ def check_folders(profile: Profile) -> None:
         UserError: if not.
     """
     folder, held_out = clips_folder(profile.data), held_out_folder(profile)
-    check_clips(folder)
+    for source in profile.data.all_sources:
+        if source.path is not None:  # datasets have not been downloaded yet
+            check_clips(Path(source.path))
     if held_out is not None:
         check_clips(held_out)
     check_writable(cache_folder(profile.data), folder)
@@ -200,13 +203,15 @@ def _block_mistakes(family: Family, profile: Profile) -> list[str]:
 
 def _size_mistakes(family: Family, data: DataSettings) -> list[str]:
     mistakes = []
-    if family.only_size not in (None, (data.width, data.height)):
+    sizes = [(form.width, form.height) for form in forms(data)]
+    if family.only_size is not None and {family.only_size} != set(sizes):
         width, height = family.only_size
         return [
             f"data.width = {data.width}, data.height = {data.height}: {family.base.name} has learned the positions of "
             f"{width} x {height} pixels alone; set data.width = {width} and data.height = {height}"
         ]
-    for name, size in {"data.width": data.width, "data.height": data.height}.items():
+    asked = {"data.width": data.width, "data.height": data.height} | _of_sources(data, "width", "height")
+    for name, size in asked.items():
         if size % family.size_multiple:
             lower = size // family.size_multiple * family.size_multiple
             mistakes.append(
@@ -216,9 +221,20 @@ def _size_mistakes(family: Family, data: DataSettings) -> list[str]:
     return mistakes
 
 
+def _of_sources(data: DataSettings, *keys: str) -> dict[str, int]:
+    """The values that sources have of their own, by their names in messages."""
+    return {
+        f"data.sources: the {key} of {source.name}": value
+        for source in data.sources
+        for key in keys
+        if (value := getattr(source, key)) is not None
+    }
+
+
 def _length_mistakes(family: Family, profile: Profile) -> list[str]:
     step = family.frame_multiple
     lengths = {"data.frames": profile.data.frames, "validation.frames": profile.validation.frames}
+    lengths |= _of_sources(profile.data, "frames")
     return [
         f"{name} = {frames}: {family.name} takes one frame more than a multiple of {step}, "
         f"such as {lower} or {lower + step}"

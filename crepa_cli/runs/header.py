@@ -34,6 +34,6 @@ def file_header(run: RunFolder, family: Family, profile: Profile, exports: Expor
     if is_lora:
         header |= dict.fromkeys(("ss_network_dim", "ss_network_alpha"), str(profile.adapter.rank))
     if tags := facts.get("tags"):
-        folder = PurePath(profile.data.path or "clips").name
+        folder = PurePath(next((source.name for source in profile.data.all_sources), "clips")).name
         header["ss_tag_frequency"] = json.dumps({folder: tags}, ensure_ascii=False)
     return {key: value for key, value in header.items() if value is not None}

@@ -13,6 +13,7 @@ from torch import Tensor
 from crepa_cli.alignment import TokenGrid
 from crepa_cli.data.dataset import ClipDataset, DamagedClipError, prefetched
 from crepa_cli.data.sampler import BatchOrder
+from crepa_cli.data.shares import shares
 from crepa_cli.models.family import Family, Tensors
 from crepa_cli.profile import Profile
 from crepa_cli.training.flow import sample_sigmas, seeded_generator
@@ -81,9 +82,9 @@ class Batches:
         self.caption_dropout = profile.data.caption_dropout
         self.accumulation = train.gradient_accumulation
         self.size = train.batch_size
-        self.order = BatchOrder(
-            dataset.buckets(), batch_size=train.batch_size, seed=train.seed, repeats=profile.data.repeats
-        )
+        weights = [source.weight for source in profile.data.all_sources]
+        visits = shares([clip.source for clip in dataset.clips], weights, profile.data.repeats)
+        self.order = BatchOrder(dataset.buckets(), batch_size=train.batch_size, seed=train.seed, shares=visits)
         self.with_features = with_features
 
     @property
