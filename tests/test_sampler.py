@@ -87,7 +87,7 @@ def test_sources_have_their_shares_within_two_percent_of_a_thousand_batches(
     assume(sources)
     clips = iter(range(len(sources)))
     buckets = [[next(clips) for _ in range(sum(bucket))] for bucket in counts]
-    order = BatchOrder(buckets, batch_size=batch_size, seed=seed, shares=shares(sources, weights, 1))
+    order = BatchOrder(buckets, batch_size=batch_size, seed=seed, shares=shares(dict(enumerate(sources)), weights, 1))
     batches = [order.batch(index) for index in range(1000)]
     drawn = Counter(sources[clip] for batch in batches for clip in batch)
     total = sum(weights[source] for source in set(sources))
@@ -100,19 +100,21 @@ def test_sources_have_their_shares_within_two_percent_of_a_thousand_batches(
 
 def test_few_clips_beside_very_many_have_their_share_from_the_first_steps_on() -> None:
     sources = [0] * 50_000 + [1] * 20
-    order = BatchOrder([range(len(sources))], batch_size=1, seed=3, shares=shares(sources, [0.7, 0.3], 1))
+    order = BatchOrder(
+        [range(len(sources))], batch_size=1, seed=3, shares=shares(dict(enumerate(sources)), [0.7, 0.3], 1)
+    )
     for first in (0, 10_000):
         drawn = sum(sources[order.batch(first + index)[0]] for index in range(1000))
         assert abs(drawn / 1000 - 0.3) < 0.006
 
 
 def test_sources_of_one_weight_per_clip_are_visited_equally_often_and_others_in_the_nearest_ratio() -> None:
-    assert shares([0, 1, 1], [1.0, 2.0], 3) == [Share({0}, 3), Share({1, 2}, 3)]
-    assert shares([0, 1, 1], [3.0, 2.0], 1) == [Share({0}, 3), Share({1, 2}, 1)]
-    assert shares([0, 1], [1.0, 2.5], 2) == [Share({0}, 4), Share({1}, 10)]
-    assert shares([0, 1], [None, None], 2) == [Share(range(2), 2)]
+    assert shares({5: 0, 7: 1, 9: 1}, [1.0, 2.0], 3) == [Share({5}, 3), Share({7, 9}, 3)]
+    assert shares({5: 0, 7: 1, 9: 1}, [3.0, 2.0], 1) == [Share({5}, 3), Share({7, 9}, 1)]
+    assert shares({0: 0, 1: 1}, [1.0, 2.5], 2) == [Share({0}, 4), Share({1}, 10)]
+    assert shares({0: 0, 1: 1}, [None, None], 2) == [Share({0, 1}, 2)]
     with pytest.raises(UserError, match="weights are too far apart"):
-        shares([0, 1], [1e-9, 1.0], 1)
+        shares({0: 0, 1: 1}, [1e-9, 1.0], 1)
 
 
 def test_epochs_and_seeds_differ() -> None:

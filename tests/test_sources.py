@@ -188,7 +188,7 @@ def test_a_run_on_videos_of_all_lengths_images_and_two_sources_resumes_bit_by_bi
         {"path": str(tmp_path / "a"), "weight": 3.0},
         {"path": str(tmp_path / "b"), "weight": 1.0, "caption_prefix": "ohwx", "frames": 5},
     ]
-    flags = {"data.sources": sources, "train.steps": 6, "checkpoints.every": 3}
+    flags = {"data.sources": sources, "data.sampling": "uniform", "train.steps": 6, "checkpoints.every": 3}
     profile = profile_of(open_tiny, tiny_dinov2, **flags)
     losses: list[float] = []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -69,13 +70,19 @@ class ClipDataset:
         self.empty_prompt_key = empty_prompt_key
         self.healing = healing
         self._left_out: set[int] = set()
+        self._windows = _windows(clips)
 
     def buckets(self) -> list[list[int]]:
-        """The indices of the clips in each bucket."""
+        """The indices of the clips in each bucket; of windows of which each visit draws one, that of the first."""
         buckets: dict[Bucket, list[int]] = {}
-        for index, clip in enumerate(self.clips):
-            buckets.setdefault(clip.bucket, []).append(index)
+        for index in self._windows:
+            buckets.setdefault(self.clips[index].bucket, []).append(index)
         return [buckets[key] for key in sorted(buckets)]
+
+    def drawn(self, index: int, place: float) -> int:
+        """The window of a clip from `buckets` that a place in [0, 1) stands for; itself if it has no others."""
+        windows = self._windows[index]
+        return windows[int(place * len(windows))]
 
     def batch(self, indices: Sequence[int], drop_caption: Sequence[bool], with_features: bool) -> Batch:
         """Read the entries of some clips of one bucket and stack them.
@@ -155,6 +162,16 @@ class ClipDataset:
         except DamagedEntryError as damage:
             raise DamagedClipError(index, damage) from damage
         return tensors
+
+
+def _windows(clips: Sequence[PreparedClip]) -> dict[int, list[int]]:
+    """The windows of each scene of which each visit draws one, by the index of the first; other clips are alone."""
+    firsts: dict[tuple[int, Path, int], int] = {}
+    windows: dict[int, list[int]] = {}
+    for index, clip in enumerate(clips):
+        first = index if clip.scene is None else firsts.setdefault((clip.source, clip.clip.path, clip.scene), index)
+        windows.setdefault(first, []).append(index)
+    return windows
 
 
 def prefetched(read: Callable[[int], Item], start: int) -> Iterator[Item]:

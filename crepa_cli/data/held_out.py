@@ -11,6 +11,7 @@ from crepa_cli.data.cache import cache_folder
 from crepa_cli.data.index import Index
 from crepa_cli.data.prepare import ClipForm, PreparedClip, scan
 from crepa_cli.data.sources import scan_sources
+from crepa_cli.data.windows import Sampling
 from crepa_cli.errors import UserError, counted, listed
 from crepa_cli.events import Event, Notice
 from crepa_cli.models.family import Family
@@ -36,7 +37,7 @@ def scan_all(family: Family, profile: Profile) -> Generator[Event, None, list[Pr
         chosen = choose({clip.digest for clip in clips}, data.validation_share, profile.train.seed)
         clips = [replace(clip, held_out=clip.digest in chosen) for clip in clips]
     if held_out is not None:
-        others = yield from scan(family, held_out, form, index)
+        others = yield from scan(family, held_out, form, index, Sampling.of(data))
         yield from _trained_on(clips, others)
         clips += [replace(clip, held_out=True) for clip in others]
     divided(clips, profile)

@@ -23,7 +23,7 @@ def unused(clips: Sequence[tuple[VideoInfo, Bucket, float]], frames: int, fps: f
         share = sum(bucket.frames / rate for _, bucket, rate in clips) / sum(info.duration for info, _, _ in clips)
         yield Notice(
             f"{long} of {counted(len(clips), 'clip')} are longer than data.frames = {frames}: only the first "
-            f"{frames / fps:.1f} s of each are trained on, {share:.0%} of all seconds; cut long clips into several to "
+            f"{frames / fps:.1f} s of each are trained on, {share:.0%} of all seconds; set data.sampling to "
             "use the rest"
         )
 

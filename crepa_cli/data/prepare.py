@@ -28,6 +28,7 @@ from crepa_cli.data.measured import Measured, measured_clips
 from crepa_cli.data.prompts import Prompt, encode_prompts, prompt_key, require_prompts
 from crepa_cli.data.stages import each, share, store
 from crepa_cli.data.video import DECODING_VERSION, VideoInfo, decode, frames_available
+from crepa_cli.data.windows import HEAD, Sampling, windows
 from crepa_cli.errors import UserError, counted, listed
 from crepa_cli.events import ClipSkipped, Event, Notice, Progress
 from crepa_cli.heap import release_memory
@@ -68,7 +69,9 @@ class PreparedClip:
     """A clip, the frame rate it is trained at, and the keys of its cache entries.
 
     `repeated` of its frames repeat the one before. `features_key` is None if no encoder is the teacher. A clip that is
-    `held_out` is never trained on. `source` is the number of its source.
+    `held_out` is never trained on. `source` is the number of its source. It begins `start` seconds after the first
+    frame of its file. Of the windows of one `scene`, each visit draws one if the sampling is uniform; otherwise `scene`
+    is None.
     """
 
     clip: Clip
@@ -82,6 +85,8 @@ class PreparedClip:
     features_key: str | None = None
     held_out: bool = False
     source: int = 0
+    start: float = 0.0
+    scene: int | None = None
 
     @property
     def fit(self) -> Fit:
@@ -137,16 +142,16 @@ def prepare(
 
 
 def scan(
-    family: Family, folder: Path, form: ClipForm, index: Index | None = None
+    family: Family, folder: Path, form: ClipForm, index: Index | None = None, sampling: Sampling = HEAD
 ) -> Generator[Event, None, list[PreparedClip]]:
     """Find the clips of a folder and the bucket of each; yields progress, skipped clips and notices.
 
-    Clips that the `index` knows are not opened.
+    Of long videos, the parts that `sampling` says are clips. Files that the `index` knows are not opened.
 
     Raises:
         UserError: if the folder does not exist or has no usable clips.
     """
-    found = yield from measured_clips(folder, index)
+    found = yield from measured_clips(folder, index, split_scenes=sampling.split_scenes)
     sizes, buckets, clips = bucket_sizes(form.width, form.height, family.size_multiple), dict[Bucket, Bucket](), []
     images = [one.path.name for one, measured in found.clips if measured.info.image]
     if images and not family.trains_images:
@@ -158,31 +163,35 @@ def scan(
         if measured.info.image and not family.trains_images:
             continue
         try:
-            placed = _placed(one, measured, family, form, sizes)
+            placed = _placed(one, measured, family, form, sampling, sizes)
         except ClipError as error:
             yield ClipSkipped(one.path.name, str(error))
         else:
             # One object for each bucket, not for each clip.
-            clips.append(replace(placed, bucket=buckets.setdefault(placed.bucket, placed.bucket)))
+            clips += [replace(clip, bucket=buckets.setdefault(clip.bucket, clip.bucket)) for clip in placed]
     if not clips:
         raise UserError(
             f"no usable clips in {folder}: {len(found.clips) + found.skipped} found, all skipped for the reasons "
             "given above"
         )
-    for clip in clips:
+    files = list({clip.clip.path: clip for clip in reversed(clips)}.values())[::-1]
+    for clip in files:
         if clip.repeated:
             yield Notice(
-                f"{clip_name(clip)} is slower than data.fps = {form.fps:g}: {clip.repeated} of its "
+                f"{clip.clip.path.name} is slower than data.fps = {form.fps:g}: {clip.repeated} of its "
                 f"{clip.bucket.frames} frames repeat the one before"
             )
-    videos = [clip for clip in clips if not clip.info.image]
-    yield from unused([(clip.info, clip.bucket, clip.fps) for clip in videos], form.frames, form.fps)
-    yield from changed_looks([(clip_name(clip), clip.info, clip.bucket) for clip in clips])
+    if sampling.takes_head_alone:
+        videos = [clip for clip in clips if not clip.info.image]
+        yield from unused([(clip.info, clip.bucket, clip.fps) for clip in videos], form.frames, form.fps)
+    yield from changed_looks([(clip.clip.path.name, clip.info, clip.bucket) for clip in files])
     return clips
 
 
-def _placed(clip: Clip, measured: Measured, family: Family, form: ClipForm, sizes: list[Size]) -> PreparedClip:
-    """The clip with the size, the frame count and the frame rate at which it is trained.
+def _placed(
+    clip: Clip, measured: Measured, family: Family, form: ClipForm, sampling: Sampling, sizes: list[Size]
+) -> list[PreparedClip]:
+    """The windows of a clip with the size, the frame count and the frame rate at which they are trained.
 
     Raises:
         ClipError: if it is too short.
@@ -190,18 +199,29 @@ def _placed(clip: Clip, measured: Measured, family: Family, form: ClipForm, size
     info, fps = measured.info, form.fps
     size = sizes[0] if family.only_size else nearest_bucket(info.width, info.height, sizes)
     if info.image:
-        return PreparedClip(clip, info, Bucket(1, size.height, size.width), measured.digest, fps)
+        return [PreparedClip(clip, info, Bucket(1, size.height, size.width), measured.digest, fps)]
     frames = valid_frames(frames_available(info, fps), form.frames, family.frame_multiple)
     repeated = _repeated(info, frames or 1, fps)
     if repeated and (family.takes_frame_rate or info.fps >= SAME_RATE * fps):
         fps, repeated = info.fps, 0
-        frames = valid_frames(frames_available(info, fps), form.frames, family.frame_multiple)
-    if frames is None:
+    parts = windows(info, measured.cuts, sampling, form.frames, family.frame_multiple, fps)
+    if not parts:
+        scenes = f" in {counted(len(measured.cuts) + 1, 'scene')}" if measured.cuts else ""
         raise ClipError(
-            f"too short: {counted(frames_available(info, fps), 'frame')} at {fps:g} frames per second, "
+            f"too short: {counted(frames_available(info, fps), 'frame')}{scenes} at {fps:g} frames per second, "
             f"needs at least {min(form.frames, family.frame_multiple + 1)}"
         )
-    return PreparedClip(clip, info, Bucket(frames, size.height, size.width), measured.digest, fps, repeated)
+    placed = PreparedClip(clip, info, Bucket(1, size.height, size.width), measured.digest, fps, repeated)
+    drawn = sampling.kind == "uniform"
+    return [
+        replace(
+            placed,
+            bucket=replace(placed.bucket, frames=part.frames),
+            start=part.start,
+            scene=part.scene if drawn else None,
+        )
+        for part in parts
+    ]
 
 
 def _repeated(info: VideoInfo, frames: int, fps: float) -> int:
@@ -215,7 +235,8 @@ def clip_pixels(clip: PreparedClip) -> Tensor:
     bucket = clip.bucket
     if clip.info.image:
         return image_pixels(clip.clip.path, bucket.width, bucket.height)
-    return decode(clip.clip.path, frames=bucket.frames, fps=clip.fps, width=bucket.width, height=bucket.height)
+    size = {"width": bucket.width, "height": bucket.height}
+    return decode(clip.clip.path, frames=bucket.frames, fps=clip.fps, start=clip.start, **size)
 
 
 def load_teacher(crepa: CrepaSettings, device: torch.device) -> Dinov2Teacher:
@@ -360,7 +381,7 @@ def clip_features(teacher: Dinov2Teacher, clip: PreparedClip, read: TeacherInput
 
 def clip_name(clip: PreparedClip) -> str:
     """The name that messages give a clip."""
-    return clip.clip.path.name
+    return f"{clip.clip.path.name} at {clip.start:.2f} s" if clip.start else clip.clip.path.name
 
 
 def _without_failed(
@@ -381,4 +402,6 @@ def _content(clip: PreparedClip) -> dict[str, object]:
         "frames": bucket.frames,
         "height": bucket.height,
         "width": bucket.width,
+        # Entries of earlier versions begin at the first frame.
+        **({"start": clip.start} if clip.start else {}),
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from crepa_cli.errors import UserError
@@ -21,11 +21,11 @@ class Share(NamedTuple):
     visits: int
 
 
-def shares(sources: Sequence[int], weights: Sequence[float | None], repeats: int) -> list[Share]:
+def shares(sources: Mapping[int, int], weights: Sequence[float | None], repeats: int) -> list[Share]:
     """The clips of each source, with visits in the ratios of the weights; all clips are one share without weights.
 
     Args:
-        sources: the source of each clip.
+        sources: the source of each clip, by the clip's index.
         weights: of each source, all None for none.
         repeats: how often the clips that are drawn least are visited, at least.
 
@@ -34,8 +34,8 @@ def shares(sources: Sequence[int], weights: Sequence[float | None], repeats: int
     """
     given = [weight for weight in weights if weight is not None]
     if not given:
-        return [Share(range(len(sources)), repeats)]
-    counts = Counter(sources)
+        return [Share(sources.keys(), repeats)]
+    counts = Counter(sources.values())
     rates = {source: given[source] / counts[source] for source in counts}
     lowest = min(rates.values())
     visits = _nearly({source: rate / lowest for source, rate in rates.items()})
@@ -45,7 +45,7 @@ def shares(sources: Sequence[int], weights: Sequence[float | None], repeats: int
             "clips of its source out"
         )
     members: dict[int, list[int]] = {source: [] for source in sorted(counts)}
-    for clip, source in enumerate(sources):
+    for clip, source in sources.items():
         members[source].append(clip)
     return [Share(frozenset(clips), visits[source] * repeats) for source, clips in members.items()]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from crepa_cli.data.clips import CAPTION_SUFFIX, CLIP_SUFFIXES, METADATA_NAMES, Clip, clips_folder, find_clips
 from crepa_cli.data.index import Index
 from crepa_cli.data.prepare import ClipForm, PreparedClip, scan
+from crepa_cli.data.windows import Sampling
 from crepa_cli.events import Event
 from crepa_cli.hub import layout
 from crepa_cli.hub.download import Need
@@ -66,7 +67,7 @@ def scan_sources(
     clips_folder(data)
     clips: list[PreparedClip] = []
     for number, source in enumerate(data.all_sources):
-        found = yield from scan(family, source_folder(source), source_form(data, source), index)
+        found = yield from scan(family, source_folder(source), source_form(data, source), index, Sampling.of(data))
         clips += [replace(clip, clip=_with_prefix(clip.clip, source), source=number) for clip in found]
     return clips
 

@@ -3,7 +3,7 @@
 import errno
 import io
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import av
 import torch
 from av.container import InputContainer
-from av.filter import Graph
 from av.packet import Packet
 from av.video.codeccontext import VideoCodecContext
 from av.video.frame import VideoFrame
@@ -23,6 +22,7 @@ from packaging.version import Version
 from torch import Tensor
 
 from crepa_cli.data.clips import ClipError
+from crepa_cli.data.interlaced import deinterlaced
 from crepa_cli.data.picture import Orientation, PictureReader, hdr_kind
 from crepa_cli.files import write_whole
 
@@ -39,6 +39,9 @@ OPEN_OPTIONS = {
 # Titles that are not UTF-8 are common in old files. PyAV 19 reads them by itself; earlier ones raise by default.
 METADATA_OPTIONS: dict[str, Any] = {"metadata_errors": "surrogateescape"} if Version(av.__version__).major < 19 else {}
 CHECKED_SIZE = 32
+SMALL = 48
+SOUGHT_SECONDS = 1.0
+"""Windows that begin later are sought, from a frame so long before them on."""
 BT709 = 1
 LIMITED_RANGE = 1
 
@@ -118,10 +121,10 @@ def frames_available(info: VideoInfo, fps: float) -> int:
     return _frames_before(info.duration, fps, info.rounding)
 
 
-def decode(path: Path, *, frames: int, fps: float, width: int, height: int) -> Tensor:
-    """The first `frames` frames of a clip at `fps` frames per second, fitted to `width` x `height` pixels.
+def decode(path: Path, *, frames: int, fps: float, width: int, height: int, start: float = 0.0) -> Tensor:
+    """`frames` frames of a clip from `start` on at `fps` frames per second, fitted to `width` x `height` pixels.
 
-    Frame j is the one that a player shows j / fps seconds after the clip's first frame. Interlaced frames are
+    Frame j is the one that a player shows start + j / fps seconds after the clip's first frame. Interlaced frames are
     deinterlaced and HDR is tone-mapped to BT.709. Pictures are resized with antialiasing until they just cover the
     target size, then center-cropped. Decoding stops after the last frame needed, and only the frames needed are held in
     memory.
@@ -132,18 +135,44 @@ def decode(path: Path, *, frames: int, fps: float, width: int, height: int) -> T
     Raises:
         ClipError: if the file is unreadable, damaged or too short.
     """
-    clip = torch.empty((frames, 3, height, width), dtype=torch.uint8)
-    pictures = PictureReader(width, height)
+    if start > SOUGHT_SECONDS:
+        with suppress(ClipError):  # decoding from the first frame on is slow, and sure
+            return _decoded(path, frames, fps, PictureReader(width, height), start, seek=True)
+    return _decoded(path, frames, fps, PictureReader(width, height), start, seek=False)
+
+
+def _decoded(path: Path, frames: int, fps: float, pictures: PictureReader, start: float, *, seek: bool) -> Tensor:
+    """See `decode`.
+
+    Raises:
+        ClipError: also if the clip cannot be sought, with `seek`.
+    """
+    clip = torch.empty((frames, 3, pictures.height, pictures.width), dtype=torch.uint8)
     filled = 0
     with _opened(path) as video:
-        for frame, until in video.shown_frames():
-            reached = min(frames, _frames_before(until, fps, video.rounding))
+        for frame, until in video.shown_frames(start if seek else 0.0):
+            reached = min(frames, _frames_before(until - start, fps, video.rounding, least=int(start == 0)))
             if reached > filled:
                 clip[filled:reached] = pictures.read(frame, video.shown_size(frame))
                 filled = reached
             if filled == frames:
                 return clip
     raise ClipError(f"is too short: it has {filled} frames at {fps:g} frames per second, {frames} are needed")
+
+
+def small_frames(path: Path) -> Iterator[tuple[Tensor, float]]:
+    """Each frame of a clip up to any damage, small, and the seconds after the first at which it is shown.
+
+    Pictures are float32 [3, SMALL, SMALL], RGB from 0 to 255.
+
+    Raises:
+        ClipError: if the file cannot be opened.
+    """
+    pictures, start = PictureReader(SMALL, SMALL), 0.0
+    with _opened(path) as video, suppress(ClipError):
+        for frame, until in video.shown_frames():
+            yield pictures.read(frame, (SMALL, SMALL)).float(), start
+            start = until
 
 
 def write_video(path: Path, frames: Tensor, fps: float) -> None:
@@ -242,23 +271,50 @@ class _Video:
         check_aspect(width, height)
         return (height, width) if Orientation.of(frame).swapped else (width, height)
 
-    def shown_frames(self) -> Iterator[tuple[VideoFrame, float]]:
-        """Each frame in display order, with the seconds from the first frame's start until the frame is replaced."""
+    def shown_frames(self, start: float = 0.0) -> Iterator[tuple[VideoFrame, float]]:
+        """Each frame in display order, with the seconds from the first frame's start until the frame is replaced.
+
+        Args:
+            start: seconds after the first frame; frames that are over before may be left out.
+
+        Raises:
+            ClipError: if the stream is damaged, or cannot be sought.
+        """
         self.stream.thread_type = "AUTO"
-        first = 0.0
+        first = self._seek(start) if start else None
+        sought = first is not None
         shown: VideoFrame | None = None
         spans: list[Span] = []
         faults: list[ClipError] = []
-        for index, frame in enumerate(_deinterlaced(self._decoded(spans, faults))):
-            if shown is None:
+        for index, frame in enumerate(deinterlaced(self._decoded(spans, faults))):
+            if first is None:
                 first = spans[0].start
+            if shown is None:
+                if sought and spans[0].start > first + start:
+                    raise ClipError("cannot be sought")
             else:
                 yield shown, spans[index].start - first
             shown = frame
-        if shown is not None:
+        if shown is not None and first is not None:
             yield shown, spans[-1].end - first
         if faults:
             raise faults[0]
+
+    def _seek(self, start: float) -> float:
+        """Go to a frame from which decoding reaches the one at `start`; returns when the first frame is shown.
+
+        Raises:
+            ClipError: if the stream has no times to go by.
+        """
+        picture = next(iter(self.container.decode(self.stream)), None)
+        if picture is None or picture.pts is None or self._is_avi or not self.tick:
+            raise ClipError("cannot be sought")
+        first = self.frame_span(0, picture).start
+        # Ahead of the frame itself, because deinterlacing looks at those around it.
+        target = max(first, first + start - SOUGHT_SECONDS)
+        self.container.seek(int(target / self.tick), stream=self.stream)
+        self.moments.clear()
+        return first
 
     def _decoded(self, spans: list[Span], faults: list[ClipError]) -> Iterator[VideoFrame]:
         """Each frame in display order as it is stored, up to the first fault; spans and faults go to the lists."""
@@ -335,59 +391,6 @@ def _boxes(path: Path) -> list[bytes]:
     return boxes
 
 
-def _frames_before(seconds: float, fps: float, rounding: float) -> int:
-    """How many of the times 0, 1/fps, 2/fps ... lie before `seconds`; at least 1."""
-    return max(1, math.ceil((seconds - rounding) * fps))
-
-
-def _deinterlaced(frames: Iterable[VideoFrame]) -> Iterator[VideoFrame]:
-    """As many frames as given, in their order; those marked as interlaced become whole pictures."""
-    graph: Graph | None = None
-    form: tuple[int, int, str] | None = None
-    for frame in frames:
-        # A graph takes frames of one form.
-        if graph and form != _form(frame):
-            yield from _finished(graph)
-            graph = None
-        if graph is None and frame.interlaced_frame:
-            graph, form = _deinterlacer(frame), _form(frame)
-        if graph is None:
-            yield frame
-        else:
-            graph.vpush(frame)
-            yield from _ready(graph)
-    if graph:
-        yield from _finished(graph)
-
-
-def _form(frame: VideoFrame) -> tuple[int, int, str]:
-    return frame.width, frame.height, frame.format.name
-
-
-def _deinterlacer(frame: VideoFrame) -> Graph:
-    """A graph with the filter bwdif, which returns a frame for every frame of the form of `frame`."""
-    graph = Graph()
-    source = graph.add(
-        "buffer",
-        video_size=f"{frame.width}x{frame.height}",
-        pix_fmt=frame.format.name,
-        time_base=str(frame.time_base or Fraction(1)),
-        colorspace=str(frame.colorspace),
-        range=str(frame.color_range),
-    )
-    graph.link_nodes(source, graph.add("bwdif", mode="send_frame", deint="interlaced"), graph.add("buffersink"))
-    graph.configure()
-    return graph
-
-
-def _ready(graph: Graph) -> Iterator[VideoFrame]:
-    """The frames that a graph has finished."""
-    with suppress(av.BlockingIOError, av.EOFError):
-        while True:
-            yield graph.vpull()
-
-
-def _finished(graph: Graph) -> Iterator[VideoFrame]:
-    """The frames that a graph still holds."""
-    graph.vpush(None)
-    yield from _ready(graph)
+def _frames_before(seconds: float, fps: float, rounding: float, least: int = 1) -> int:
+    """How many of the times 0, 1/fps, 2/fps ... lie before `seconds`; at least `least`."""
+    return max(least, math.ceil((seconds - rounding) * fps))

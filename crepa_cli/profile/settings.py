@@ -199,6 +199,18 @@ class DataSettings(Table):
         "input of the model; otherwise some of their frames are repeated.",
         gt=0,
     )
+    sampling: Literal["head", "uniform", "windows"] = Field(
+        default="head",
+        description="Part of a long clip that is trained on: its head, one of several windows spread over it, drawn "
+        "anew each time, or all of it, cut into windows.",
+    )
+    windows: int = Field(default=4, ge=1, description="Windows of a clip that uniform sampling draws from.")
+    overlap: float = Field(
+        default=0.0, ge=0, le=0.9, description="Share of a window that the next one repeats, if sampling is windows."
+    )
+    split_scenes: bool = Field(
+        default=False, description="Divide videos at hard cuts, so that no clip crosses one; each scene is sampled."
+    )
     repeats: int = Field(default=1, ge=1, description="Number of times each clip is used per epoch.")
     caption_dropout: float = Field(
         default=0.1,

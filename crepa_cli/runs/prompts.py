@@ -49,7 +49,8 @@ def with_prompts(profile: Profile, clips: Sequence[PreparedClip], run: RunFolder
     if profile.model.task == "i2v":
         for index, clip in enumerate(chosen.values()):
             path = run.first_frames / f"{index:02d}.png"
-            frame = decode(clip.clip.path, frames=1, fps=form.fps, width=form.width, height=form.height)[0]
+            size = {"width": form.width, "height": form.height}
+            frame = decode(clip.clip.path, frames=1, fps=form.fps, start=clip.start, **size)[0]
             write_frame(path, frame)
             images.append(str(path))
     sampled = _with_validation(profile, prompts=tuple(chosen), images=tuple(images))

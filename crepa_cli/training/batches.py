@@ -83,8 +83,10 @@ class Batches:
         self.accumulation = train.gradient_accumulation
         self.size = train.batch_size
         weights = [source.weight for source in profile.data.all_sources]
-        visits = shares([clip.source for clip in dataset.clips], weights, profile.data.repeats)
-        self.order = BatchOrder(dataset.buckets(), batch_size=train.batch_size, seed=train.seed, shares=visits)
+        buckets = dataset.buckets()
+        sources = {index: dataset.clips[index].source for bucket in buckets for index in bucket}
+        visits = shares(sources, weights, profile.data.repeats)
+        self.order = BatchOrder(buckets, batch_size=train.batch_size, seed=train.seed, shares=visits)
         self.with_features = with_features
 
     @property
@@ -127,7 +129,8 @@ class Batches:
     def _read(self, index: int) -> MicroBatch:
         expert = expert_of_step(self.family, self.train, index // self.accumulation)
         index, train = self._global(index), self.train
-        indices = self.order.batch(index)
+        places = torch.rand(train.batch_size, generator=seeded_generator(train.seed, "windows", index)).tolist()
+        indices = [self.dataset.drawn(*one) for one in zip(self.order.batch(index), places, strict=True)]
         generator = seeded_generator(train.seed, "captions", index)
         drop = torch.rand(len(indices), generator=generator) < self.caption_dropout
         batch = self.dataset.batch(indices, drop.tolist(), with_features=self.with_features)
