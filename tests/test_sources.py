@@ -28,6 +28,7 @@ from crepa_cli.memory.shapes import form_bucket
 from crepa_cli.profile import DataSettings, Profile
 from crepa_cli.runs.checks import family_mistakes
 from crepa_cli.runs.sources import commits, keep_commits
+from crepa_cli.settings import resolve
 
 WEIGHTS = "weights/pytorch_lora_weights.safetensors"
 FPS = 16
@@ -104,6 +105,15 @@ def profile_of(open_tiny: OpenTiny, tiny_dinov2: Path, **more: object) -> Profil
         "validation.every": 0,
     }
     return api.resolve("t2v", values | more).profile
+
+
+def test_the_demo_has_clips_of_its_own_beside_sources_in_a_project(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "crepa.toml").write_text('[[data.sources]]\npath = "mine"\n')
+    monkeypatch.chdir(tmp_path)
+    (source,) = resolve("t2v", {"model.family": "wan"}, demo=True).profile.data.all_sources
+    assert source.name != "mine"
 
 
 def test_sizes_of_sources_are_checked_and_the_largest_is_predicted(open_tiny: OpenTiny, tiny_dinov2: Path) -> None:

@@ -54,7 +54,7 @@ def demo_settings(family: str, task: str) -> dict[str, dict[str, object]]:
     settings: dict[str, dict[str, object]] = {
         "model": {"checkpoint": str(files.checkpoint), "dtype": "float32"},
         "adapter": {"rank": 8},
-        "data": {"path": str(files.clips), "width": 96, "height": 64, "frames": 17, "fps": float(FPS)},
+        "data": {"path": str(files.clips), "sources": [], "width": 96, "height": 64, "frames": 17, "fps": float(FPS)},
         "train": {"steps": 60, "batch_size": 2, "learning_rate": 2e-3, "lr_warmup_steps": 0},
         "crepa": {"encoder": str(files.teacher), "encoder_image_size": 56, "warmup_steps": 10},
         "validation": {"every": 30, "prompts": ["a red disc drifts over blue stripes"], "steps": 6},
