@@ -76,3 +76,12 @@ def test_uniform_noise_levels_are_uniform_timesteps() -> None:
     spread = process.timesteps(spread_sigmas(4, "uniform", 1.0)).float()
     torch.testing.assert_close(spread, torch.tensor([125.0, 375.0, 625.0, 875.0]), rtol=0, atol=15)
     assert process.timesteps(torch.tensor([0.0, 1.0])).tolist() == [0, 999]
+
+
+def test_factors_are_copied_to_a_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy in every step would make the CPU wait for the GPU."""
+    process = VPrediction(scheduler_of(1.0).alphas_cumprod)
+    latents, levels = torch.empty(2, 4, 3, 2, 2, device="meta"), torch.empty(2, device="meta")
+    process.add_noise(latents, latents, levels)
+    monkeypatch.delattr(torch, "tensor")
+    assert process.target(latents, latents, levels).shape == latents.shape

@@ -38,7 +38,6 @@ def family_memories(
     if target.device.type == "cpu":
         target = Target(torch.device("cuda"), None)
     families = [[default_profile(name, task) for task in load_family(name).checkpoints] for name in FAMILIES]
-    yield from check_hub((str(one.model.checkpoint), one.model.revision) for tasks in families for one in tasks)
     if not families:
         return
     processes = min(len(families), os.cpu_count() or 1, MOST_PROCESSES)
@@ -47,6 +46,7 @@ def family_memories(
     with ProcessPoolExecutor(processes, context, _begin) as pool:
         found = [pool.submit(_memories, profiles, target) for profiles in families]
         try:
+            yield from check_hub((str(one.model.checkpoint), one.model.revision) for tasks in families for one in tasks)
             for profiles, rows in zip(families, found, strict=True):
                 report(f"predicting the memory of {profiles[0].model.family}")
                 yield from rows.result()

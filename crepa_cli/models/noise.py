@@ -67,6 +67,7 @@ class VPrediction(NoiseProcess):
         # Numbers, because the fake tensors of a memory prediction do not go with real ones.
         self._latents: list[float] = alphas.double().sqrt().tolist()
         self._noise: list[float] = (1 - alphas.double()).sqrt().tolist()
+        self._kept: dict[torch.device, Tensor] = {}
 
     def timesteps(self, levels: Tensor) -> Tensor:
         """The timesteps `[B]` of noise levels, int64."""
@@ -88,11 +89,18 @@ class VPrediction(NoiseProcess):
 
     def _factors(self, levels: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Those of the latents and of the noise in the noisy latents, broadcast to these."""
-        timesteps = self.timesteps(levels)
-        of_latents, of_noise = (
-            torch.tensor(factors, device=levels.device)[timesteps] for factors in (self._latents, self._noise)
-        )
+        of_latents, of_noise = self._tables(levels.device)[:, self.timesteps(levels)]
         return _from_the_left(of_latents, latents), _from_the_left(of_noise, latents)
+
+    def _tables(self, device: torch.device) -> Tensor:
+        """The factors at all timesteps, `[2, N]`; on a GPU the same tensor every time, as a copy makes the CPU wait."""
+        if device in self._kept:
+            return self._kept[device]
+        tables = torch.tensor([self._latents, self._noise], device=device)
+        # Fake tensors are on the CPU too, and belong to one prediction.
+        if device.type != "cpu":
+            self._kept[device] = tables
+        return tables
 
 
 def _from_the_left(levels: Tensor, latents: Tensor) -> Tensor:

@@ -30,6 +30,9 @@ MODELS = [
     ("ltxvideo", "Lightricks/LTX-Video"),
     ("sanavideo", "Efficient-Large-Model/SANA-Video_2B_480p_diffusers"),
     ("kandinsky5_video", "kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s-Diffusers"),
+    ("kandinsky6", "kandinskylab/Kandinsky-6.0-Lite-5s-Diffusers"),
+    ("cogvideox", "zai-org/CogVideoX-5b"),
+    ("ltx2", "Lightricks/LTX-2"),
 ]
 WAYS: dict[str, dict[str, object]] = {
     "blocks": {},
