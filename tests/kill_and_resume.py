@@ -34,6 +34,7 @@ RUN = Path("runs/killed")
 TRAIN = [sys.executable, "-u", "-m", "crepa_cli", "train", "--plain"]
 SETTINGS = [
     *("--profile", "t2v", "--model", "wan", "--demo", "--steps", "12"),
+    *("--set", "train.batch_size=1"),
     *("--set", "checkpoints.every=2", "--set", "validation.every=6", "--set", "validation.steps=2"),
     *("--set", "train.ema=0.9", "--set", "adapter.dropout=0.1"),
     *("--set", "crepa.similarity_threshold=0.08", "--set", "crepa.similarity_ema_decay=0.9"),

@@ -23,6 +23,7 @@ def bench(open_tiny: OpenTiny, tiny_dinov2: Path, tmp_path: Path) -> gpu.Bench:
     return gpu.Bench(torch.device("cpu"), tmp_path, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_accelerate")
 def test_a_plan_that_fails_leaves_the_others_alone(bench: gpu.Bench) -> None:
     plans = {

@@ -24,8 +24,8 @@ CAPTION = "colored waves drift"
 FPS = 20.0
 FRAMES = {("kandinsky5_video", "i2v"): 17}
 """Its pipeline adjusts the statistics of the first four latent frames to those of the following frames."""
-STEPS = {"ltxvideo": 60, "kandinsky5_video": 200, "ltx2": 80}
-"""Step counts of the families for which 150 are too few or more than enough."""
+STEPS = {"ltxvideo": 60, "kandinsky6": 110, "ltx2": 80}
+"""Step counts of the families for which 150 are more than enough."""
 OTHER_GUIDANCE: dict[str, dict[str, Any]] = {
     "ltx2": dict.fromkeys(("stg_scale", "audio_stg_scale"), 0.0)
     | dict.fromkeys(("audio_guidance_scale", "modality_scale", "audio_modality_scale"), 1.0),

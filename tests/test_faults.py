@@ -26,6 +26,7 @@ from crepa_cli.training.checkpoints import checkpoints_in, newest_checkpoint
 from crepa_cli.training.skipped import SkippedSteps
 
 DEMO = ["train", "--profile", "t2v", "--model", "wan", "--demo", "--plain", "--set", "validation.every=0"]
+DEMO += ["--set", "train.batch_size=1"]
 WEIGHTS = "weights/pytorch_lora_weights.safetensors"
 
 
@@ -247,6 +248,7 @@ def test_entries_that_vanish_during_a_run_cost_no_step(
     assert steps == len(read_metrics(tmp_path / "run/metrics.jsonl"))
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_checkpoints_before_it(demo: Path, stopped_run: Path) -> None:
     """A file size limit simulates a full disk; only the optimizer's state exceeds it, not the weights."""
     resource = pytest.importorskip("resource")
@@ -268,6 +270,7 @@ def test_a_full_disk_leaves_the_checkpoints_before_it(demo: Path, stopped_run: P
     assert {path: path.read_bytes() for path in (stopped_run / "checkpoints").rglob("*.*")} == before
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_demo")
 def test_out_of_memory_says_what_is_held_and_what_would_lower_it(
     tmp_path: Path, run_crepa: RunCrepa, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -315,11 +318,11 @@ def test_two_runs_fill_one_cache_at_once(demo: Path, tmp_path: Path) -> None:
 
 KILLS = {
     "at random moments": ["--count", "2"],
-    "at the cutoff, with one checkpoint kept": [
+    "at the cutoff, with 8-bit AdamW and one checkpoint kept": [
         *("--count", "1", "--at", "alignment turned off"),
         *("--set", "checkpoints.every=1", "--set", "checkpoints.keep=1"),
+        *("--set", "train.optimizer=adamw8bit", "--set", "adapter.rank=128"),
     ],
-    "with 8-bit AdamW": ["--count", "1", "--set", "train.optimizer=adamw8bit", "--set", "adapter.rank=128"],
 }
 
 
@@ -354,6 +357,7 @@ def test_a_damaged_checkpoint_does_not_make_new_ones_disappear(
     assert [path.name for path in checkpoints_in(stopped_run / "checkpoints")] == ["step-000022"]
 
 
+@pytest.mark.slow
 def test_an_error_that_nobody_expects_ends_with_the_name_of_the_checkpoint(demo: Path, tmp_path: Path) -> None:
     """The metrics file becomes a folder in the middle of a run."""
     run = tmp_path / "run"

@@ -264,6 +264,7 @@ def test_bytes_are_counted_by_part() -> None:
     assert len(both) == 2
 
 
+@pytest.mark.slow
 def test_the_largest_clips_that_fit(open_tiny: OpenTiny, tiny_dinov2: Path) -> None:
     family = shallow(open_tiny("ltxvideo", "t2v"))
     profile = settings(

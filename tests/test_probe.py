@@ -395,6 +395,7 @@ def test_writing_needs_a_project_of_the_family(refused: Callable[..., str], meas
     assert "ltxvideo" in refused(*measured, "--write")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "task"), [("ltxvideo", "i2v"), ("sanavideo", "t2v"), ("kandinsky5_video", "i2v")])
 def test_the_demo_measures_the_other_families(family: str, task: str, probe: Callable[..., Any]) -> None:
     answer = probe(family, "--task", task, "--demo")

@@ -153,6 +153,7 @@ def test_a_launcher_that_asks_for_other_sharding_is_refused(
     assert "train.sharding = true" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_mistake_is_told_once(demo: Path) -> None:
     command = [*CREPA, *DEMO, "--processes", "2", "--set", "crepa.block_index=99"]
     done = subprocess.run(command, cwd=demo, capture_output=True, text=True, check=False)

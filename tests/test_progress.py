@@ -257,6 +257,7 @@ def named(name: str, items: list[str]) -> list[Progress]:
     return [Progress(name, done, len(items), item) for done, item in enumerate([*items, ""])]
 
 
+@pytest.mark.slow
 def test_a_measurement_for_a_script_says_on_standard_error_what_it_does(demo: Path, tmp_path: Path) -> None:
     shutil.copytree(demo / "crepa-demo", tmp_path / "crepa-demo")
     done = subprocess.run(

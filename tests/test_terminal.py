@@ -21,7 +21,7 @@ from crepa_cli.report.metrics import read_metrics
 fcntl, pty, termios = (pytest.importorskip(name) for name in ("fcntl", "pty", "termios"))
 
 TRAIN = [sys.executable, "-m", "crepa_cli", "train", "--profile", "t2v", "--model", "wan", "--demo"]
-SHORT = ["--set", "validation.every=0", "--set", "checkpoints.every=0"]
+SHORT = ["--set", "validation.every=0", "--set", "checkpoints.every=0", "--set", "train.batch_size=1"]
 HOME, SHOW_CURSOR, HIDE_CURSOR = "\x1b[H", "\x1b[?25h", "\x1b[?25l"
 ENTER, LEAVE = "\x1b[?1049h", "\x1b[?1049l"
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -81,6 +81,7 @@ class Terminal:
         return code
 
 
+@pytest.mark.slow
 def test_the_dashboard_lives_through_a_resize_and_ctrl_c(demo: Path) -> None:
     run = demo / "runs" / "in-a-terminal"
     terminal = Terminal([*TRAIN, *SHORT, "--steps", "5000", "--output", str(run)], demo)
@@ -106,6 +107,7 @@ def test_the_dashboard_lives_through_a_resize_and_ctrl_c(demo: Path) -> None:
     assert f"crepa train --resume --output {run}" in left
 
 
+@pytest.mark.slow
 def test_no_color_is_honored(demo: Path) -> None:
     command = ["env", "NO_COLOR=1", *TRAIN, *SHORT, "--steps", "2", "--output", "runs/colorless"]
     terminal = Terminal(command, demo)

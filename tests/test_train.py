@@ -118,6 +118,7 @@ def assert_same_tensors(ours: Path, theirs: Path) -> None:
 
 SHORT = [
     *("--profile", "t2v", "--model", "wan", "--demo", "--plain", "--steps", "16"),
+    *("--set", "train.batch_size=1"),
     *("--set", "checkpoints.every=5", "--set", "validation.every=0", "--set", "train.ema=0.9"),
     *("--set", "train.lr_scheduler=cosine", "--set", "adapter.dropout=0.1", "--set", "train.gradient_accumulation=2"),
     *("--set", "crepa.similarity_threshold=0.12", "--set", "crepa.similarity_ema_decay=0.9"),
@@ -170,7 +171,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(
     assert_same_tensors(after_cutoff / WEIGHTS, whole / WEIGHTS)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_ctrl_c_and_sigterm_save_a_checkpoint(number: signal.Signals, demo: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "crepa_cli", "train", *SHORT, "--output", tmp_path], cwd=demo, stdout=subprocess.DEVNULL
@@ -192,7 +193,8 @@ def test_every_family_trains(
     """Every step is finite, aligned, and changes the adapter; the slow tests show that it learns the right thing."""
     monkeypatch.chdir(demo)
     flags = ["--profile", "t2v", "--model", family, "--demo", "--plain", "--steps", 3, "--output", tmp_path]
-    assert run_crepa("train", *flags, "--set", "validation.every=0", "--set", "crepa.warmup_steps=0") == 0
+    sets = ["validation.every=0", "crepa.warmup_steps=0", "train.batch_size=2"]
+    assert run_crepa("train", *flags, *(word for setting in sets for word in ("--set", setting))) == 0
     metrics = read_metrics(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in metrics] == [0, 1, 2]
     assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in metrics)
@@ -218,7 +220,7 @@ def test_every_family_trains_with_relations_a_convolution_and_tau_in_seconds(
     sets = [word for setting in EVERYTHING for word in ("--set", setting)]
     flags = ["--profile", "t2v", "--model", family, "--demo", "--plain", "--steps", 3, "--output", tmp_path]
     flags += ["--set", "validation.every=0", "--set", "crepa.warmup_steps=0"]
-    flags += ["--set", "crepa.similarity_threshold=none"]
+    flags += ["--set", "crepa.similarity_threshold=none", "--set", "train.batch_size=2"]
     assert run_crepa("train", *flags, *sets) == 0
     metrics = read_metrics(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in metrics] == [0, 1, 2]
@@ -267,7 +269,7 @@ def test_every_way_to_align_trains(
     monkeypatch.chdir(demo)
     sets = [word for setting in VARIANTS[variant] for word in ("--set", setting)]
     flags = ["--profile", "t2v", "--model", "wan", "--demo", "--plain", "--steps", 6, "--set", "validation.every=0"]
-    flags += ["--set", "crepa.warmup_steps=0"]
+    flags += ["--set", "crepa.warmup_steps=0", "--set", "train.batch_size=2"]
     run = demo / "runs" / variant.replace(" ", "-")
     assert run_crepa("train", *flags, *sets, "--output", run) == 0
     metrics = read_metrics(run / "metrics.jsonl")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import io
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import RunCrepa
 from rich.console import Console
 from test_dashboard import LOADING, recorded_events, schedule
 
@@ -151,11 +150,12 @@ def test_a_line_is_read_once_it_is_complete(tmp_path: Path) -> None:
     assert tail.shortened
 
 
-def test_a_folder_without_a_run_is_a_mistake(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "crepa_cli", "watch"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "crepa watch RUN" in done.stderr
+def test_a_folder_without_a_run_is_a_mistake(
+    tmp_path: Path, run_crepa: RunCrepa, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_crepa("watch") == 2
+    assert "crepa watch RUN" in capsys.readouterr().err
 
 
 def test_half_a_line_of_a_killed_run_hides_nothing_of_the_session_that_resumes_it(

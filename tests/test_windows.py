@@ -44,6 +44,7 @@ def train_and_resume(folder: Path, family: str) -> None:
     assert not [path for path in folder.rglob("*") if path.suffix in (".partial", ".tmp")]
 
 
+@pytest.mark.slow
 def test_wan_trains_and_resumes(tmp_path: Path) -> None:
     train_and_resume(tmp_path, "wan")
 
@@ -56,11 +57,12 @@ def test_doctor_says_that_training_would_start(demo: Path) -> None:
     assert "Training would start." in run(demo, "doctor", "--profile", "t2v", "--model", "wan", "--demo", *sets)
 
 
+@pytest.mark.slow
 def test_blocks_are_measured(demo: Path) -> None:
     assert "recommended" in run(demo, "probe-blocks", "wan", "--demo")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["ltxvideo", "sanavideo", "kandinsky5_video"])
-def test_every_family_trains_and_resumes(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["ltxvideo", "sanavideo"])
+def test_another_family_trains_and_resumes(family: str, tmp_path: Path) -> None:
     train_and_resume(tmp_path, family)
