@@ -23,10 +23,11 @@ from accelerate.utils import GradientAccumulationPlugin
 from crepa_cli.data.cache import Cache, cache_folder
 from crepa_cli.data.clips import clips_folder
 from crepa_cli.data.dataset import ClipDataset
+from crepa_cli.data.encoder import encoder_config
 from crepa_cli.data.healing import Healing
 from crepa_cli.data.held_out import divided, scan_all
 from crepa_cli.data.online import OnlineTeacher
-from crepa_cli.data.prepare import ClipForm, PreparedClip, encoder_config, prepare
+from crepa_cli.data.prepare import ClipForm, PreparedClip, prepare
 from crepa_cli.data.prompts import prompt_key
 from crepa_cli.data.sources import dataset_needs
 from crepa_cli.errors import UserError
@@ -305,7 +306,10 @@ def _prepared(
     reads_features = crepa.encoder_teaches and crepa.teacher_cache and not coefficient_schedule(profile).finished(0)
     stored = crepa if reads_features else None
     folder, found = clips_folder(profile.data), scan_all(family, profile)
-    clips = yield from prepare(family, folder, form, stored, texts, cache, accelerator.device, dtype, negative, found)
+    clips = yield from prepare(
+        *(family, folder, form, stored, texts, cache, accelerator.device, dtype, negative, found),
+        feature_dtype=profile.data.feature_dtype,
+    )
     for message in damaged:
         yield Notice(message)
     return _Prepared(*divided(clips, profile), cache, form)
@@ -325,10 +329,12 @@ def _build_trainer(
     teacher_size = encoder_config(crepa)["hidden_size"] if crepa.encoder_teaches else family.hidden_size
     dtype, cache = torch_dtype(profile.model.dtype), prepared.cache
     empty_key = prompt_key(family, "", dtype)
-    healing = Healing(family, crepa, cache, dtype)
+    healing = Healing(family, crepa, cache, dtype, profile.data.feature_dtype)
     experts = build_experts(profile, family, teacher_size, accelerator, checkpoint)
     online = crepa.encoder_teaches and not crepa.teacher_cache and experts.aligns
-    clips, held_out = (ClipDataset(some, cache, empty_key, healing) for some in (prepared.clips, prepared.held_out))
+    clips, held_out = (
+        ClipDataset(some, cache, empty_key, dtype, healing) for some in (prepared.clips, prepared.held_out)
+    )
     measures = prepared.held_out and profile.validation.every
     # Checkpoints of earlier versions counted the skipped steps of the run alone.
     skipped = progress.get("skipped", {RUN: progress.get("skipped_in_a_row", 0)})

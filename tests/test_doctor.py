@@ -134,9 +134,10 @@ def test_every_family_stores_what_is_predicted(
     crepa = CrepaSettings(block_index=8, encoder=str(tiny_dinov2), encoder_image_size="grid")
     cache = Cache(folder / "cache")
     form = ClipForm(128, 96, 17, 16)
-    events = prepare(family, folder / "clips", form, crepa, [], cache, torch.device("cpu"), torch.float32)
+    dtype, device = torch.bfloat16, torch.device("cpu")
+    events = prepare(family, folder / "clips", form, crepa, [], cache, device, dtype, feature_dtype="int8")
     clips = drained(events, lambda _: None)
-    predicted = cache_bytes(family, [clip.bucket for clip in clips], 1, torch.float32, crepa)
+    predicted = cache_bytes(family, [clip.bucket for clip in clips], 1, dtype, crepa, "int8")
     for part in ("latents", "features"):
         assert predicted[part] == pytest.approx(stored_bytes(cache.root, part), abs=8)
     # In the tiny checkpoints masks are a larger share than in real ones.

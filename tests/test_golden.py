@@ -9,8 +9,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from crepa_cli.alignment import Crepa, TokenGrid
+from crepa_cli.data.compact import in_int8, restored_features
 
 GOLDEN = Path(__file__).parent / "golden_alignment.safetensors"
+PARAMETERS = ("norm.weight", "norm.bias", "linear.weight", "linear.bias")
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 
 with safe_open(GOLDEN, "pt") as file:
@@ -21,21 +23,34 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return ((actual.double() - expected).norm() / expected.norm().clamp(min=1e-12)).item()
 
 
+def tensors(name: str) -> dict[str, Tensor]:
+    """The tensors of a case, by their names in it."""
+    with safe_open(GOLDEN, "pt") as file:
+        return {key.removeprefix(f"{name}/"): file.get_tensor(key) for key in file.keys() if key.startswith(f"{name}/")}  # noqa: SIM118 (safe_open has keys() alone)
+
+
+def grids(name: str) -> tuple[TokenGrid, TokenGrid]:
+    """The grids of a case's student and teacher."""
+    return TokenGrid(*CASES[name]["student_grid"]), TokenGrid(*CASES[name]["teacher_grid"])
+
+
+def worked_crepa(name: str, case: dict[str, Tensor], dtype: torch.dtype) -> Crepa:
+    """The loss of a case, with its projector."""
+    settings = {key: value for key, value in CASES[name].items() if not key.endswith("_grid")}
+    crepa = Crepa(case["hidden"].shape[-1], case["features"].shape[-1], **settings).to(dtype)
+    with torch.no_grad():
+        for key, parameter in zip(PARAMETERS, crepa.projector.parameters(), strict=True):
+            parameter.copy_(case[key])
+    return crepa
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_loss_similarities_and_gradients_equal_the_worked_case(name: str, dtype: torch.dtype) -> None:
-    settings = dict(CASES[name])
-    student_grid = TokenGrid(*settings.pop("student_grid"))
-    teacher_grid = TokenGrid(*settings.pop("teacher_grid"))
-    with safe_open(GOLDEN, "pt") as file:
-        case = {key.removeprefix(f"{name}/"): file.get_tensor(key) for key in file.keys() if key.startswith(f"{name}/")}  # noqa: SIM118 (safe_open has keys() alone)
+    case, (student_grid, teacher_grid) = tensors(name), grids(name)
     hidden = case["hidden"].to(dtype).requires_grad_()
-    crepa = Crepa(hidden.shape[-1], case["features"].shape[-1], **settings).to(dtype)
-    names = ("norm.weight", "norm.bias", "linear.weight", "linear.bias")
-    parameters = dict(zip(names, crepa.projector.parameters(), strict=True))
-    with torch.no_grad():
-        for key, parameter in parameters.items():
-            parameter.copy_(case[key])
+    crepa = worked_crepa(name, case, dtype)
+    parameters = dict(zip(PARAMETERS, crepa.projector.parameters(), strict=True))
 
     alignment = crepa(hidden, case["features"].to(dtype), student_grid, teacher_grid)
     alignment.loss.backward()
@@ -49,3 +64,31 @@ def test_loss_similarities_and_gradients_equal_the_worked_case(name: str, dtype:
     for key, tensor in {"hidden": hidden, **parameters}.items():
         assert tensor.grad is not None
         assert relative_error(tensor.grad, case[f"grad/{key}"]) <= TOLERANCE[dtype], key
+
+
+def change_in_8_bits(crepa: Crepa, hidden: Tensor, features: Tensor, *grids: TokenGrid) -> float:
+    """How far the loss with features in 8 bits is from that in float16."""
+    stored = (features.half(), restored_features(in_int8(features.half())))
+    one, other = (crepa(hidden.double(), each.double(), *grids).loss.item() for each in stored)
+    return abs(one - other)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_features_in_8_bits_hardly_change_the_loss_of_a_worked_case(name: str) -> None:
+    case = tensors(name)
+    crepa = worked_crepa(name, case, torch.float64)
+    # Ten features for each of a few dozen patches: no code of 8 bits per feature comes closer than about 1e-4.
+    assert change_in_8_bits(crepa, case["hidden"], case["features"], *grids(name)) < 6e-4
+
+
+@pytest.mark.parametrize("width", [384, 1536])
+def test_features_in_8_bits_of_a_real_width_change_the_loss_by_less_than_1e_4(width: int) -> None:
+    case, grid = tensors("adjacent_d1"), TokenGrid(5, 4, 4)
+    generator = torch.Generator().manual_seed(0)
+    crepa = Crepa(case["hidden"].shape[-1], width).double()
+    features = torch.randn(2, grid.frames, grid.tokens, width, generator=generator)
+    with torch.no_grad():
+        projected = crepa.projector(case["hidden"].double())
+    # Half alike: what rounding takes from a similarity grows with it.
+    features += torch.nn.functional.normalize(projected, dim=-1) * width**0.5
+    assert change_in_8_bits(crepa, case["hidden"], features, grid, grid) < 1e-4

@@ -74,7 +74,7 @@ KEYS = {
     "memory": "stream_weights offload_idle_expert offload_activations finer_recompute keep keep_blocks quantize_base",
     "adapter": "kind rank alpha dropout target_modules init_from export export_dtype",
     "data": "path sources width height frames fps sampling windows overlap split_scenes repeats "
-    " caption_dropout cache validation_share validation_path",
+    " caption_dropout cache feature_dtype validation_share validation_path",
     "train": "steps batch_size gradient_accumulation learning_rate optimizer beta1 beta2 eps weight_decay "
     "lr_scheduler lr_warmup_steps lr_floor max_grad_norm max_skipped_steps sharding activation_checkpointing "
     "attention compile ema timestep_sampling timestep_shift loss_weighting seed output",
@@ -99,6 +99,7 @@ OUT_OF_RANGE = [
     "data.fps=0",
     "data.repeats=0",
     "data.caption_dropout=1.1",
+    "data.feature_dtype=int4",
     "train.steps=0",
     "train.steps=1.5",
     "train.steps=true",

@@ -196,7 +196,7 @@ def test_uniform_sampling_draws_every_window_and_the_head_is_what_it_was(cut_cli
     clips, events = found(open_tiny, cut_clip, Sampling("uniform", windows=4))
     assert not [event for event in events if isinstance(event, Notice)]
     assert [round(clip.start * FPS) for clip in clips] == [0, 17, 34, 51]
-    dataset = ClipDataset(clips, Cache(cut_clip / "cache"), "")
+    dataset = ClipDataset(clips, Cache(cut_clip / "cache"), "", torch.float32)
     assert dataset.buckets() == [[0]]
     assert [dataset.drawn(0, place / 8) for place in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
 

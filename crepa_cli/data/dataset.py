@@ -15,6 +15,7 @@ from crepa_cli.alignment import TokenGrid
 from crepa_cli.data.buckets import Bucket
 from crepa_cli.data.cache import Cache, DamagedEntryError
 from crepa_cli.data.clips import ClipError
+from crepa_cli.data.compact import narrowed, restored_features
 from crepa_cli.data.healing import Healing
 from crepa_cli.data.prepare import PreparedClip, clip_name
 from crepa_cli.errors import RunError, UserError
@@ -59,15 +60,23 @@ class ClipDataset:
         clips: from `prepare`.
         cache: the cache with their entries.
         empty_prompt_key: the entry of the empty caption, which replaces a dropped one.
+        dtype: dtype of latents in the cache. Those of an entry in float32 are rounded to it, so that it does not
+            matter which entries the cache has.
         healing: makes damaged entries again; without it they are errors.
     """
 
     def __init__(
-        self, clips: Sequence[PreparedClip], cache: Cache, empty_prompt_key: str, healing: Healing | None = None
+        self,
+        clips: Sequence[PreparedClip],
+        cache: Cache,
+        empty_prompt_key: str,
+        dtype: torch.dtype,
+        healing: Healing | None = None,
     ) -> None:
         self.clips = clips
         self.cache = cache
         self.empty_prompt_key = empty_prompt_key
+        self.dtype = dtype
         self.healing = healing
         self._left_out: set[int] = set()
         self._windows = _windows(clips)
@@ -155,10 +164,11 @@ class ClipDataset:
         """The tensors of a clip."""
         clip = self.clips[index]
         try:
-            tensors = self.cache.read("latents", clip.latents_key)
+            stored = self.cache.read("latents", clip.latents_key)
+            tensors = narrowed(narrowed(stored, self.dtype), torch.float32)
             tensors |= self.cache.read("prompts", self.empty_prompt_key if drop_caption else clip.prompt_key)
             if with_features:
-                tensors |= self.cache.read("features", str(clip.features_key))
+                tensors["features"] = restored_features(self.cache.read("features", str(clip.features_key)))
         except DamagedEntryError as damage:
             raise DamagedClipError(index, damage) from damage
         return tensors

@@ -6,13 +6,13 @@ import torch
 
 from crepa_cli.data.cache import Cache, DamagedEntryError
 from crepa_cli.data.clips import ClipError, file_digest
+from crepa_cli.data.encoder import load_teacher
 from crepa_cli.data.prepare import (
     PreparedClip,
     clip_features,
     clip_latents,
     clip_name,
     load_encoding_vae,
-    load_teacher,
     teacher_input,
 )
 from crepa_cli.data.stages import store
@@ -20,7 +20,7 @@ from crepa_cli.errors import UserError
 from crepa_cli.events import Event, Notice
 from crepa_cli.heap import release_memory
 from crepa_cli.models.family import Family, Tensors
-from crepa_cli.profile import CrepaSettings
+from crepa_cli.profile import CrepaSettings, FeatureDtype
 
 CPU = torch.device("cpu")
 
@@ -36,16 +36,20 @@ class Healing:
         crepa: settings of the encoder.
         cache: stores the entries.
         dtype: dtype of the text encoder.
+        feature_dtype: dtype of the entries of features.
 
     Attributes:
         news: events that have not been passed on yet.
     """
 
-    def __init__(self, family: Family, crepa: CrepaSettings, cache: Cache, dtype: torch.dtype) -> None:
+    def __init__(
+        self, family: Family, crepa: CrepaSettings, cache: Cache, dtype: torch.dtype, feature_dtype: FeatureDtype
+    ) -> None:
         self.family = family
         self.crepa = crepa
         self.cache = cache
         self.dtype = dtype
+        self.feature_dtype = feature_dtype
         self.news: list[Event] = []
 
     def heal(self, damage: DamagedEntryError, clip: PreparedClip) -> None:
@@ -83,4 +87,4 @@ class Healing:
             return clip_latents(self.family, load_encoding_vae(self.family, CPU), clip)
         latents = self.cache.read("latents", clip.latents_key)["latents"]
         read = teacher_input(self.family, self.crepa, clip.bucket, latents)
-        return clip_features(load_teacher(self.crepa, CPU), clip, read)
+        return clip_features(load_teacher(self.crepa, CPU), clip, read, self.feature_dtype)

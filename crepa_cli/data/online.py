@@ -8,7 +8,7 @@ from torch import Tensor
 
 from crepa_cli.alignment import TokenGrid
 from crepa_cli.alignment.grid import teaching_frames
-from crepa_cli.data.prepare import load_teacher
+from crepa_cli.data.encoder import load_teacher
 from crepa_cli.models.family import Family
 from crepa_cli.profile import CrepaSettings
 from crepa_cli.teachers.dinov2 import Dinov2Teacher, input_size

@@ -11,7 +11,7 @@ from collections.abc import Generator, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
@@ -21,6 +21,8 @@ from crepa_cli.alignment.grid import teaching_frames
 from crepa_cli.data.buckets import Bucket, Fit, Size, bucket_sizes, fit, nearest_bucket, valid_frames
 from crepa_cli.data.cache import Cache, cache_key, check_writable
 from crepa_cli.data.clips import Clip, ClipError
+from crepa_cli.data.compact import in_int8, narrowed
+from crepa_cli.data.encoder import encoder_config, encoder_folder, load_teacher
 from crepa_cli.data.images import image_pixels
 from crepa_cli.data.index import Index
 from crepa_cli.data.looks import changed_looks, unused
@@ -32,12 +34,11 @@ from crepa_cli.data.windows import HEAD, Sampling, windows
 from crepa_cli.errors import UserError, counted, listed
 from crepa_cli.events import ClipSkipped, Event, Notice, Progress
 from crepa_cli.heap import release_memory
-from crepa_cli.hub.download import Need, fetch
-from crepa_cli.hub.read import fingerprint, read_config
+from crepa_cli.hub.read import fingerprint
 from crepa_cli.models.family import Family, Tensors
 from crepa_cli.processes import from_main
-from crepa_cli.profile import CrepaSettings, DataSettings
-from crepa_cli.teachers.dinov2 import ENCODERS, Dinov2Teacher, input_size
+from crepa_cli.profile import CrepaSettings, DataSettings, FeatureDtype
+from crepa_cli.teachers.dinov2 import Dinov2Teacher, input_size
 
 SAME_RATE = 0.99
 """Clips that have this share of a frame rate or more are trained frame by frame, as if they had it: 29.97 is 30."""
@@ -105,6 +106,7 @@ def prepare(
     dtype: torch.dtype,
     negative_prompt: str | None = None,
     scanned: Generator[Event, None, list[PreparedClip]] | None = None,
+    feature_dtype: FeatureDtype = "float16",
 ) -> Generator[Event, None, list[PreparedClip]]:
     """Fill the cache for a folder of clips; yields events and returns the usable clips.
 
@@ -116,9 +118,10 @@ def prepare(
         prompts: further prompts to encode: the empty one and those for validation.
         cache: stores the entries.
         device: the device of the models.
-        dtype: dtype of the text encoder.
+        dtype: dtype of the text encoder and of new entries of latents.
         negative_prompt: of the validation, to encode too.
         scanned: finds the clips; None for `scan`.
+        feature_dtype: dtype of the entries of features.
 
     Raises:
         UserError: if the cache cannot be written, no clip is usable, or a prompt of `prompts` cannot be encoded.
@@ -133,9 +136,9 @@ def prepare(
     reasons = yield from encode_prompts(family, texts | captions, cache, device, dtype, trusted=captions - texts)
     require_prompts(texts, reasons)
     clips = yield from _with_captions(family, clips, reasons, dtype)
-    clips = yield from _prepare_latents(family, clips, cache, device)
+    clips = yield from _prepare_latents(family, clips, cache, device, dtype)
     if crepa is not None:
-        clips = yield from _prepare_features(family, crepa, clips, cache, device)
+        clips = yield from _prepare_features(family, crepa, feature_dtype, clips, cache, device)
     if not clips:
         raise UserError(f"no usable clips in {folder}; the messages above give the reasons")
     return clips
@@ -239,27 +242,6 @@ def clip_pixels(clip: PreparedClip) -> Tensor:
     return decode(clip.clip.path, frames=bucket.frames, fps=clip.fps, start=clip.start, **size)
 
 
-def load_teacher(crepa: CrepaSettings, device: torch.device) -> Dinov2Teacher:
-    """Load the encoder named in the settings."""
-    return Dinov2Teacher.load(encoder_folder(crepa), device)
-
-
-def encoder_need(crepa: CrepaSettings) -> Need:
-    """The repository or folder of the encoder."""
-    return Need(ENCODERS.get(crepa.encoder, crepa.encoder), crepa.encoder_revision, ("",))
-
-
-def encoder_folder(crepa: CrepaSettings) -> Path:
-    """The local folder of the encoder, downloaded if necessary."""
-    return fetch(encoder_need(crepa))
-
-
-def encoder_config(crepa: CrepaSettings) -> dict[str, Any]:
-    """The encoder's configuration, with its patch size and the width of its features."""
-    need = encoder_need(crepa)
-    return read_config(need.name, "config.json", need.revision)
-
-
 def _with_captions(
     family: Family, clips: list[PreparedClip], reasons: Mapping[Prompt, str], dtype: torch.dtype
 ) -> Generator[Event, None, list[PreparedClip]]:
@@ -278,18 +260,9 @@ def _with_captions(
 
 
 def _prepare_latents(
-    family: Family, clips: list[PreparedClip], cache: Cache, device: torch.device
+    family: Family, clips: list[PreparedClip], cache: Cache, device: torch.device, dtype: torch.dtype
 ) -> Generator[Event, None, list[PreparedClip]]:
-    vae = family.base.fingerprints(*family.vae_components)
-
-    def key(clip: PreparedClip) -> str:
-        content = family.encoding | _content(clip)
-        return cache_key(kind="latents", family=family.name, task=family.task, vae=vae, **content)
-
-    clips = [replace(clip, latents_key=key(clip)) for clip in clips]
-    # The first entry of each bucket is read for its shape, before the training.
-    read = {clip.bucket: clip.latents_key for clip in reversed(clips)}
-    missing = from_main(lambda: cache.missing("latents", [clip.latents_key for clip in clips], [*read.values()]))
+    clips, missing = _with_latents(family, clips, cache, dtype)
     if not missing:
         return clips
     tried = [clip for clip in clips if clip.latents_key in missing]
@@ -297,6 +270,42 @@ def _prepare_latents(
     release_memory()
     from_main(lambda: cache.remember("latents", missing))
     return _without_failed(clips, tried, encoded)
+
+
+def _with_latents(
+    family: Family, clips: list[PreparedClip], cache: Cache, dtype: torch.dtype
+) -> tuple[list[PreparedClip], set[str]]:
+    """The clips with the keys of their latents in a dtype, and those of these keys that have no entry.
+
+    An entry in float32 serves as well: earlier versions stored no others.
+    """
+    keyed = [replace(clip, latents_key=_latents_key(family, clip, dtype)) for clip in clips]
+    missing = _missing_latents(keyed, cache)
+    if not missing or dtype == torch.float32:
+        return keyed, missing
+    lacking = [clip for clip in keyed if clip.latents_key in missing]
+    wide, absent = _with_latents(family, lacking, cache, torch.float32)
+    found = {
+        clip.latents_key: other.latents_key
+        for clip, other in zip(lacking, wide, strict=True)
+        if other.latents_key not in absent
+    }
+    clips = [replace(clip, latents_key=found.get(clip.latents_key, clip.latents_key)) for clip in keyed]
+    return clips, missing - found.keys()
+
+
+def _latents_key(family: Family, clip: PreparedClip, dtype: torch.dtype) -> str:
+    """The key of a clip's entry of latents in a dtype; without it for float32, as in earlier versions."""
+    stored = {} if dtype == torch.float32 else {"stored": str(dtype)}
+    vae = family.base.fingerprints(*family.vae_components)
+    content = family.encoding | _content(clip) | stored
+    return cache_key(kind="latents", family=family.name, task=family.task, vae=vae, **content)
+
+
+def _missing_latents(clips: list[PreparedClip], cache: Cache) -> set[str]:
+    # The first entry of each bucket is read for its shape, before the training.
+    read = {clip.bucket: clip.latents_key for clip in reversed(clips)}
+    return from_main(lambda: cache.missing("latents", [clip.latents_key for clip in clips], [*read.values()]))
 
 
 def _encode_latents(
@@ -320,17 +329,26 @@ def load_encoding_vae(family: Family, device: torch.device) -> DiffusionPipeline
 
 
 def clip_latents(family: Family, pipeline: DiffusionPipeline, clip: PreparedClip) -> Tensors:
-    """The tensors of a clip's entry of latents."""
+    """The tensors of a clip's entry of latents, in the dtype of its key."""
     video = clip_pixels(clip).transpose(0, 1).float() / 127.5 - 1
-    # The same noise whenever this entry is computed, and another for every clip.
-    generator = torch.Generator().manual_seed(int(clip.latents_key[:15], 16)) if family.samples_posterior else None
-    return family.encode_clip(pipeline, video, generator) | {"fps": torch.tensor(clip.fps)}
+    wide_key = _latents_key(family, clip, torch.float32)
+    # The same noise whenever this entry is computed, in any dtype, and another for every clip.
+    generator = torch.Generator().manual_seed(int(wide_key[:15], 16)) if family.samples_posterior else None
+    tensors = family.encode_clip(pipeline, video, generator) | {"fps": torch.tensor(clip.fps)}
+    return tensors if clip.latents_key == wide_key else narrowed(tensors, torch.bfloat16)
 
 
 def _prepare_features(
-    family: Family, crepa: CrepaSettings, clips: list[PreparedClip], cache: Cache, device: torch.device
+    family: Family,
+    crepa: CrepaSettings,
+    dtype: FeatureDtype,
+    clips: list[PreparedClip],
+    cache: Cache,
+    device: torch.device,
 ) -> Generator[Event, None, list[PreparedClip]]:
     encoder = fingerprint(encoder_folder(crepa))
+    # Entries of earlier versions are in float16.
+    stored = {} if dtype == "float16" else {"stored": dtype}
     inputs: dict[Bucket, TeacherInput] = {}
     keyed = []
     for clip in clips:
@@ -338,13 +356,13 @@ def _prepare_features(
             latents = cache.read("latents", clip.latents_key)["latents"]
             inputs[clip.bucket] = teacher_input(family, crepa, clip.bucket, latents)
         frames, size = inputs[clip.bucket]
-        key = cache_key(kind="features", encoder=encoder, chosen=frames, size=size, **_content(clip))
+        key = cache_key(kind="features", encoder=encoder, chosen=frames, size=size, **_content(clip), **stored)
         keyed.append(replace(clip, features_key=key))
     missing = from_main(lambda: cache.missing("features", [str(clip.features_key) for clip in keyed]))
     if not missing:
         return keyed
     tried = [clip for clip in keyed if clip.features_key in missing]
-    encoded = yield from _encode_features(crepa, tried, inputs, cache, device)
+    encoded = yield from _encode_features(crepa, dtype, tried, inputs, cache, device)
     release_memory()
     from_main(lambda: cache.remember("features", missing))
     return _without_failed(keyed, tried, encoded)
@@ -359,6 +377,7 @@ def teacher_input(family: Family, crepa: CrepaSettings, bucket: Bucket, latents:
 
 def _encode_features(
     crepa: CrepaSettings,
+    dtype: FeatureDtype,
     clips: list[PreparedClip],
     inputs: Mapping[Bucket, TeacherInput],
     cache: Cache,
@@ -368,15 +387,16 @@ def _encode_features(
     teacher = load_teacher(crepa, device)
 
     def encode(clip: PreparedClip) -> PreparedClip:
-        store(cache, "features", str(clip.features_key), clip_features(teacher, clip, inputs[clip.bucket]))
+        store(cache, "features", str(clip.features_key), clip_features(teacher, clip, inputs[clip.bucket], dtype))
         return clip
 
     return (yield from each("features", clips, encode, name=clip_name))
 
 
-def clip_features(teacher: Dinov2Teacher, clip: PreparedClip, read: TeacherInput) -> Tensors:
+def clip_features(teacher: Dinov2Teacher, clip: PreparedClip, read: TeacherInput, dtype: FeatureDtype) -> Tensors:
     """The tensors of a clip's entry of features."""
-    return {"features": teacher.features(clip_pixels(clip)[read.frames], read.size)}
+    features = teacher.features(clip_pixels(clip)[read.frames], read.size)
+    return in_int8(features) if dtype == "int8" else {"features": features}
 
 
 def clip_name(clip: PreparedClip) -> str:

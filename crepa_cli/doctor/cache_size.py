@@ -8,16 +8,22 @@ from collections.abc import Sequence
 import torch
 
 from crepa_cli.data.buckets import Bucket
-from crepa_cli.data.prepare import encoder_config
+from crepa_cli.data.compact import narrowed
+from crepa_cli.data.encoder import encoder_config
 from crepa_cli.memory.shapes import encoded_clip, teacher_grid, total_bytes
 from crepa_cli.models.family import Family
-from crepa_cli.profile import CrepaSettings
+from crepa_cli.profile import CrepaSettings, FeatureDtype
 
-FEATURE_BYTES = 2
+SCALE_BYTES = 4
 
 
 def cache_bytes(
-    family: Family, buckets: Sequence[Bucket], texts: int, dtype: torch.dtype, crepa: CrepaSettings | None
+    family: Family,
+    buckets: Sequence[Bucket],
+    texts: int,
+    dtype: torch.dtype,
+    crepa: CrepaSettings | None,
+    feature_dtype: FeatureDtype,
 ) -> dict[str, int]:
     """Predicted bytes of the cache by part, without file headers, which are well under one percent.
 
@@ -25,22 +31,28 @@ def cache_bytes(
         family: of the checkpoint.
         buckets: one for each clip.
         texts: number of distinct captions and prompts.
-        dtype: of the text encoder.
+        dtype: of the text encoder and of the latents.
         crepa: the encoder's settings; None if no features are stored.
+        feature_dtype: of the features.
     """
     counts = Counter(buckets).items()
+
+    def feature_bytes(bucket: Bucket) -> int:
+        return _feature_bytes(family, bucket, crepa, feature_dtype) if crepa else 0
+
     return {
-        "latents": sum(count * total_bytes(encoded_clip(family, bucket)) for bucket, count in counts),
+        "latents": sum(count * total_bytes(narrowed(encoded_clip(family, bucket), dtype)) for bucket, count in counts),
         "prompts": texts * _prompt_bytes(family, dtype),
-        "features": sum(count * _feature_bytes(family, bucket, crepa) for bucket, count in counts) if crepa else 0,
+        "features": sum(count * feature_bytes(bucket) for bucket, count in counts),
     }
 
 
-def _feature_bytes(family: Family, bucket: Bucket, crepa: CrepaSettings) -> int:
+def _feature_bytes(family: Family, bucket: Bucket, crepa: CrepaSettings, dtype: FeatureDtype) -> int:
     """Bytes of one clip's teacher features."""
     encoder = encoder_config(crepa)
     grid = teacher_grid(family, encoded_clip(family, bucket)["latents"], bucket, crepa, encoder["patch_size"])
-    return int(grid.frames * grid.tokens * encoder["hidden_size"] * FEATURE_BYTES)
+    size = encoder["hidden_size"]
+    return int(grid.frames * grid.tokens * (size + SCALE_BYTES if dtype == "int8" else 2 * size))
 
 
 def _prompt_bytes(family: Family, dtype: torch.dtype) -> int:

@@ -10,8 +10,9 @@ from rich.filesize import decimal
 
 from crepa_cli.data.cache import cache_folder, check_writable
 from crepa_cli.data.clips import clips_folder
+from crepa_cli.data.encoder import encoder_config, encoder_need
 from crepa_cli.data.held_out import divided, scan_all
-from crepa_cli.data.prepare import PreparedClip, encoder_config, encoder_need
+from crepa_cli.data.prepare import PreparedClip
 from crepa_cli.data.sources import clips_here, dataset_needs
 from crepa_cli.demo import write_demo
 from crepa_cli.doctor.cache_size import cache_bytes
@@ -186,11 +187,13 @@ def _check_cache(plan: Plan, family: Family, profile: Profile, clips: list[Prepa
     stored = _teacher(profile.crepa) if profile.crepa.teacher_cache else None
     buckets = [clip.bucket for clip in clips]
     dtype = torch_dtype(profile.model.dtype)
-    parts = plan.attempt("cache", lambda: cache_bytes(family, buckets, prompts, dtype, stored))
+    feature_dtype = profile.data.feature_dtype
+    parts = plan.attempt("cache", lambda: cache_bytes(family, buckets, prompts, dtype, stored, feature_dtype))
     if parts is None:
         return
     plan.cache_bytes = parts
     folder = cache_folder(profile.data)
     by_part = ", ".join(f"{name} {decimal(size)}" for name, size in parts.items())
     total = sum(parts.values())
-    plan.checks.append(check_folder("cache", folder, total, f"{decimal(total)} for these clips ({by_part}); "))
+    contents = f"{decimal(total)} for these clips, {decimal(total // len(clips))} for each ({by_part}); "
+    plan.checks.append(check_folder("cache", folder, total, contents))

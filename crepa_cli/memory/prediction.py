@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from crepa_cli.data.buckets import Bucket
-from crepa_cli.data.prepare import encoder_config
+from crepa_cli.data.encoder import encoder_config
 from crepa_cli.kept import kept
 from crepa_cli.memory.host import predict_pinned
 from crepa_cli.memory.preparation import online_teacher_weights, online_teacher_work, predict_preparation

@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModel
 
 from crepa_cli.alignment import TokenGrid
 from crepa_cli.data.buckets import Bucket
+from crepa_cli.data.encoder import encoder_config
 from crepa_cli.data.online import clip_features
-from crepa_cli.data.prepare import encoder_config
 from crepa_cli.kept import kept
 from crepa_cli.memory.repeats import run_vae_once_per_shape
 from crepa_cli.memory.shapes import Clips

@@ -14,7 +14,7 @@ from torch import Tensor
 from crepa_cli.alignment import TokenGrid
 from crepa_cli.alignment.grid import matching_frames
 from crepa_cli.data.buckets import Bucket, valid_frames
-from crepa_cli.data.prepare import encoder_config
+from crepa_cli.data.encoder import encoder_config
 from crepa_cli.data.sources import largest_form
 from crepa_cli.kept import kept
 from crepa_cli.models.attention import Attention

@@ -95,7 +95,11 @@ def measure(profile: Profile, family: Family) -> Generator[Event, None, Measurem
     dtype = torch_dtype(profile.model.dtype)
     form = ClipForm.of(profile.data)
     found = scan_sources(family, profile.data, cache.index)
-    clips = yield from prepare(family, folder, form, profile.crepa, [], cache, accelerator.device, dtype, scanned=found)
+    clips = yield from prepare(
+        *(family, folder, form, profile.crepa, [], cache, accelerator.device, dtype),
+        scanned=found,
+        feature_dtype=profile.data.feature_dtype,
+    )
     if len(clips) > CLIPS:
         yield Notice(f"measuring {CLIPS} of {len(clips)} clips")
     # The order of digests is arbitrary but the same on every machine: a fair choice of clips and folds.
@@ -149,7 +153,7 @@ def _run_clips(
     yield Progress("blocks", done, total, "loading the transformer")
     transformer = family.load_transformer(torch_dtype(profile.model.dtype)).to(accelerator.device)
     capture = HiddenStateCapture(family.blocks(transformer), range(family.block_count))
-    dataset = ClipDataset(clips, cache, "")
+    dataset = ClipDataset(clips, cache, "", torch_dtype(profile.model.dtype))
     for index in missing:
         batch = dataset.batch([index], [False], with_features=True)
         seed = profile.train.seed, "probe", clips[index].digest

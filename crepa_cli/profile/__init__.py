@@ -4,12 +4,12 @@ from crepa_cli.profile.alignment import CrepaSettings, LayerSyncSettings, step_c
 from crepa_cli.profile.describe import allowed_values, description, json_schema, known_keys
 from crepa_cli.profile.files import dump_toml, preset_purpose, presets
 from crepa_cli.profile.layers import Defaults, ResolvedProfile, SettingsError, resolve_profile
+from crepa_cli.profile.model import MemorySettings, ModelSettings
 from crepa_cli.profile.settings import (
     AdapterSettings,
     CheckpointsSettings,
     DataSettings,
-    MemorySettings,
-    ModelSettings,
+    FeatureDtype,
     Profile,
     ReportSettings,
     TrainSettings,
@@ -23,6 +23,7 @@ __all__ = [
     "CrepaSettings",
     "DataSettings",
     "Defaults",
+    "FeatureDtype",
     "LayerSyncSettings",
     "MemorySettings",
     "ModelSettings",

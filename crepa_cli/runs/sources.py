@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from crepa_cli.data.prepare import encoder_need
+from crepa_cli.data.encoder import encoder_need
 from crepa_cli.hub.download import Need
 from crepa_cli.hub.layout import dataset, is_commit
 from crepa_cli.hub.question import resolve

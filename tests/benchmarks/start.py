@@ -30,9 +30,10 @@ from crepa_cli import api
 from crepa_cli.data import prepare as preparation
 from crepa_cli.data import prompts as captions
 from crepa_cli.data.cache import Cache, _checksum
+from crepa_cli.data.encoder import load_teacher
 from crepa_cli.data.index import FileState, Index, Known
 from crepa_cli.data.measured import Measured, _written
-from crepa_cli.data.prepare import ClipForm, clip_features, clip_latents, load_encoding_vae, load_teacher
+from crepa_cli.data.prepare import ClipForm, clip_features, clip_latents, load_encoding_vae
 from crepa_cli.data.prompts import Prompt, encode_prompts, prompt_key
 from crepa_cli.data.video import probe, write_video
 from crepa_cli.demo import demo_settings, write_tiny
@@ -115,8 +116,8 @@ def fill_cache(profile: Profile, cache: Cache) -> None:
         write_entries(cache, "latents", [clip.latents_key for clip in clips], tensors)
         return finished(clips)
 
-    def features(crepa: Any, clips: list[Any], inputs: Any, *_: Any) -> Generator[Event, None, Any]:
-        tensors = clip_features(load_teacher(crepa, CPU), clips[0], inputs[clips[0].bucket])
+    def features(crepa: Any, dtype: Any, clips: list[Any], inputs: Any, *_: Any) -> Generator[Event, None, Any]:
+        tensors = clip_features(load_teacher(crepa, CPU), clips[0], inputs[clips[0].bucket], dtype)
         write_entries(cache, "features", [clip.features_key for clip in clips], tensors)
         return finished(clips)
 
