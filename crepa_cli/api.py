@@ -270,7 +270,7 @@ def _run(
     yield Progress("loading", 0, 1, "the transformer")
     trainer = _build_trainer(profile, family, run, accelerator, prepared, prompts, checkpoint)
     if accelerator.is_main_process:
-        write_facts(run, family, [clip.clip.caption for clip in prepared.clips], _device_name(accelerator))
+        write_facts(run, family, [clip.clip.captions for clip in prepared.clips], _device_name(accelerator))
     yield from trainer.train(should_stop)
 
 

@@ -51,6 +51,8 @@ another run. `crepa init --to config.json` writes the alignment settings in Simp
 - **Lambda of musubi-tuner's forks.** Their loss is divided by the number of comparisons; `crepa init --from` converts
   lambda.
 - **Epochs.** Runs are counted in optimizer steps.
+- **Several captions.** SimpleTuner, OneTrainer and kohya's `enable_wildcard` take each line of a text file as a caption
+  of its own and draw one. Here the file is one caption unless `data.caption_lines = true`.
 
 ## diffusion-pipe
 

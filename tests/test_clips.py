@@ -73,6 +73,29 @@ def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path: Path) -> None:
     assert captions(find_clips(tmp_path), tmp_path) == {"a.mp4": "an ant", "b.mp4": "a bee"}
 
 
+@pytest.mark.parametrize("lines", [False, True])
+def test_several_captions_are_a_list_in_metadata_or_with_the_setting_the_lines_of_a_text(
+    tmp_path: Path, *, lines: bool
+) -> None:
+    put(tmp_path, {"a.mp4": b"", "a.txt": "an ant\r\n \n an insect\n", "b.mp4": b"", "c.mp4": b""})
+    rows = [{"file_name": "b.mp4", "text": ["a bee ", "it\nbuzzes"]}, {"file_name": "c.mp4", "text": ["a cat"]}]
+    put(tmp_path, {"metadata.jsonl": "\n".join(map(json.dumps, rows))})
+    found = {clip.path.name: clip.captions for clip in find_clips(tmp_path, caption_lines=lines).clips}
+    assert found == {
+        "a.mp4": ("an ant", "an insect") if lines else ("an ant\r\n \n an insect",),
+        "b.mp4": ("a bee", "it", "buzzes") if lines else ("a bee", "it\nbuzzes"),
+        "c.mp4": ("a cat",),
+    }
+
+
+@pytest.mark.parametrize("text", [[], [""], ["a bee", " "], ["a bee", 7], {"0": "a bee"}])
+def test_a_list_without_usable_captions_is_reported(tmp_path: Path, text: object) -> None:
+    put(tmp_path, {"a.mp4": b"", "metadata.jsonl": json.dumps({"file_name": "a.mp4", "text": text})})
+    scan = find_clips(tmp_path)
+    assert not scan.clips
+    assert any("an empty caption" in skip.reason or "both strings" in skip.reason for skip in scan.skipped)
+
+
 @pytest.mark.parametrize(
     ("caption", "reason"),
     [
@@ -115,7 +138,8 @@ def test_faults_of_metadata_are_reported_by_file_and_line_and_the_rest_is_used(t
         "metadata.jsonl, line 2": "a.mp4 already has another caption, which is kept",
         "metadata.jsonl, line 3": "is not JSON",
         "metadata.jsonl, line 4": "is not a JSON object with file_name and text",
-        "metadata.jsonl, line 5": "needs file_name and text, both strings",
+        "metadata.jsonl, line 5": "needs file_name and text, both strings; text may be a list of them, for several "
+        "captions",
         "metadata.jsonl, line 6": "gone.mp4 is not among the clips of this folder",
         "metadata.jsonl, line 7": "is not JSON",
         "metadata.jsonl, line 8": "is not JSON",
@@ -227,17 +251,21 @@ CSV_TEXT = st.lists(NAMES | st.text(), max_size=6).map(
 
 @FUZZ
 @given(
-    jsonl=JSON_LINES | st.binary(max_size=200), csv=CSV_TEXT | st.binary(max_size=200), caption=st.binary(max_size=50)
+    jsonl=JSON_LINES | st.binary(max_size=200),
+    csv=CSV_TEXT | st.binary(max_size=200),
+    caption=st.binary(max_size=50),
+    lines=st.booleans(),
 )
 def test_whatever_metadata_and_captions_hold_the_scan_ends_with_reasons(
-    jsonl: bytes, csv: bytes, caption: bytes
+    jsonl: bytes, csv: bytes, caption: bytes, *, lines: bool
 ) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         put(folder, {"a.mp4": b"", "b.mp4": b"", "b.txt": caption, "metadata.jsonl": jsonl, "metadata.csv": csv})
-        scan = find_clips(folder)
+        scan = find_clips(folder, caption_lines=lines)
         assert {clip.path.name for clip in scan.clips} | {skip.name for skip in scan.skipped} >= {"a.mp4", "b.mp4"}
-        assert all(clip.path.parent == folder.resolve() and clip.caption.strip() for clip in scan.clips)
+        assert all(clip.path.parent == folder.resolve() for clip in scan.clips)
+        assert all(caption.strip() for clip in scan.clips for caption in clip.captions)
         assert all((skip.name + skip.reason).isprintable() for skip in scan.skipped)
 
 

@@ -55,7 +55,7 @@ def prepared(
 
 def tensors_read(family: Family, clips: list[PreparedClip], cache: Cache, dtype: torch.dtype) -> dict[str, Tensor]:
     """The tensors of the first clip as training gets them."""
-    batch = ClipDataset(clips, cache, prompt_key(family, "", dtype), dtype).batch([0], [False], with_features=True)
+    batch = ClipDataset(clips, cache, prompt_key(family, "", dtype), dtype).batch([0], [0.0], with_features=True)
     assert batch.features is not None
     return batch.tensors | {"features": batch.features}
 

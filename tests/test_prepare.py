@@ -192,7 +192,7 @@ def test_entries_are_verified_ahead_if_asked_and_otherwise_when_they_are_read(
 ) -> None:
     cache = Cache(tmp_path / "cache")
     (_, one, _), _ = prepared(cache)
-    entries = {"prompts": one.prompt_key, "latents": one.latents_key, "features": str(one.features_key)}
+    entries = {"prompts": one.prompt_keys[0], "latents": one.latents_key, "features": str(one.features_key)}
     good = {kind: cache.read(kind, key) for kind, key in entries.items()}
     for kind, key in entries.items():
         content = cache.path(kind, key).read_bytes()
@@ -255,7 +255,7 @@ def test_the_rate_that_a_clip_is_trained_at_is_stored_with_it(open_tiny: OpenTin
     work = prepare(family, tmp_path, form, None, [""], cache, device, torch.float32)
     (clip,) = drained(work, lambda _: None)
     assert cache.read("latents", clip.latents_key)["fps"] == pytest.approx(10)
-    assert len(cache.read("prompts", clip.prompt_key)["prompt_embeds"]) == 256
+    assert len(cache.read("prompts", clip.prompt_keys[0])["prompt_embeds"]) == 256
 
 
 def test_what_changes_in_clips_and_what_is_left_out_is_named_once(family: Family, tmp_path: Path) -> None:
@@ -287,7 +287,7 @@ def test_pixels_of_another_decoding_have_other_entries(prepared: Prepare, monkey
     monkeypatch.setattr("crepa_cli.data.prepare.DECODING_VERSION", DECODING_VERSION + 1)
     after, _ = prepared()
     for one, other in zip(before, after, strict=True):
-        assert one.prompt_key == other.prompt_key
+        assert one.prompt_keys == other.prompt_keys
         assert not {one.latents_key, one.features_key} & {other.latents_key, other.features_key}
 
 
@@ -314,7 +314,7 @@ def test_the_middle_frame_of_a_latent_can_teach_it(
     teacher = Dinov2Teacher.load(tiny_dinov2, torch.device("cpu"))
     (last, *_), _ = prepared(cache)
     (middle, *_), _ = prepared(cache, teacher_frame="middle")
-    assert (last.latents_key, last.prompt_key) == (middle.latents_key, middle.prompt_key)
+    assert (last.latents_key, last.prompt_keys) == (middle.latents_key, middle.prompt_keys)
     pixels = clip_pixels(last)
     for clip, frames in ((last, [0, 4]), (middle, [0, 2])):
         stored = cache.read("features", str(clip.features_key))["features"]

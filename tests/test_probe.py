@@ -183,7 +183,7 @@ def features_by_prompt(clips: Path, checkpoint: str, dinov2: Path) -> list[tuple
     events = prepare(family, clips, FORM, crepa, [], cache, torch.device("cpu"), torch.float32)
     return [
         (
-            cache.read("prompts", clip.prompt_key)["prompt_embeds"],
+            cache.read("prompts", clip.prompt_keys[0])["prompt_embeds"],
             cache.read("features", str(clip.features_key))["features"].flatten(0, 2).float(),
         )
         for clip in drained(events, lambda _: None)

@@ -73,7 +73,7 @@ KEYS = {
     "model": "family task checkpoint components revision variant dtype vae_dtype vae_tiling audio",
     "memory": "stream_weights offload_idle_expert offload_activations finer_recompute keep keep_blocks quantize_base",
     "adapter": "kind rank alpha dropout target_modules init_from export export_dtype",
-    "data": "path sources width height frames fps sampling windows overlap split_scenes repeats "
+    "data": "path sources caption_lines width height frames fps sampling windows overlap split_scenes repeats "
     " caption_dropout cache feature_dtype validation_share validation_path",
     "train": "steps batch_size gradient_accumulation learning_rate optimizer beta1 beta2 eps weight_decay "
     "lr_scheduler lr_warmup_steps lr_floor max_grad_norm max_skipped_steps sharding activation_checkpointing "

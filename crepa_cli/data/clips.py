@@ -34,10 +34,15 @@ class ClipError(Exception):
 
 @dataclass(frozen=True, order=True, slots=True)
 class Clip:
-    """A video or image file (absolute path) and its caption."""
+    """A video or image file (absolute path) and its captions, of which there is at least one."""
 
     path: Path
-    caption: str
+    captions: tuple[str, ...]
+
+    @property
+    def caption(self) -> str:
+        """The first of its captions."""
+        return self.captions[0]
 
 
 @dataclass(frozen=True, order=True)
@@ -90,11 +95,12 @@ def clips_folder(data: DataSettings) -> Path:
     return Path(next((source.path for source in data.all_sources if source.path is not None), ""))
 
 
-def find_clips(folder: Path, index: Index | None = None) -> ClipScan:
-    """Find the video and image files in `folder` and its subfolders, each with its caption.
+def find_clips(folder: Path, index: Index | None = None, *, caption_lines: bool = False) -> ClipScan:
+    """Find the video and image files in `folder` and its subfolders, each with its captions.
 
     The caption of `clip.mp4` is the text of `clip.txt` next to it, or else the `text` that a `metadata.jsonl` or
-    `metadata.csv` gives for its `file_name`, relative to that metadata file. Hidden files and folders are ignored.
+    `metadata.csv` gives for its `file_name`, relative to that metadata file. A list of texts in `metadata.jsonl` are
+    several captions, and with `caption_lines` so are the lines of a text. Hidden files and folders are ignored.
     Clips and metadata lines that cannot be used are listed in the result's `skipped`, files that are neither clips nor
     captions in `left_out`. Captions that the `index` knows are not read again.
 
@@ -112,7 +118,8 @@ def find_clips(folder: Path, index: Index | None = None) -> ClipScan:
         try:
             if state is None:
                 raise ClipError("is not a regular file, or is a broken symlink")
-            found.clips.append(Clip(Path(video), _caption(video, beside, captions)))
+            texts = _texts(video, beside, captions)
+            found.clips.append(Clip(Path(video), _captions(texts, lines=caption_lines)))
             found.states.append(state)
         except ClipError as error:
             found.skipped.append(SkippedClip(_name(Path(video), root), str(error)))
@@ -240,12 +247,14 @@ def _captions_beside(files: _Files, index: Index | None) -> dict[str, str | Clip
     return captions
 
 
-def _caption(video: str, beside: Mapping[str, str | ClipError], captions: Mapping[str, str]) -> str:
-    """The caption of a video: from the file beside it, or from metadata."""
+def _texts(
+    video: str, beside: Mapping[str, str | ClipError], metadata: Mapping[str, tuple[str, ...]]
+) -> tuple[str, ...]:
+    """The texts of a video: the one of the file beside it, or those from metadata."""
     name = f"{os.path.splitext(video)[0]}{CAPTION_SUFFIX}"  # noqa: PTH122
     caption = beside.get(name)
-    if caption is None:
-        caption = captions.get(video)
+    if caption is None and video in metadata:
+        return metadata[video]
     if caption is None:
         beside_video = Path(name)
         if not beside_video.is_file():
@@ -255,14 +264,21 @@ def _caption(video: str, beside: Mapping[str, str | ClipError], captions: Mappin
         caption = _read_text(beside_video, MAX_CAPTION_BYTES).strip()
     if isinstance(caption, ClipError):
         raise caption
-    if not caption:
+    return (caption,)
+
+
+def _captions(texts: tuple[str, ...], *, lines: bool) -> tuple[str, ...]:
+    """The captions in some texts: each text, or each of its lines; a line without words is none."""
+    if lines:
+        texts = tuple(line.strip() for text in texts for line in text.split("\n") if line.strip())
+    if not texts or not all(texts):
         raise ClipError("has an empty caption: describe the clip in a sentence")
-    return caption
+    return texts
 
 
-def _metadata_captions(root: Path, files: _Files) -> dict[str, str]:
-    """The caption of each clip named in the metadata files; mistakes are skipped with file and line."""
-    captions: dict[str, str] = {}
+def _metadata_captions(root: Path, files: _Files) -> dict[str, tuple[str, ...]]:
+    """The texts of each clip named in the metadata files; mistakes are skipped with file and line."""
+    captions: dict[str, tuple[str, ...]] = {}
     for file in files.metadata:
         try:
             for line, entry in _entries(file):
@@ -277,16 +293,18 @@ def _metadata_captions(root: Path, files: _Files) -> dict[str, str]:
     return captions
 
 
-def _entry(entry: object, folder: Path, root: Path, files: _Files) -> tuple[str, str]:
-    """The clip named by a metadata entry, and its caption."""
+def _entry(entry: object, folder: Path, root: Path, files: _Files) -> tuple[str, tuple[str, ...]]:
+    """The clip named by a metadata entry, and its texts."""
     if isinstance(entry, ClipError):
         raise entry
     if not isinstance(entry, dict):
         raise ClipError("is not a JSON object with file_name and text")
-    name, caption = entry.get("file_name"), entry.get("text")
-    if not isinstance(name, str) or not isinstance(caption, str):
-        raise ClipError("needs file_name and text, both strings")
-    if len(caption.encode(errors="replace")) > MAX_CAPTION_BYTES:
+    name, given = entry.get("file_name"), entry.get("text")
+    listed_texts = given if isinstance(given, list) else [given]
+    texts = [text for text in listed_texts if isinstance(text, str)]
+    if not isinstance(name, str) or len(texts) < len(listed_texts):
+        raise ClipError("needs file_name and text, both strings; text may be a list of them, for several captions")
+    if sum(len(text.encode(errors="replace")) for text in texts) > MAX_CAPTION_BYTES:
         raise ClipError(f"the caption is longer than {MAX_CAPTION_BYTES:,} bytes")
     # The name is only compared with the clips found, so no path from a metadata file is ever opened.
     video = os.path.normpath(folder / name)
@@ -295,7 +313,7 @@ def _entry(entry: object, folder: Path, root: Path, files: _Files) -> tuple[str,
         raise ClipError(f"{_printable(name)} is outside the clips' folder")
     if video not in files.clips:
         raise ClipError(f"{_printable(name)} is not among the clips of this folder")
-    return video, caption.strip()
+    return video, tuple(text.strip() for text in texts)
 
 
 def _stays_within(path: Path, root: Path) -> bool:

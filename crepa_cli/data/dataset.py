@@ -93,12 +93,13 @@ class ClipDataset:
         windows = self._windows[index]
         return windows[int(place * len(windows))]
 
-    def batch(self, indices: Sequence[int], drop_caption: Sequence[bool], with_features: bool) -> Batch:
+    def batch(self, indices: Sequence[int], captions: Sequence[float | None], with_features: bool) -> Batch:
         """Read the entries of some clips of one bucket and stack them.
 
         Args:
             indices: indices of the clips; the next one of its bucket stands in for one that has been left out.
-            drop_caption: for each clip, whether the empty caption replaces its own.
+            captions: for each clip, a number in [0, 1) that chooses one of its captions, the first for 0; None for the
+                empty caption.
             with_features: whether to read features, if the clips have any.
 
         Raises:
@@ -108,8 +109,7 @@ class ClipDataset:
         clips = [self.clips[index] for index in indices]
         with_features = with_features and all(clip.features_key for clip in clips)
         samples = [
-            self._sample(index, with_features, drop_caption=drop)
-            for index, drop in zip(indices, drop_caption, strict=True)
+            self._sample(index, caption, with_features) for index, caption in zip(indices, captions, strict=True)
         ]
         tensors = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
         features = grid = None
@@ -119,11 +119,11 @@ class ClipDataset:
             features = stacked.flatten(2, 3)
         return Batch(tuple(clip_name(clip) for clip in clips), tensors, features, grid)
 
-    def whole_batch(self, indices: Sequence[int], drop_caption: Sequence[bool], with_features: bool) -> Batch:
+    def whole_batch(self, indices: Sequence[int], captions: Sequence[float | None], with_features: bool) -> Batch:
         """The same, with damaged entries made again."""
         while True:
             try:
-                return self.batch(indices, drop_caption, with_features)
+                return self.batch(indices, captions, with_features)
             except DamagedClipError as error:
                 self.recover(error)
 
@@ -160,13 +160,15 @@ class ClipDataset:
             f"{clip_name(self.clips[index])}: is the disk of {self.cache.root} in order? `--verify-cache` checks all"
         )
 
-    def _sample(self, index: int, with_features: bool, *, drop_caption: bool) -> Tensors:
+    def _sample(self, index: int, caption: float | None, with_features: bool) -> Tensors:
         """The tensors of a clip."""
         clip = self.clips[index]
+        keys = clip.prompt_keys
+        prompt_key = self.empty_prompt_key if caption is None else keys[int(caption * len(keys))]
         try:
             stored = self.cache.read("latents", clip.latents_key)
             tensors = narrowed(narrowed(stored, self.dtype), torch.float32)
-            tensors |= self.cache.read("prompts", self.empty_prompt_key if drop_caption else clip.prompt_key)
+            tensors |= self.cache.read("prompts", prompt_key)
             if with_features:
                 tensors["features"] = restored_features(self.cache.read("features", str(clip.features_key)))
         except DamagedEntryError as damage:

@@ -79,8 +79,8 @@ class Healing:
     def _made(self, damage: DamagedEntryError, clip: PreparedClip) -> Tensors:
         """The tensors of an entry."""
         if damage.kind == "prompts":
-            text = clip.clip.caption if damage.key == clip.prompt_key else ""
-            return self.family.encode_prompt(self.family.load_text_pipeline(self.dtype), text)
+            captions = dict(zip(clip.prompt_keys, clip.clip.captions, strict=True))
+            return self.family.encode_prompt(self.family.load_text_pipeline(self.dtype), captions.get(damage.key, ""))
         if file_digest(clip.clip.path) != clip.digest:
             raise ClipError("its file has changed since the start of the run, and its entry in the cache is damaged")
         if damage.kind == "latents":

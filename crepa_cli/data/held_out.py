@@ -37,7 +37,7 @@ def scan_all(family: Family, profile: Profile) -> Generator[Event, None, list[Pr
         chosen = choose({clip.digest for clip in clips}, data.validation_share, profile.train.seed)
         clips = [replace(clip, held_out=clip.digest in chosen) for clip in clips]
     if held_out is not None:
-        others = yield from scan(family, held_out, form, index, Sampling.of(data))
+        others = yield from scan(family, held_out, form, index, Sampling.of(data), caption_lines=data.caption_lines)
         yield from _trained_on(clips, others)
         clips += [replace(clip, held_out=True) for clip in others]
     divided(clips, profile)

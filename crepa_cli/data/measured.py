@@ -51,7 +51,7 @@ class _Quantity(Generic[Result]):
 
 
 def measured_clips(
-    folder: Path, index: Index | None, *, split_scenes: bool = False
+    folder: Path, index: Index | None, *, split_scenes: bool = False, caption_lines: bool = False
 ) -> Generator[Event, None, MeasuredClips]:
     """Find the clips of a folder and measure them; yields progress, skipped clips and notices.
 
@@ -61,11 +61,12 @@ def measured_clips(
         folder: with the clips.
         index: what is known of them.
         split_scenes: whether hard cuts are looked for.
+        caption_lines: whether each line of a text is a caption.
 
     Raises:
         UserError: if the folder does not exist or contains no clip.
     """
-    found = from_main(lambda: find_clips(folder, index))
+    found = from_main(lambda: find_clips(folder, index, caption_lines=caption_lines))
     for skipped in found.skipped:
         yield ClipSkipped(skipped.name, skipped.reason)
     if others := found.left_out:

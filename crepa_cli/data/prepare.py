@@ -67,7 +67,7 @@ class ClipForm(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PreparedClip:
-    """A clip, the frame rate it is trained at, and the keys of its cache entries.
+    """A clip, the frame rate it is trained at, and the keys of its cache entries, of prompts one for each caption.
 
     `repeated` of its frames repeat the one before. `features_key` is None if no encoder is the teacher. A clip that is
     `held_out` is never trained on. `source` is the number of its source. It begins `start` seconds after the first
@@ -81,7 +81,7 @@ class PreparedClip:
     digest: str
     fps: float
     repeated: int = 0
-    prompt_key: str = ""
+    prompt_keys: tuple[str, ...] = ()
     latents_key: str = ""
     features_key: str | None = None
     held_out: bool = False
@@ -132,7 +132,7 @@ def prepare(
     cache.remove_leftovers()
     clips = yield from scanned or scan(family, folder, form, cache.index)
     texts = {Prompt(text) for text in prompts} | ({Prompt(negative_prompt, True)} if negative_prompt else set())
-    captions = {Prompt(clip.clip.caption) for clip in clips}
+    captions = {Prompt(caption) for clip in clips for caption in clip.clip.captions}
     reasons = yield from encode_prompts(family, texts | captions, cache, device, dtype, trusted=captions - texts)
     require_prompts(texts, reasons)
     clips = yield from _with_captions(family, clips, reasons, dtype)
@@ -145,16 +145,23 @@ def prepare(
 
 
 def scan(
-    family: Family, folder: Path, form: ClipForm, index: Index | None = None, sampling: Sampling = HEAD
+    family: Family,
+    folder: Path,
+    form: ClipForm,
+    index: Index | None = None,
+    sampling: Sampling = HEAD,
+    *,
+    caption_lines: bool = False,
 ) -> Generator[Event, None, list[PreparedClip]]:
     """Find the clips of a folder and the bucket of each; yields progress, skipped clips and notices.
 
-    Of long videos, the parts that `sampling` says are clips. Files that the `index` knows are not opened.
+    Of long videos, the parts that `sampling` says are clips. With `caption_lines` each line of a text is a caption.
+    Files that the `index` knows are not opened.
 
     Raises:
         UserError: if the folder does not exist or has no usable clips.
     """
-    found = yield from measured_clips(folder, index, split_scenes=sampling.split_scenes)
+    found = yield from measured_clips(folder, index, split_scenes=sampling.split_scenes, caption_lines=caption_lines)
     sizes, buckets, clips = bucket_sizes(form.width, form.height, family.size_multiple), dict[Bucket, Bucket](), []
     images = [one.path.name for one, measured in found.clips if measured.info.image]
     if images and not family.trains_images:
@@ -245,17 +252,18 @@ def clip_pixels(clip: PreparedClip) -> Tensor:
 def _with_captions(
     family: Family, clips: list[PreparedClip], reasons: Mapping[Prompt, str], dtype: torch.dtype
 ) -> Generator[Event, None, list[PreparedClip]]:
-    """The clips with the keys of their captions; those whose caption cannot be used are skipped."""
+    """The clips with the keys of their captions; those with a caption that cannot be used are skipped."""
     keys: dict[str, str] = {}
     usable = []
     for clip in clips:
-        caption = clip.clip.caption
-        if reason := reasons.get(Prompt(caption)):
-            yield ClipSkipped(clip_name(clip), f"its caption: {reason}")
+        captions = clip.clip.captions
+        if failed := [reasons[Prompt(caption)] for caption in captions if Prompt(caption) in reasons]:
+            yield ClipSkipped(clip_name(clip), f"its caption: {failed[0]}")
             continue
-        if caption not in keys:
-            keys[caption] = prompt_key(family, caption, dtype)
-        usable.append(replace(clip, prompt_key=keys[caption]))
+        for caption in captions:
+            if caption not in keys:
+                keys[caption] = prompt_key(family, caption, dtype)
+        usable.append(replace(clip, prompt_keys=tuple(keys[caption] for caption in captions)))
     return usable
 
 

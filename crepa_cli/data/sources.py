@@ -67,7 +67,10 @@ def scan_sources(
     clips_folder(data)
     clips: list[PreparedClip] = []
     for number, source in enumerate(data.all_sources):
-        found = yield from scan(family, source_folder(source), source_form(data, source), index, Sampling.of(data))
+        found = yield from scan(
+            *(family, source_folder(source), source_form(data, source), index, Sampling.of(data)),
+            caption_lines=data.caption_lines,
+        )
         clips += [replace(clip, clip=_with_prefix(clip.clip, source), source=number) for clip in found]
     return clips
 
@@ -79,9 +82,13 @@ def clips_here(data: DataSettings) -> list[Clip]:
         UserError: if a source is not on this machine, or has none.
     """
     return [
-        _with_prefix(clip, source) for source in data.all_sources for clip in find_clips(source_folder(source)).clips
+        _with_prefix(clip, source)
+        for source in data.all_sources
+        for clip in find_clips(source_folder(source), caption_lines=data.caption_lines).clips
     ]
 
 
 def _with_prefix(clip: Clip, source: SourceSettings) -> Clip:
-    return clip if source.caption_prefix is None else Clip(clip.path, f"{source.caption_prefix.strip()} {clip.caption}")
+    if source.caption_prefix is None:
+        return clip
+    return Clip(clip.path, tuple(f"{source.caption_prefix.strip()} {caption}" for caption in clip.captions))

@@ -182,7 +182,8 @@ def _check_clips(plan: Plan, family: Family | None, profile: Profile, listener: 
 
 
 def _check_cache(plan: Plan, family: Family, profile: Profile, clips: list[PreparedClip]) -> None:
-    texts = {clip.clip.caption for clip in clips} | {*sampled_texts(profile.validation, family), ""}
+    captions = {caption for clip in clips for caption in clip.clip.captions}
+    texts = captions | {*sampled_texts(profile.validation, family), ""}
     prompts = len(texts) + bool(negative_prompt(profile.validation, family))
     stored = _teacher(profile.crepa) if profile.crepa.teacher_cache else None
     buckets = [clip.bucket for clip in clips]

@@ -131,7 +131,7 @@ def _keys(profile: Profile, family: Family, clips: list[PreparedClip], sigmas: l
         "tokens": [KERNEL_TOKENS, PROJECTOR_TOKENS, NEIGHBORS],
     }
     return [
-        cache_key(**common, latents=clip.latents_key, prompt=clip.prompt_key, features=clip.features_key)
+        cache_key(**common, latents=clip.latents_key, prompt=clip.prompt_keys[0], features=clip.features_key)
         for clip in clips
     ]
 
@@ -155,7 +155,7 @@ def _run_clips(
     capture = HiddenStateCapture(family.blocks(transformer), range(family.block_count))
     dataset = ClipDataset(clips, cache, "", torch_dtype(profile.model.dtype))
     for index in missing:
-        batch = dataset.batch([index], [False], with_features=True)
+        batch = dataset.batch([index], [0.0], with_features=True)
         seed = profile.train.seed, "probe", clips[index].digest
         probe = ClipProbe(family, transformer, capture, batch, sigmas, seed)
         for level in range(len(sigmas)):

@@ -84,6 +84,12 @@ class DataSettings(Table):
         default=(),
         description="Several folders or datasets of the Hub in place of path, each as a table [[data.sources]].",
     )
+    caption_lines: bool = Field(
+        default=False,
+        description="Take each line of clip.txt, or of a text in the metadata, as a caption of its own: one is drawn "
+        "whenever the clip is trained on. false: lines belong to one caption. A list of texts in metadata.jsonl always "
+        "stands for several captions.",
+    )
     width: int = resolved_later(
         FAMILY_DEFAULT,
         example=832,

@@ -15,19 +15,20 @@ from crepa_cli.runs.folder import RunFolder
 MOST_TAGS = 100
 
 
-def write_facts(run: RunFolder, family: Family, captions: Sequence[str], device: str) -> None:
+def write_facts(run: RunFolder, family: Family, clips: Sequence[Sequence[str]], device: str) -> None:
     """Write `facts.json` into a run's folder; a run that resumes keeps the date of its start.
 
     Args:
         run: the folder.
         family: of the base model.
-        captions: of all clips.
+        clips: the captions of each clip.
         device: name of the device, and how many there are.
     """
+    captions = [caption for clip in clips for caption in clip]
     facts = {
         "date": read_facts(run).get("date", f"{datetime.now(UTC):%Y-%m-%d}"),
         "device": device,
-        "clips": len(captions),
+        "clips": len(clips),
         "license": family.base.license,
         "trigger_phrase": trigger_phrase(captions),
         "tags": dict(tag_counts(captions)),

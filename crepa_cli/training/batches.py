@@ -132,8 +132,10 @@ class Batches:
         places = torch.rand(train.batch_size, generator=seeded_generator(train.seed, "windows", index)).tolist()
         indices = [self.dataset.drawn(*one) for one in zip(self.order.batch(index), places, strict=True)]
         generator = seeded_generator(train.seed, "captions", index)
-        drop = torch.rand(len(indices), generator=generator) < self.caption_dropout
-        batch = self.dataset.batch(indices, drop.tolist(), with_features=self.with_features)
+        dropped = torch.rand(len(indices), generator=generator) < self.caption_dropout
+        choices = torch.rand(len(indices), generator=generator)
+        captions = [None if drop else choice for drop, choice in zip(dropped, choices.tolist(), strict=True)]
+        batch = self.dataset.batch(indices, captions, with_features=self.with_features)
         generator = seeded_generator(train.seed, "noise", index)
         latents = batch.tensors["latents"]
         shift = train.timestep_shift or self.family.timestep_shift(latents)

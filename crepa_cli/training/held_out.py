@@ -71,7 +71,7 @@ class HeldOutLoss:
         """A key of everything but the weights that a measurement depends on."""
         train = self.profile.train
         return cache_key(
-            clips=sorted([clip.latents_key, clip.prompt_key] for clip in self.dataset.clips),
+            clips=sorted([clip.latents_key, clip.prompt_keys[0]] for clip in self.dataset.clips),
             noise=[train.seed, train.timestep_sampling, train.timestep_shift, train.loss_weighting],
         )
 
@@ -132,7 +132,7 @@ class HeldOutLoss:
     def _batch(self, index: int, *, with_features: bool) -> MicroBatch:
         """A batch of one clip, with noise `[LEVELS, C, T, h, w]` and noise levels `[LEVELS]`."""
         train = self.profile.train
-        batch = self.dataset.whole_batch([index], [False], with_features=with_features)
+        batch = self.dataset.whole_batch([index], [0.0], with_features=with_features)
         latents = batch.tensors["latents"]
         shift = train.timestep_shift or self.family.timestep_shift(latents)
         sigmas = spread_sigmas(LEVELS, train.timestep_sampling, shift, self.family.sigma_range)

@@ -195,7 +195,7 @@ class RandomClip(ClipDataset):
         """One bucket with one clip."""
         return [[0]]
 
-    def batch(self, indices: Sequence[int], drop_caption: Sequence[bool], with_features: bool) -> Batch:  # noqa: ARG002
+    def batch(self, indices: Sequence[int], captions: Sequence[float | None], with_features: bool) -> Batch:  # noqa: ARG002
         """The clip, as often as it is asked for."""
         tensors = {name: torch.stack([tensor] * len(indices)) for name, tensor in self.content.items()}
         features = None
