@@ -24,6 +24,11 @@ class Bucket:
     height: int
     width: int
 
+    @property
+    def pixel_bytes(self) -> int:
+        """Bytes of a clip's frames, uint8 RGB."""
+        return 3 * self.frames * self.height * self.width
+
 
 class Fit(NamedTuple):
     """The change of a picture that is resized until it just covers a size, and cropped to it.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from crepa_cli.models.family import Tensors
+from crepa_cli.profile import FeatureDtype
 
 VIDEO_DIMENSIONS = 4
 LEVELS = 127
@@ -26,6 +27,11 @@ def in_int8(features: Tensor) -> Tensors:
     scales = features.float().abs().amax(-1) / LEVELS
     levels = features.float() / scales.clamp(min=torch.finfo(torch.float32).tiny)[..., None]
     return {"features": levels.round().to(torch.int8), "feature_scales": scales}
+
+
+def stored_features(features: Tensor, dtype: FeatureDtype) -> Tensors:
+    """The tensors of an entry of features, from float16 `[..., D]`."""
+    return in_int8(features) if dtype == "int8" else {"features": features}
 
 
 def restored_features(tensors: Mapping[str, Tensor]) -> Tensor:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import torch
 
+from crepa_cli.data.ahead import cores, is_small
 from crepa_cli.data.cache import Cache, DamagedEntryError
 from crepa_cli.data.clips import ClipError, file_digest
-from crepa_cli.data.encoder import load_teacher
+from crepa_cli.data.compact import stored_features
+from crepa_cli.data.encoder import load_encoding_vae, load_teacher, teacher_input
 from crepa_cli.data.prepare import (
     PreparedClip,
-    clip_features,
     clip_latents,
     clip_name,
-    load_encoding_vae,
-    teacher_input,
+    clip_pixels,
 )
 from crepa_cli.data.stages import store
 from crepa_cli.errors import UserError
@@ -80,11 +80,16 @@ class Healing:
         """The tensors of an entry."""
         if damage.kind == "prompts":
             captions = dict(zip(clip.prompt_keys, clip.clip.captions, strict=True))
-            return self.family.encode_prompt(self.family.load_text_pipeline(self.dtype), captions.get(damage.key, ""))
+            pipeline = self.family.load_text_pipeline(self.dtype)
+            with cores(small=is_small(pipeline.components.values())):
+                return self.family.encode_prompt(pipeline, captions.get(damage.key, ""))
         if file_digest(clip.clip.path) != clip.digest:
             raise ClipError("its file has changed since the start of the run, and its entry in the cache is damaged")
         if damage.kind == "latents":
-            return clip_latents(self.family, load_encoding_vae(self.family, CPU), clip)
+            pipeline = load_encoding_vae(self.family, CPU)
+            with cores(small=is_small(pipeline.components.values())):
+                return clip_latents(self.family, pipeline, clip, clip_pixels(clip))
         latents = self.cache.read("latents", clip.latents_key)["latents"]
-        read = teacher_input(self.family, self.crepa, clip.bucket, latents)
-        return clip_features(load_teacher(self.crepa, CPU), clip, read, self.feature_dtype)
+        read, teacher = teacher_input(self.family, self.crepa, clip.bucket, latents), load_teacher(self.crepa, CPU)
+        with cores(small=is_small([teacher.model])):
+            return stored_features(teacher.features(clip_pixels(clip)[read.frames], read.size), self.feature_dtype)

@@ -2,12 +2,13 @@
 
 The three stages, prompts, latents and features, run one after another, so that text encoder, VAE and teacher are never
 in memory together. A stage whose entries are all cached loads no model. The processes of a run share the missing work.
+Threads decode clips ahead of the models, keep some frames for the teacher, and write entries behind the models.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,18 +18,18 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from crepa_cli.alignment.grid import teaching_frames
+from crepa_cli.data.ahead import KeptFrames, Models, made_ahead
 from crepa_cli.data.buckets import Bucket, Fit, Size, bucket_sizes, fit, nearest_bucket, valid_frames
 from crepa_cli.data.cache import Cache, cache_key, check_writable
 from crepa_cli.data.clips import Clip, ClipError
-from crepa_cli.data.compact import in_int8, narrowed
-from crepa_cli.data.encoder import encoder_config, encoder_folder, load_teacher
+from crepa_cli.data.compact import narrowed, stored_features
+from crepa_cli.data.encoder import TeacherInput, encoder_folder, load_encoding_vae, load_teacher, teacher_input
 from crepa_cli.data.images import image_pixels
 from crepa_cli.data.index import Index
 from crepa_cli.data.looks import changed_looks, unused
 from crepa_cli.data.measured import Measured, measured_clips
 from crepa_cli.data.prompts import Prompt, encode_prompts, prompt_key, require_prompts
-from crepa_cli.data.stages import each, share, store
+from crepa_cli.data.stages import Later, each_later, share, store_later
 from crepa_cli.data.video import DECODING_VERSION, VideoInfo, decode, frames_available
 from crepa_cli.data.windows import HEAD, Sampling, windows
 from crepa_cli.errors import UserError, counted, listed
@@ -38,17 +39,10 @@ from crepa_cli.hub.read import fingerprint
 from crepa_cli.models.family import Family, Tensors
 from crepa_cli.processes import from_main
 from crepa_cli.profile import CrepaSettings, DataSettings, FeatureDtype
-from crepa_cli.teachers.dinov2 import Dinov2Teacher, input_size
+from crepa_cli.teachers.dinov2 import Dinov2Teacher
 
 SAME_RATE = 0.99
 """Clips that have this share of a frame rate or more are trained frame by frame, as if they had it: 29.97 is 30."""
-
-
-class TeacherInput(NamedTuple):
-    """The frames of a clip that the encoder sees, and the height and width at which it does."""
-
-    frames: list[int]
-    size: tuple[int, int]
 
 
 class ClipForm(NamedTuple):
@@ -95,6 +89,10 @@ class PreparedClip:
         return fit(self.info.width, self.info.height, Size(self.bucket.width, self.bucket.height))
 
 
+Keep = Callable[[PreparedClip, Tensors, Tensor], None]
+"""Called with a clip, its tensors of latents and its pixels."""
+
+
 def prepare(
     family: Family,
     folder: Path,
@@ -136,9 +134,17 @@ def prepare(
     reasons = yield from encode_prompts(family, texts | captions, cache, device, dtype, trusted=captions - texts)
     require_prompts(texts, reasons)
     clips = yield from _with_captions(family, clips, reasons, dtype)
-    clips = yield from _prepare_latents(family, clips, cache, device, dtype)
+    kept, inputs = KeptFrames(), dict[Bucket, TeacherInput]()
+
+    def keep(clip: PreparedClip, tensors: Tensors, pixels: Tensor) -> None:
+        if crepa is not None:
+            if clip.bucket not in inputs:
+                inputs[clip.bucket] = teacher_input(family, crepa, clip.bucket, tensors["latents"])
+            kept.put(clip.latents_key, pixels[inputs[clip.bucket].frames])
+
+    clips = yield from _prepare_latents(family, clips, cache, device, dtype, keep)
     if crepa is not None:
-        clips = yield from _prepare_features(family, crepa, feature_dtype, clips, cache, device)
+        clips = yield from _prepare_features(family, crepa, feature_dtype, clips, cache, device, kept)
     if not clips:
         raise UserError(f"no usable clips in {folder}; the messages above give the reasons")
     return clips
@@ -268,13 +274,13 @@ def _with_captions(
 
 
 def _prepare_latents(
-    family: Family, clips: list[PreparedClip], cache: Cache, device: torch.device, dtype: torch.dtype
+    family: Family, clips: list[PreparedClip], cache: Cache, device: torch.device, dtype: torch.dtype, keep: Keep
 ) -> Generator[Event, None, list[PreparedClip]]:
     clips, missing = _with_latents(family, clips, cache, dtype)
     if not missing:
         return clips
     tried = [clip for clip in clips if clip.latents_key in missing]
-    encoded = yield from _encode_latents(family, tried, cache, device)
+    encoded = yield from _encode_latents(family, tried, cache, device, keep)
     release_memory()
     from_main(lambda: cache.remember("latents", missing))
     return _without_failed(clips, tried, encoded)
@@ -317,28 +323,28 @@ def _missing_latents(clips: list[PreparedClip], cache: Cache) -> set[str]:
 
 
 def _encode_latents(
-    family: Family, clips: list[PreparedClip], cache: Cache, device: torch.device
+    family: Family, clips: list[PreparedClip], cache: Cache, device: torch.device, keep: Keep
 ) -> Generator[Event, None, list[PreparedClip]]:
-    yield Progress("latents", 0, len(share(clips)), "loading the VAE")
-    pipeline = load_encoding_vae(family, device)
+    mine = [clips[index] for index in share(clips)]
+    yield Progress("latents", 0, len(mine), "loading the VAE")
+    models = Models.load(lambda: load_encoding_vae(family, device), lambda pipeline: pipeline.components.values())
 
-    def encode(clip: PreparedClip) -> PreparedClip:
-        store(cache, "latents", clip.latents_key, clip_latents(family, pipeline, clip))
-        return clip
+    def encode(pipeline: DiffusionPipeline, clip: PreparedClip, pixels: Tensor) -> tuple[Tensors, Tensor]:
+        return clip_latents(family, pipeline, clip, pixels), pixels
 
-    return (yield from each("latents", clips, encode, name=clip_name))
+    with made_ahead(models, mine, clip_pixels, encode, lambda clip: clip.bucket.pixel_bytes) as encoded:
+
+        def work(clip: PreparedClip) -> Later[PreparedClip]:
+            tensors, pixels = encoded(clip)
+            keep(clip, tensors, pixels)
+            return store_later(cache, "latents", clip.latents_key, tensors, clip)
+
+        return (yield from each_later("latents", clips, work, name=clip_name))
 
 
-def load_encoding_vae(family: Family, device: torch.device) -> DiffusionPipeline:
-    """The pipeline that `clip_latents` needs."""
-    pipeline = family.load_vae_pipeline()
-    pipeline.vae.decoder = None  # up to half of the weights, which no clip needs
-    return pipeline.to(device)
-
-
-def clip_latents(family: Family, pipeline: DiffusionPipeline, clip: PreparedClip) -> Tensors:
-    """The tensors of a clip's entry of latents, in the dtype of its key."""
-    video = clip_pixels(clip).transpose(0, 1).float() / 127.5 - 1
+def clip_latents(family: Family, pipeline: DiffusionPipeline, clip: PreparedClip, pixels: Tensor) -> Tensors:
+    """The tensors of a clip's entry of latents, in the dtype of its key, from its `clip_pixels`."""
+    video = pixels.transpose(0, 1).float() / 127.5 - 1
     wide_key = _latents_key(family, clip, torch.float32)
     # The same noise whenever this entry is computed, in any dtype, and another for every clip.
     generator = torch.Generator().manual_seed(int(wide_key[:15], 16)) if family.samples_posterior else None
@@ -353,6 +359,7 @@ def _prepare_features(
     clips: list[PreparedClip],
     cache: Cache,
     device: torch.device,
+    kept: KeptFrames,
 ) -> Generator[Event, None, list[PreparedClip]]:
     encoder = fingerprint(encoder_folder(crepa))
     # Entries of earlier versions are in float16.
@@ -370,17 +377,10 @@ def _prepare_features(
     if not missing:
         return keyed
     tried = [clip for clip in keyed if clip.features_key in missing]
-    encoded = yield from _encode_features(crepa, dtype, tried, inputs, cache, device)
+    encoded = yield from _encode_features(crepa, dtype, tried, inputs, cache, device, kept)
     release_memory()
     from_main(lambda: cache.remember("features", missing))
     return _without_failed(keyed, tried, encoded)
-
-
-def teacher_input(family: Family, crepa: CrepaSettings, bucket: Bucket, latents: Tensor) -> TeacherInput:
-    """The part of a bucket's clips that the encoder sees, for latents `[C, T, h, w]` of one of them."""
-    grid = family.token_grid(latents[None])
-    frames = teaching_frames(bucket.frames, grid.frames, crepa.teacher_frame)
-    return TeacherInput(frames, input_size(crepa.encoder_image_size, grid, encoder_config(crepa)["patch_size"]))
 
 
 def _encode_features(
@@ -390,21 +390,25 @@ def _encode_features(
     inputs: Mapping[Bucket, TeacherInput],
     cache: Cache,
     device: torch.device,
+    kept: KeptFrames,
 ) -> Generator[Event, None, list[PreparedClip]]:
-    yield Progress("features", 0, len(share(clips)), "loading the teacher")
-    teacher = load_teacher(crepa, device)
+    mine = [clips[index] for index in share(clips)]
+    yield Progress("features", 0, len(mine), "loading the teacher")
+    models = Models.load(lambda: load_teacher(crepa, device), lambda teacher: [teacher.model])
 
-    def encode(clip: PreparedClip) -> PreparedClip:
-        store(cache, "features", str(clip.features_key), clip_features(teacher, clip, inputs[clip.bucket], dtype))
-        return clip
+    def read(clip: PreparedClip) -> Tensor:
+        frames = kept.take(clip.latents_key)
+        return clip_pixels(clip)[inputs[clip.bucket].frames] if frames is None else frames
 
-    return (yield from each("features", clips, encode, name=clip_name))
+    def encode(teacher: Dinov2Teacher, clip: PreparedClip, frames: Tensor) -> Tensors:
+        return stored_features(teacher.features(frames, inputs[clip.bucket].size), dtype)
 
+    with made_ahead(models, mine, read, encode, lambda clip: clip.bucket.pixel_bytes) as encoded:
 
-def clip_features(teacher: Dinov2Teacher, clip: PreparedClip, read: TeacherInput, dtype: FeatureDtype) -> Tensors:
-    """The tensors of a clip's entry of features."""
-    features = teacher.features(clip_pixels(clip)[read.frames], read.size)
-    return in_int8(features) if dtype == "int8" else {"features": features}
+        def work(clip: PreparedClip) -> Later[PreparedClip]:
+            return store_later(cache, "features", str(clip.features_key), encoded(clip), clip)
+
+        return (yield from each_later("features", clips, work, name=clip_name))
 
 
 def clip_name(clip: PreparedClip) -> str:

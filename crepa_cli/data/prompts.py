@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Generator, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
+from diffusers import DiffusionPipeline
 
+from crepa_cli.data.ahead import Models, made_ahead
 from crepa_cli.data.cache import Cache, cache_key
 from crepa_cli.data.clips import ClipError
-from crepa_cli.data.stages import each, share, store
+from crepa_cli.data.stages import Later, each_later, share, store
 from crepa_cli.errors import UserError
 from crepa_cli.events import Event, Progress
 from crepa_cli.heap import release_memory
-from crepa_cli.models.family import Family
+from crepa_cli.models.family import Family, Tensors
 from crepa_cli.models.streaming import place
 from crepa_cli.processes import from_main
+
+PROMPT_BYTES = 2**16
+"""More than a prompt takes: each is encoded by itself."""
 
 
 class Prompt(NamedTuple):
@@ -68,20 +74,33 @@ def encode_prompts(
 def _encode_missing(
     family: Family, keys: dict[Prompt, str], cache: Cache, device: torch.device, dtype: torch.dtype
 ) -> Generator[Event, None, dict[Prompt, str]]:
-    yield Progress("prompts", 0, len(share(keys)), "loading the text encoder")
-    pipeline = family.load_text_pipeline(dtype)
-    for name in family.text_encoders:
-        place(getattr(pipeline, name), device, streamed=family.streams_text_encoders)
+    prompts = list(keys)
+    mine = [prompts[index] for index in share(prompts)]
+    yield Progress("prompts", 0, len(mine), "loading the text encoder")
 
-    def encode(prompt: Prompt) -> tuple[Prompt, str] | None:
-        encode_text = family.encode_negative_prompt if prompt.negative else family.encode_prompt
+    def load() -> DiffusionPipeline:
+        pipeline = family.load_text_pipeline(dtype)
+        for name in family.text_encoders:
+            place(getattr(pipeline, name), device, streamed=family.streams_text_encoders)
+        return pipeline
+
+    def encode(pipeline: DiffusionPipeline, prompt: Prompt, _: None) -> Tensors:
+        return (family.encode_negative_prompt if prompt.negative else family.encode_prompt)(pipeline, prompt.text)
+
+    def stored(prompt: Prompt, tensors: Tensors) -> tuple[Prompt, str] | None:
         try:
-            store(cache, "prompts", keys[prompt], encode_text(pipeline, prompt.text))
+            store(cache, "prompts", keys[prompt], tensors)
         except ClipError as error:
             return prompt, str(error)
         return None
 
-    failed = yield from each("prompts", list(keys), encode, name=lambda prompt: repr(prompt.text))
+    models = Models.load(load, lambda pipeline: pipeline.components.values())
+    with made_ahead(models, mine, lambda _: None, encode, lambda _: PROMPT_BYTES) as encoded:
+
+        def work(prompt: Prompt) -> Later[tuple[Prompt, str] | None]:
+            return Later(partial(stored, prompt, encoded(prompt)))
+
+        failed = yield from each_later("prompts", prompts, work, name=lambda prompt: repr(prompt.text))
     return dict(one for one in failed if one is not None)
 
 

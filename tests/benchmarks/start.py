@@ -30,10 +30,11 @@ from crepa_cli import api
 from crepa_cli.data import prepare as preparation
 from crepa_cli.data import prompts as captions
 from crepa_cli.data.cache import Cache, _checksum
-from crepa_cli.data.encoder import load_teacher
+from crepa_cli.data.compact import stored_features
+from crepa_cli.data.encoder import load_encoding_vae, load_teacher
 from crepa_cli.data.index import FileState, Index, Known
 from crepa_cli.data.measured import Measured, _written
-from crepa_cli.data.prepare import ClipForm, clip_features, clip_latents, load_encoding_vae
+from crepa_cli.data.prepare import ClipForm, clip_latents, clip_pixels
 from crepa_cli.data.prompts import Prompt, encode_prompts, prompt_key
 from crepa_cli.data.video import probe, write_video
 from crepa_cli.demo import demo_settings, write_tiny
@@ -112,12 +113,13 @@ def fill_cache(profile: Profile, cache: Cache) -> None:
         return finished({})
 
     def latents(family: Family, clips: list[Any], *_: Any) -> Generator[Event, None, Any]:
-        tensors = clip_latents(family, load_encoding_vae(family, CPU), clips[0])
+        tensors = clip_latents(family, load_encoding_vae(family, CPU), clips[0], clip_pixels(clips[0]))
         write_entries(cache, "latents", [clip.latents_key for clip in clips], tensors)
         return finished(clips)
 
     def features(crepa: Any, dtype: Any, clips: list[Any], inputs: Any, *_: Any) -> Generator[Event, None, Any]:
-        tensors = clip_features(load_teacher(crepa, CPU), clips[0], inputs[clips[0].bucket], dtype)
+        frames, size = inputs[clips[0].bucket]
+        tensors = stored_features(load_teacher(crepa, CPU).features(clip_pixels(clips[0])[frames], size), dtype)
         write_entries(cache, "features", [clip.features_key for clip in clips], tensors)
         return finished(clips)
 
