@@ -27,8 +27,9 @@ from crepa_cli.data.encoder import encoder_config
 from crepa_cli.data.healing import Healing
 from crepa_cli.data.held_out import divided, scan_all
 from crepa_cli.data.online import OnlineTeacher
-from crepa_cli.data.prepare import ClipForm, PreparedClip, prepare
+from crepa_cli.data.prepare import prepare
 from crepa_cli.data.prompts import prompt_key
+from crepa_cli.data.scan import ClipForm, PreparedClip
 from crepa_cli.data.sources import dataset_needs
 from crepa_cli.errors import UserError
 from crepa_cli.events import Event, Notice, Progress, RunOpened, TrainingEnded, TrainingStarted

@@ -13,7 +13,7 @@ from crepa_cli.data.ahead import Models, made_ahead, read_ahead
 from crepa_cli.data.cache import Cache
 from crepa_cli.data.clips import ClipError
 from crepa_cli.data.encoder import load_encoding_vae, load_teacher, teacher_input
-from crepa_cli.data.prepare import ClipForm, PreparedClip
+from crepa_cli.data.scan import ClipForm, PreparedClip, clip_pixels
 from crepa_cli.data.stages import Later, each_later
 from crepa_cli.data.video import decode
 from crepa_cli.errors import UserError
@@ -99,7 +99,7 @@ class Spy:
             self.decoded.append(path)
             return decode(path, **form)  # type: ignore[arg-type]
 
-        monkeypatch.setattr("crepa_cli.data.prepare.decode", counting)
+        monkeypatch.setattr("crepa_cli.data.scan.decode", counting)
 
 
 def prepared(
@@ -130,7 +130,7 @@ def test_each_clip_is_decoded_once_if_there_is_room_and_encoded_as_if_it_were_al
     assert sorted(spy.decoded) == sorted([clip.clip.path for clip in clips] * times)
     pipeline, teacher = load_encoding_vae(family, CPU), load_teacher(crepa, CPU)
     for clip in clips:
-        pixels = prepare.clip_pixels(clip)
+        pixels = clip_pixels(clip)
         with torch.no_grad():
             latents = prepare.clip_latents(family, pipeline, clip, pixels)["latents"]
         assert cache.read("latents", clip.latents_key)["latents"].equal(latents)

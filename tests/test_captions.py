@@ -17,7 +17,8 @@ from crepa_cli.data.cache import Cache, DamagedEntryError
 from crepa_cli.data.clips import Clip
 from crepa_cli.data.dataset import ClipDataset
 from crepa_cli.data.healing import Healing
-from crepa_cli.data.prepare import ClipForm, PreparedClip, prepare, scan
+from crepa_cli.data.prepare import prepare
+from crepa_cli.data.scan import ClipForm, PreparedClip, scan
 from crepa_cli.data.video import VideoInfo
 from crepa_cli.demo import demo_settings
 from crepa_cli.demo.clips import write_demo_clips

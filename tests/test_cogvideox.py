@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from crepa_cli import api
-from crepa_cli.data.prepare import ClipForm, scan
+from crepa_cli.data.scan import ClipForm, scan
 from crepa_cli.demo.clips import write_demo_clips
 from crepa_cli.demo.cogvideox import VERSION_1_5, tiny_transformer
 from crepa_cli.demo.tiny import write_once

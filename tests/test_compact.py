@@ -16,8 +16,9 @@ from crepa_cli.data.cache import Cache, DamagedEntryError
 from crepa_cli.data.compact import in_int8, restored_features
 from crepa_cli.data.dataset import ClipDataset
 from crepa_cli.data.healing import Healing
-from crepa_cli.data.prepare import ClipForm, PreparedClip, prepare
+from crepa_cli.data.prepare import prepare
 from crepa_cli.data.prompts import prompt_key
+from crepa_cli.data.scan import ClipForm, PreparedClip
 from crepa_cli.events import drained
 from crepa_cli.models.family import Family
 from crepa_cli.profile import CrepaSettings, FeatureDtype

@@ -19,7 +19,8 @@ from packaging.version import Version
 from safetensors import safe_open
 
 from crepa_cli.data.cache import Cache
-from crepa_cli.data.prepare import ClipForm, prepare
+from crepa_cli.data.prepare import prepare
+from crepa_cli.data.scan import ClipForm
 from crepa_cli.demo.clips import write_demo_clips
 from crepa_cli.doctor import devices
 from crepa_cli.doctor.cache_size import cache_bytes

@@ -17,7 +17,7 @@ from crepa_cli.data.buckets import Bucket
 from crepa_cli.data.clips import ClipError
 from crepa_cli.data.images import image_pixels, is_image, probe_image
 from crepa_cli.data.index import Index
-from crepa_cli.data.prepare import ClipForm, PreparedClip, clip_pixels, scan
+from crepa_cli.data.scan import ClipForm, PreparedClip, clip_pixels, scan
 from crepa_cli.data.video import write_video
 from crepa_cli.doctor.clips import describe_buckets
 from crepa_cli.doctor.findings import BucketCount

@@ -17,8 +17,9 @@ from conftest import OpenTiny
 from crepa_cli.data.cache import Cache, DamagedEntryError
 from crepa_cli.data.index import Index
 from crepa_cli.data.online import OnlineTeacher
-from crepa_cli.data.prepare import ClipForm, PreparedClip, clip_pixels, prepare, scan
+from crepa_cli.data.prepare import prepare
 from crepa_cli.data.prompts import prompt_key
+from crepa_cli.data.scan import ClipForm, PreparedClip, clip_pixels, scan
 from crepa_cli.data.video import DECODING_VERSION, write_video
 from crepa_cli.demo.clips import write_demo_clips
 from crepa_cli.errors import UserError
@@ -279,7 +280,7 @@ def test_what_changes_in_clips_and_what_is_left_out_is_named_once(family: Family
 
 def test_pixels_of_another_decoding_have_other_entries(prepared: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
     before, _ = prepared()
-    monkeypatch.setattr("crepa_cli.data.prepare.DECODING_VERSION", DECODING_VERSION + 1)
+    monkeypatch.setattr("crepa_cli.data.scan.DECODING_VERSION", DECODING_VERSION + 1)
     after, _ = prepared()
     for one, other in zip(before, after, strict=True):
         assert one.prompt_keys == other.prompt_keys

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from crepa_cli.alignment import TokenGrid
 from crepa_cli.data.cache import Cache
 from crepa_cli.data.dataset import Batch
-from crepa_cli.data.prepare import ClipForm, prepare
+from crepa_cli.data.prepare import prepare
+from crepa_cli.data.scan import ClipForm
 from crepa_cli.demo.clips import write_demo_clips
 from crepa_cli.demo.wan import tiny_transformer
 from crepa_cli.events import drained

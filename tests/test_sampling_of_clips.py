@@ -16,7 +16,7 @@ from torch import Tensor
 from crepa_cli.data.cache import Cache
 from crepa_cli.data.dataset import ClipDataset
 from crepa_cli.data.index import Index
-from crepa_cli.data.prepare import ClipForm, PreparedClip, clip_pixels, scan
+from crepa_cli.data.scan import ClipForm, PreparedClip, clip_pixels, scan
 from crepa_cli.data.scenes import cut_places, hard_cuts
 from crepa_cli.data.video import VideoInfo, decode, frames_available, probe, write_video
 from crepa_cli.data.windows import Sampling, Window, windows

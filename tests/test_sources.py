@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from crepa_cli import api
 from crepa_cli.data.buckets import Bucket
 from crepa_cli.data.cache import cache_folder
-from crepa_cli.data.prepare import PreparedClip
+from crepa_cli.data.scan import PreparedClip
 from crepa_cli.data.sources import clips_here, dataset_needs, scan_sources
 from crepa_cli.data.video import write_video
 from crepa_cli.doctor.clips import describe_sources

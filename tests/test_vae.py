@@ -12,7 +12,8 @@ from torch import Tensor
 
 from crepa_cli.data.buckets import Bucket
 from crepa_cli.data.cache import Cache
-from crepa_cli.data.prepare import ClipForm, PreparedClip, prepare
+from crepa_cli.data.prepare import prepare
+from crepa_cli.data.scan import ClipForm, PreparedClip
 from crepa_cli.demo.clips import write_demo_clips
 from crepa_cli.events import drained
 from crepa_cli.memory.preparation import vae_peak

@@ -16,7 +16,7 @@ from crepa_cli import api
 from crepa_cli.data.buckets import Bucket
 from crepa_cli.data.clips import find_clips
 from crepa_cli.data.images import first_frame
-from crepa_cli.data.prepare import PreparedClip
+from crepa_cli.data.scan import PreparedClip
 from crepa_cli.data.video import decode, probe, write_video
 from crepa_cli.demo.clips import FPS, write_demo_clips
 from crepa_cli.errors import UserError

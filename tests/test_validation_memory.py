@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiler
 
 from crepa_cli.data.buckets import Bucket
-from crepa_cli.data.prepare import ClipForm
+from crepa_cli.data.scan import ClipForm
 from crepa_cli.doctor.findings import BucketCount, Plan, memory_table
 from crepa_cli.doctor.fit import Target, check_memory
 from crepa_cli.memory.prediction import predict, validation_memory

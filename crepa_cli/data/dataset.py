@@ -17,7 +17,7 @@ from crepa_cli.data.cache import Cache, DamagedEntryError
 from crepa_cli.data.clips import ClipError
 from crepa_cli.data.compact import narrowed, restored_features
 from crepa_cli.data.healing import Healing
-from crepa_cli.data.prepare import PreparedClip, clip_name
+from crepa_cli.data.scan import PreparedClip, clip_name
 from crepa_cli.errors import RunError, UserError
 from crepa_cli.events import ClipSkipped
 from crepa_cli.models.family import Tensors

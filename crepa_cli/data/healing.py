@@ -9,12 +9,8 @@ from crepa_cli.data.cache import Cache, DamagedEntryError
 from crepa_cli.data.clips import ClipError, file_digest
 from crepa_cli.data.compact import stored_features
 from crepa_cli.data.encoder import load_encoding_vae, load_teacher, teacher_input
-from crepa_cli.data.prepare import (
-    PreparedClip,
-    clip_latents,
-    clip_name,
-    clip_pixels,
-)
+from crepa_cli.data.prepare import clip_latents
+from crepa_cli.data.scan import PreparedClip, clip_name, clip_pixels
 from crepa_cli.data.stages import store
 from crepa_cli.errors import UserError
 from crepa_cli.events import Event, Notice

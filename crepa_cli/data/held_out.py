@@ -9,7 +9,7 @@ from pathlib import Path
 
 from crepa_cli.data.cache import cache_folder
 from crepa_cli.data.index import Index
-from crepa_cli.data.prepare import ClipForm, PreparedClip, scan
+from crepa_cli.data.scan import ClipForm, PreparedClip, scan
 from crepa_cli.data.sources import scan_sources
 from crepa_cli.data.windows import Sampling
 from crepa_cli.errors import UserError, counted, listed

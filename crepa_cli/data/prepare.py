@@ -7,87 +7,31 @@ Threads decode clips ahead of the models, keep some frames for the teacher, and 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from crepa_cli.data.ahead import KeptFrames, Models, made_ahead
-from crepa_cli.data.buckets import Bucket, Fit, Size, bucket_sizes, fit, nearest_bucket, valid_frames
+from crepa_cli.data.buckets import Bucket
 from crepa_cli.data.cache import Cache, cache_key, check_writable
-from crepa_cli.data.clips import Clip, ClipError
 from crepa_cli.data.compact import narrowed, stored_features
 from crepa_cli.data.encoder import TeacherInput, encoder_folder, load_encoding_vae, load_teacher, teacher_input
-from crepa_cli.data.images import image_pixels
-from crepa_cli.data.index import Index
-from crepa_cli.data.looks import changed_looks, unused
-from crepa_cli.data.measured import Measured, measured_clips
 from crepa_cli.data.prompts import Prompt, encode_prompts, prompt_key, require_prompts
+from crepa_cli.data.scan import ClipForm, PreparedClip, clip_name, clip_pixels, key_parts, scan
 from crepa_cli.data.stages import Later, each_later, share, store_later
-from crepa_cli.data.video import DECODING_VERSION, VideoInfo, decode, frames_available
-from crepa_cli.data.windows import HEAD, Sampling, windows
-from crepa_cli.errors import UserError, counted, listed
-from crepa_cli.events import ClipSkipped, Event, Notice, Progress
+from crepa_cli.errors import UserError
+from crepa_cli.events import ClipSkipped, Event, Progress
 from crepa_cli.heap import release_memory
 from crepa_cli.hub.read import fingerprint
 from crepa_cli.models.family import Family, Tensors
 from crepa_cli.processes import from_main
-from crepa_cli.profile import CrepaSettings, DataSettings, FeatureDtype
+from crepa_cli.profile import CrepaSettings, FeatureDtype
 from crepa_cli.teachers.dinov2 import Dinov2Teacher
-
-SAME_RATE = 0.99
-"""Clips that have this share of a frame rate or more are trained frame by frame, as if they had it: 29.97 is 30."""
-
-
-class ClipForm(NamedTuple):
-    """The target form of clips: the size, whose area all buckets share, the most frames, and the frame rate."""
-
-    width: int
-    height: int
-    frames: int
-    fps: float
-
-    @classmethod
-    def of(cls, data: DataSettings) -> ClipForm:
-        """The form given by the settings."""
-        return cls(data.width, data.height, data.frames, data.fps)
-
-
-@dataclass(frozen=True, slots=True)
-class PreparedClip:
-    """A clip, the frame rate it is trained at, and the keys of its cache entries, of prompts one for each caption.
-
-    `repeated` of its frames repeat the one before. `features_key` is None if no encoder is the teacher. A clip that is
-    `held_out` is never trained on. `source` is the number of its source. It begins `start` seconds after the first
-    frame of its file. Of the windows of one `scene`, each visit draws one if the sampling is uniform; otherwise `scene`
-    is None.
-    """
-
-    clip: Clip
-    info: VideoInfo
-    bucket: Bucket
-    digest: str
-    fps: float
-    repeated: int = 0
-    prompt_keys: tuple[str, ...] = ()
-    latents_key: str = ""
-    features_key: str | None = None
-    held_out: bool = False
-    source: int = 0
-    start: float = 0.0
-    scene: int | None = None
-
-    @property
-    def fit(self) -> Fit:
-        """How much the clip is enlarged and cropped for its bucket."""
-        return fit(self.info.width, self.info.height, Size(self.bucket.width, self.bucket.height))
-
 
 Keep = Callable[[PreparedClip, Tensors, Tensor], None]
 """Called with a clip, its tensors of latents and its pixels."""
@@ -150,111 +94,6 @@ def prepare(
     return clips
 
 
-def scan(
-    family: Family,
-    folder: Path,
-    form: ClipForm,
-    index: Index | None = None,
-    sampling: Sampling = HEAD,
-    *,
-    caption_lines: bool = False,
-) -> Generator[Event, None, list[PreparedClip]]:
-    """Find the clips of a folder and the bucket of each; yields progress, skipped clips and notices.
-
-    Of long videos, the parts that `sampling` says are clips. With `caption_lines` each line of a text is a caption.
-    Files that the `index` knows are not opened.
-
-    Raises:
-        UserError: if the folder does not exist or has no usable clips.
-    """
-    found = yield from measured_clips(folder, index, split_scenes=sampling.split_scenes, caption_lines=caption_lines)
-    sizes, buckets, clips = bucket_sizes(form.width, form.height, family.size_multiple), dict[Bucket, Bucket](), []
-    images = [one.path.name for one, measured in found.clips if measured.info.image]
-    if images and not family.trains_images:
-        yield Notice(
-            f"{counted(len(images), 'image')} left out, because {family.name} {family.task} cannot be trained on a "
-            f"single frame: {listed(images)}"
-        )
-    for one, measured in found.clips:
-        if measured.info.image and not family.trains_images:
-            continue
-        try:
-            placed = _placed(one, measured, family, form, sampling, sizes)
-        except ClipError as error:
-            yield ClipSkipped(one.path.name, str(error))
-        else:
-            # One object for each bucket, not for each clip.
-            clips += [replace(clip, bucket=buckets.setdefault(clip.bucket, clip.bucket)) for clip in placed]
-    if not clips:
-        raise UserError(
-            f"no usable clips in {folder}: {len(found.clips) + found.skipped} found, all skipped for the reasons "
-            "given above"
-        )
-    files = list({clip.clip.path: clip for clip in reversed(clips)}.values())[::-1]
-    for clip in files:
-        if clip.repeated:
-            yield Notice(
-                f"{clip.clip.path.name} is slower than data.fps = {form.fps:g}: {clip.repeated} of its "
-                f"{clip.bucket.frames} frames repeat the one before"
-            )
-    if sampling.takes_head_alone:
-        videos = [clip for clip in clips if not clip.info.image]
-        yield from unused([(clip.info, clip.bucket, clip.fps) for clip in videos], form.frames, form.fps)
-    yield from changed_looks([(clip.clip.path.name, clip.info, clip.bucket) for clip in files])
-    return clips
-
-
-def _placed(
-    clip: Clip, measured: Measured, family: Family, form: ClipForm, sampling: Sampling, sizes: list[Size]
-) -> list[PreparedClip]:
-    """The windows of a clip with the size, the frame count and the frame rate at which they are trained.
-
-    Raises:
-        ClipError: if it is too short.
-    """
-    info, fps = measured.info, form.fps
-    size = sizes[0] if family.only_size else nearest_bucket(info.width, info.height, sizes)
-    if info.image:
-        return [PreparedClip(clip, info, Bucket(1, size.height, size.width), measured.digest, fps)]
-    frames = valid_frames(frames_available(info, fps), form.frames, family.frame_multiple)
-    repeated = _repeated(info, frames or 1, fps)
-    if repeated and (family.takes_frame_rate or info.fps >= SAME_RATE * fps):
-        fps, repeated = info.fps, 0
-    parts = windows(info, measured.cuts, sampling, form.frames, family.frame_multiple, fps)
-    if not parts:
-        scenes = f" in {counted(len(measured.cuts) + 1, 'scene')}" if measured.cuts else ""
-        raise ClipError(
-            f"too short: {counted(frames_available(info, fps), 'frame')}{scenes} at {fps:g} frames per second, "
-            f"needs at least {min(form.frames, family.frame_multiple + 1)}"
-        )
-    placed = PreparedClip(clip, info, Bucket(1, size.height, size.width), measured.digest, fps, repeated)
-    drawn = sampling.kind == "uniform"
-    return [
-        replace(
-            placed,
-            bucket=replace(placed.bucket, frames=part.frames),
-            start=part.start,
-            scene=part.scene if drawn else None,
-        )
-        for part in parts
-    ]
-
-
-def _repeated(info: VideoInfo, frames: int, fps: float) -> int:
-    """How many of the first `frames` frames at a frame rate repeat the one before, if the clip's own rate is steady."""
-    shown = math.floor(((frames - 1) / fps + info.rounding) * info.fps) + 1
-    return max(0, frames - shown)
-
-
-def clip_pixels(clip: PreparedClip) -> Tensor:
-    """The frames of a clip, resized for training: uint8 `[F, 3, H, W]`."""
-    bucket = clip.bucket
-    if clip.info.image:
-        return image_pixels(clip.clip.path, bucket.width, bucket.height)
-    size = {"width": bucket.width, "height": bucket.height}
-    return decode(clip.clip.path, frames=bucket.frames, fps=clip.fps, start=clip.start, **size)
-
-
 def _with_captions(
     family: Family, clips: list[PreparedClip], reasons: Mapping[Prompt, str], dtype: torch.dtype
 ) -> Generator[Event, None, list[PreparedClip]]:
@@ -312,7 +151,7 @@ def _latents_key(family: Family, clip: PreparedClip, dtype: torch.dtype) -> str:
     """The key of a clip's entry of latents in a dtype; without it for float32, as in earlier versions."""
     stored = {} if dtype == torch.float32 else {"stored": str(dtype)}
     vae = family.base.fingerprints(*family.vae_components)
-    content = family.encoding | _content(clip) | stored
+    content = family.encoding | key_parts(clip) | stored
     return cache_key(kind="latents", family=family.name, task=family.task, vae=vae, **content)
 
 
@@ -371,7 +210,7 @@ def _prepare_features(
             latents = cache.read("latents", clip.latents_key)["latents"]
             inputs[clip.bucket] = teacher_input(family, crepa, clip.bucket, latents)
         frames, size = inputs[clip.bucket]
-        key = cache_key(kind="features", encoder=encoder, chosen=frames, size=size, **_content(clip), **stored)
+        key = cache_key(kind="features", encoder=encoder, chosen=frames, size=size, **key_parts(clip), **stored)
         keyed.append(replace(clip, features_key=key))
     missing = from_main(lambda: cache.missing("features", [str(clip.features_key) for clip in keyed]))
     if not missing:
@@ -411,29 +250,9 @@ def _encode_features(
         return (yield from each_later("features", clips, work, name=clip_name))
 
 
-def clip_name(clip: PreparedClip) -> str:
-    """The name that messages give a clip."""
-    return f"{clip.clip.path.name} at {clip.start:.2f} s" if clip.start else clip.clip.path.name
-
-
 def _without_failed(
     clips: list[PreparedClip], tried: list[PreparedClip], succeeded: list[PreparedClip]
 ) -> list[PreparedClip]:
     # Not by the file: another source may use it in another form.
     failed = {clip.latents_key for clip in tried} - {clip.latents_key for clip in succeeded}
     return [clip for clip in clips if clip.latents_key not in failed]
-
-
-def _content(clip: PreparedClip) -> dict[str, object]:
-    """The part of a cache key that determines a clip's pixels."""
-    bucket = clip.bucket
-    return {
-        "decoding": DECODING_VERSION,
-        "digest": clip.digest,
-        "fps": clip.fps,
-        "frames": bucket.frames,
-        "height": bucket.height,
-        "width": bucket.width,
-        # Entries of earlier versions begin at the first frame.
-        **({"start": clip.start} if clip.start else {}),
-    }

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from crepa_cli.data.clips import CAPTION_SUFFIX, CLIP_SUFFIXES, METADATA_NAMES, Clip, clips_folder, find_clips
 from crepa_cli.data.index import Index
-from crepa_cli.data.prepare import ClipForm, PreparedClip, scan
+from crepa_cli.data.scan import ClipForm, PreparedClip, scan
 from crepa_cli.data.windows import Sampling
 from crepa_cli.events import Event
 from crepa_cli.hub import layout

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from crepa_cli.data.prepare import PreparedClip
+from crepa_cli.data.scan import PreparedClip
 from crepa_cli.doctor.findings import BucketCount
 from crepa_cli.errors import counted
 from crepa_cli.models.family import Family

@@ -12,7 +12,7 @@ from crepa_cli.data.cache import cache_folder, check_writable
 from crepa_cli.data.clips import clips_folder
 from crepa_cli.data.encoder import encoder_config, encoder_need
 from crepa_cli.data.held_out import divided, scan_all
-from crepa_cli.data.prepare import PreparedClip
+from crepa_cli.data.scan import PreparedClip
 from crepa_cli.data.sources import clips_here, dataset_needs
 from crepa_cli.demo import write_demo
 from crepa_cli.doctor.cache_size import cache_bytes

@@ -13,8 +13,8 @@ from accelerate import Accelerator
 
 from crepa_cli.data.cache import Cache, cache_folder, cache_key
 from crepa_cli.data.clips import Clip, ClipError, clips_folder, file_digest
-from crepa_cli.data.prepare import ClipForm
 from crepa_cli.data.prompts import prompt_key
+from crepa_cli.data.scan import ClipForm
 from crepa_cli.data.sources import clips_here
 from crepa_cli.data.video import write_video
 from crepa_cli.errors import RunError, UserError

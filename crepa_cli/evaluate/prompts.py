@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from crepa_cli.data.clips import Clip, ClipError
 from crepa_cli.data.images import write_frame
-from crepa_cli.data.prepare import ClipForm
+from crepa_cli.data.scan import ClipForm
 from crepa_cli.data.video import decode
 from crepa_cli.errors import UserError
 from crepa_cli.evaluate.videos import CLIPS

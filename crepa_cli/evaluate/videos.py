@@ -13,7 +13,7 @@ from torch import Tensor
 from crepa_cli.data.clips import VIDEO_SUFFIXES, Clip, ClipError, file_digest, find_clips
 from crepa_cli.data.encoder import load_teacher
 from crepa_cli.data.images import is_image
-from crepa_cli.data.prepare import ClipForm
+from crepa_cli.data.scan import ClipForm
 from crepa_cli.data.video import decode, frames_available, probe, write_video
 from crepa_cli.errors import UserError, counted, listed
 from crepa_cli.evaluate.result import Column, Evaluation, Row, Video

@@ -18,7 +18,8 @@ from torch import Tensor
 from crepa_cli.data.cache import Cache, cache_folder, cache_key
 from crepa_cli.data.clips import clips_folder
 from crepa_cli.data.dataset import ClipDataset
-from crepa_cli.data.prepare import ClipForm, PreparedClip, prepare
+from crepa_cli.data.prepare import prepare
+from crepa_cli.data.scan import ClipForm, PreparedClip
 from crepa_cli.data.sources import dataset_needs, scan_sources
 from crepa_cli.errors import RunError, UserError
 from crepa_cli.events import Event, Notice, Progress

@@ -10,8 +10,8 @@ import torch
 
 from crepa_cli.data.cache import Cache
 from crepa_cli.data.images import write_frame
-from crepa_cli.data.prepare import ClipForm, PreparedClip
 from crepa_cli.data.prompts import Prompt, encode_prompts, prompt_key, require_prompts
+from crepa_cli.data.scan import ClipForm, PreparedClip
 from crepa_cli.data.video import decode
 from crepa_cli.events import Event
 from crepa_cli.models.dtypes import torch_dtype

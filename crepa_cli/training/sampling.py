@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from crepa_cli.data.images import first_frame
-from crepa_cli.data.prepare import ClipForm
+from crepa_cli.data.scan import ClipForm
 from crepa_cli.models.family import Family, Tensors
 from crepa_cli.models.streaming import place
 from crepa_cli.profile import Profile

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from crepa_cli.data.prepare import ClipForm
+from crepa_cli.data.scan import ClipForm
 from crepa_cli.data.sheet import frame_row, write_sheet
 from crepa_cli.data.video import write_video
 from crepa_cli.events import ValidationSampled

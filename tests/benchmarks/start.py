@@ -34,8 +34,9 @@ from crepa_cli.data.compact import stored_features
 from crepa_cli.data.encoder import load_encoding_vae, load_teacher
 from crepa_cli.data.index import FileState, Index, Known
 from crepa_cli.data.measured import Measured, _written
-from crepa_cli.data.prepare import ClipForm, clip_latents, clip_pixels
+from crepa_cli.data.prepare import clip_latents
 from crepa_cli.data.prompts import Prompt, encode_prompts, prompt_key
+from crepa_cli.data.scan import ClipForm, clip_pixels
 from crepa_cli.data.video import probe, write_video
 from crepa_cli.demo import demo_settings, write_tiny
 from crepa_cli.demo.teacher import write_tiny_dinov2

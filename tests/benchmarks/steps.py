@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModel
 from crepa_cli.data.dataset import Batch, ClipDataset
 from crepa_cli.data.encoder import encoder_config
 from crepa_cli.data.online import OnlineTeacher
-from crepa_cli.data.prepare import ClipForm
+from crepa_cli.data.scan import ClipForm
 from crepa_cli.errors import RunError
 from crepa_cli.events import Event, StepDone, StepSkipped
 from crepa_cli.memory.live_bytes import LiveBytes
