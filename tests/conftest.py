@@ -61,9 +61,11 @@ def open_tiny(checkpoints: Path) -> OpenTiny:
         family = load_family(name)
         folder = write_once(checkpoints / f"{name}-{task}", lambda path: write_tiny(name, path, task))
         opened = family(str(folder), task)
+        # Captions of a thousand tokens are too many for a step in a moment.
         if name == "ltx2":
-            # Its captions are 1024 tokens, padded: too many for a step in a moment. This is the fewest that it takes.
-            vars(opened)["caption_tokens"] = 128
+            vars(opened)["caption_tokens"] = 128  # the fewest that it takes
+        if name == "hunyuanvideo15":
+            vars(opened)["caption_lengths"] = 64, 8
         return opened
 
     return open_family

@@ -28,6 +28,7 @@ WAN_PROMPT: Shapes = {"prompt_embeds": (512, 4096)}
 WAN_FIRST_FRAME: Shapes = {"condition": (20, 3, 4, 8)}
 COG_PROMPT: Shapes = {"prompt_embeds": (226, 4096)}
 KANDINSKY_CLIP: Shapes = {"latents": (16, 3, 4, 8), "prompt_embeds": (512, 3584), "pooled_embeds": (768,)}
+HUNYUAN15_CLIP: Shapes = {"latents": (32, 3, 2, 4), "prompt_embeds": (1000, 3584), "prompt_embeds_2": (256, 1472)}
 
 
 def wan(task: str, blocks: int, hidden_size: int, clip: Shapes) -> Published:
@@ -74,6 +75,13 @@ PUBLISHED: dict[tuple[str, str], Published] = {
     ("kandinsky6", "kandinskylab/Kandinsky-6.0-Lite-5s-Diffusers"): Published(
         "i2v", 32, 1792, 4, 16, KANDINSKY_CLIP | {"first_frame": (16, 1, 4, 8)}
     ),
+    **{
+        ("hunyuanvideo15", f"hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-{size}_{task}"): Published(
+            task, 54, 2048, 4, 16, HUNYUAN15_CLIP | ({"image_embeds": (729, 1152)} if task == "i2v" else {})
+        )
+        for size in ("480p", "720p")
+        for task in ("t2v", "i2v")
+    },
     ("cogvideox", "zai-org/CogVideoX-2b"): Published("t2v", 30, 1920, 8, 16, {"latents": (16, 3, 4, 8)} | COG_PROMPT),
     ("cogvideox", "zai-org/CogVideoX-5b"): Published("t2v", 42, 3072, 8, 16, {"latents": (16, 3, 4, 8)} | COG_PROMPT),
     ("cogvideox", "zai-org/CogVideoX-5b-I2V"): Published(

@@ -45,7 +45,8 @@ def test_no_mask_reaches_self_attention(name: str, open_tiny: OpenTiny) -> None:
     profile = settings(family, {"train": off})
     training = Training(family, profile, clips_of(family, profile))
     grid = family.token_grid(training.clips.tensors["latents"][None])
-    video, text = grid.frames * grid.tokens, len(training.clips.tensors["prompt_embeds"])
+    captions = (training.clips.tensors.get(name, ()) for name in ("prompt_embeds", "prompt_embeds_2"))
+    video, text = grid.frames * grid.tokens, sum(map(len, captions))
     # Some attend to the clip and its caption at once.
     with SeenAttention(video, video + text) as seen:
         training.step()

@@ -8,7 +8,6 @@ import os
 import stat
 import sys
 from inspect import Parameter, signature
-from operator import attrgetter
 from pathlib import Path, PureWindowsPath
 from types import SimpleNamespace
 from typing import Any
@@ -145,6 +144,27 @@ COMFYUI_PARAMETERS: dict[str, list[str]] = {
         f"visual_blocks.{{i}}.{KANDINSKY6_CROSS}.query_norm|key_norm.weight",
     ],
 }
+# Its commit 8d53494: comfy/ldm/hunyuan_video/model.py. Within blocks and the refiner these are the names of Tencent's
+# checkpoints, without the joined queries, keys and values of ComfyUI. It reads them as its own in LoRAs (comfy/lora.py,
+# model_lora_keys_unet) and in whole checkpoints (comfy/supported_models.py, process_unet_state_dict).
+COMFYUI_PARAMETERS["hunyuanvideo15"] = [
+    "img_in.proj.weight|bias",
+    "time_in.in_layer|out_layer.weight|bias",
+    "txt_in.input_embedder.weight|bias",
+    "txt_in.t_embedder|c_embedder.in_layer|out_layer.weight|bias",
+    "txt_in.individual_token_refiner.blocks.{t}.norm1|norm2|self_attn_qkv|self_attn_proj.weight|bias",
+    "txt_in.individual_token_refiner.blocks.{t}.mlp.fc1|fc2.weight|bias",
+    "txt_in.individual_token_refiner.blocks.{t}.adaLN_modulation.1.weight|bias",
+    "byt5_in.layernorm|fc1|fc2|fc3.weight|bias",
+    "vision_in.proj.0|1|3|4.weight|bias",
+    "cond_type_embedding.weight",
+    "double_blocks.{i}.img_attn_qkv|img_attn_proj|txt_attn_qkv|txt_attn_proj.weight|bias",
+    "double_blocks.{i}.img_attn_q_norm|img_attn_k_norm|txt_attn_q_norm|txt_attn_k_norm.weight",
+    "double_blocks.{i}.img_mod|txt_mod.linear.weight|bias",
+    "double_blocks.{i}.img_mlp|txt_mlp.fc1|fc2.weight|bias",
+    "final_layer.linear.weight|bias",
+    "final_layer.adaLN_modulation.1.weight|bias",
+]
 # comfy/lora.py (commit 17358c8, model_lora_keys_unet): every model takes "diffusion_model." before its own names;
 # Kandinsky 5 takes "transformer." too. comfy/weight_adapter/lora.py (commit 6f98b15): `lora_B` and `lora_A`, and a
 # scale of 1 unless there is an `.alpha`.
@@ -154,7 +174,7 @@ COMFYUI_PREFIXES["kandinsky5_video"].append("transformer.")
 
 def comfyui_parameters(family: Family) -> set[str]:
     """The names of ComfyUI's parameters for a model of the family's size."""
-    text_blocks = range(family.config.get("num_text_blocks", 0))
+    text_blocks = range(family.config.get("num_text_blocks") or family.config.get("num_refiner_layers", 0))
     templates = list(COMFYUI_PARAMETERS[family.name])
     if family.config.get("image_dim"):
         templates += COMFYUI_PARAMETERS["wan-i2v"]
@@ -198,11 +218,14 @@ def exported(family: Family, folder: Path, **settings: object) -> tuple[Tensors,
     return load_file(folder / DIFFUSERS_FILE), load_file(folder / COMFYUI_FILE)
 
 
-def pipeline_of(family: Family, transformer: Any) -> Any:
-    """The published pipeline with no other component."""
+def load(family: Family, transformer: Any, folder: Path, name: str) -> None:
+    """Load a LoRA as the code in the model card does: by the pipeline, or by the transformer if it loads none."""
+    if family.lora_loader == "transformer.load_lora_adapter":
+        transformer.load_lora_adapter(folder, weight_name=name)
+        return
     pipeline_class = getattr(diffusers, family.pipeline_class)
     needed = [name for name, one in signature(pipeline_class).parameters.items() if one.default is Parameter.empty]
-    return pipeline_class(**dict.fromkeys(needed) | {"transformer": transformer})
+    pipeline_class(**dict.fromkeys(needed) | {"transformer": transformer}).load_lora_weights(folder, weight_name=name)
 
 
 def a_step(family: Family) -> TransformerStep:
@@ -224,11 +247,11 @@ def predicted(transformer: Any, step: TransformerStep) -> Tensor:
 def test_both_files_predict_in_diffusers_what_training_predicts(
     name: str, task: str, open_tiny: OpenTiny, tmp_path: Path
 ) -> None:
-    """Through the pipeline's own loader, with a scale of 1/4 and of 4, whatever the header says."""
+    """Through diffusers' own loader, with a scale of 1/4 and of 4, whatever the header says."""
     family = open_tiny(name, task)
     step = a_step(family)
-    pipeline = pipeline_of(family, shortened(family))
-    plain = predicted(pipeline.transformer, step)
+    untrained = shortened(family)
+    plain = predicted(untrained, step)
     for alpha in (2.0, 32.0):
         transformer, adapter = lora(family, shortened(family), rank=8, alpha=alpha)
         trained = predicted(transformer, step)
@@ -240,17 +263,18 @@ def test_both_files_predict_in_diffusers_what_training_predicts(
         for file in files:
             with safe_open(file, framework="pt") as opened:
                 assert "lora_adapter_metadata" not in opened.metadata()
-            if hasattr(pipeline, "load_lora_weights") or file.name == DIFFUSERS_FILE:
-                attrgetter(family.lora_loader)(pipeline)(folder, weight_name=file.name)
-                torch.testing.assert_close(predicted(pipeline.transformer, step), trained, atol=1e-5, rtol=1e-5)
-                pipeline.transformer.unload_lora()
+            if family.lora_loader != "load_lora_weights" and file.name == COMFYUI_FILE:
+                continue  # see tests/test_hunyuanvideo15.py
+            load(family, untrained, folder, file.name)
+            torch.testing.assert_close(predicted(untrained, step), trained, atol=1e-5, rtol=1e-5)
+            untrained.unload_lora()
 
 
 @pytest.mark.parametrize(("name", "task"), WITH_COMFYUI)
 def test_comfyui_knows_every_key_of_its_file(name: str, task: str, open_tiny: OpenTiny, tmp_path: Path) -> None:
     family = open_tiny(name, task)
     published, comfyui = exported(family, tmp_path / "weights")
-    assert len(comfyui) == len(published)
+    assert len(comfyui) == len(published) or (family.comfyui_joined and len(comfyui) < len(published))
     known = {
         f"{prefix}{parameter.removesuffix('.weight')}"
         for prefix in COMFYUI_PREFIXES[name]

@@ -15,6 +15,7 @@ from published_configs import PUBLISHED
 from torch import Tensor
 
 from crepa_cli.alignment import Crepa
+from crepa_cli.memory.step import fake_memory, make_fake
 from crepa_cli.models import FAMILIES, load_family
 from crepa_cli.models.capture import HiddenStateCapture
 from crepa_cli.models.family import Family, Tensors
@@ -24,7 +25,7 @@ CAPTION = "colored waves drift"
 FPS = 20.0
 FRAMES = {("kandinsky5_video", "i2v"): 17}
 """Its pipeline adjusts the statistics of the first four latent frames to those of the following frames."""
-STEPS = {"ltxvideo": 60, "kandinsky6": 110, "ltx2": 80}
+STEPS = {"ltxvideo": 60, "kandinsky6": 110, "ltx2": 80, "hunyuanvideo15": 80}
 """Step counts of the families for which 150 are more than enough."""
 OTHER_GUIDANCE: dict[str, dict[str, Any]] = {
     "ltx2": dict.fromkeys(("stg_scale", "audio_stg_scale"), 0.0)
@@ -53,13 +54,16 @@ def first_frame(video: Tensor) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def sampled_latents(family: Any, pipeline: Any, video: Tensor, latents: Tensor, steps: int, **prompts: Any) -> Tensor:
+def sampled_latents(
+    family: Any, pipeline: Any, video: Tensor, latents: Tensor, steps: int, guidance: float = 1.0, **prompts: Any
+) -> Tensor:
     """The latents `[C, T, h, w]` that the published pipeline generates for the caption, at the size of the video.
 
-    `prompts` are other arguments than the caption without guidance.
+    `prompts` are other arguments than the caption.
     """
     frames, height, width = video.shape[1:]
     arguments = family.form_arguments(width=width, height=height, frames=frames, fps=FPS)
+    arguments |= family.guide(pipeline, guidance)
     if family.task == "i2v":
         arguments["image"] = first_frame(video)
     if family.caption_tokens:
@@ -67,7 +71,7 @@ def sampled_latents(family: Any, pipeline: Any, video: Tensor, latents: Tensor, 
     if family.name == "kandinsky5_video":
         pipeline._get_scale_factor = family.rotary_scale
     sampled: Tensor = pipeline(
-        **prompts or {"prompt": CAPTION, "guidance_scale": 1.0} | OTHER_GUIDANCE.get(family.name, {}),
+        **prompts or {"prompt": CAPTION} | OTHER_GUIDANCE.get(family.name, {}),
         num_inference_steps=steps,
         generator=torch.Generator().manual_seed(1),
         output_type="latent",
@@ -119,7 +123,7 @@ def sampled_similarity(family: Family, video: Tensor, tensors: Tensors, **transf
     prompt = {name: tensors[name] for name in negative}
     guided = family.sampling_arguments(prompt, negative) | OTHER_GUIDANCE.get(family.name, {})
     of_encoded_prompts = _similarity(
-        family, family.for_encoded_prompts(pipeline), video, tensors, **guided, guidance_scale=2.0
+        family, family.for_encoded_prompts(pipeline), video, tensors, **guided, guidance=2.0
     )
     return min(of_text, of_encoded_prompts)
 
@@ -221,10 +225,13 @@ def test_the_default_block_of_a_published_checkpoint_is_captured(
 
     index = family.settings["crepa"]["block_index"]
     assert isinstance(index, int)
-    with torch.device("meta"), torch.no_grad():
+    lengths = {key: torch.tensor([8]) for key in ("prompt_length", "prompt_length_2")}
+    with torch.device("meta"):
         transformer = family.empty_transformer(torch.float32)
+    with fake_memory(), torch.no_grad():
+        make_fake(transformer)
         batch = {key: torch.zeros(1, *shape) for key, shape in published.clip.items()} | {"fps": torch.ones(1)}
-        batch |= {"prompt_length": torch.tensor([8], device="cpu")}
+        batch |= lengths
         step = family.step(batch, torch.zeros_like(batch["latents"]), torch.full((1,), 0.5))
         capture = HiddenStateCapture(family.blocks(transformer), [index])
         with capture.recording() as recorded:

@@ -102,7 +102,7 @@ def test_prompts_that_have_passed_the_connectors_sample_what_the_caption_samples
     encoded = family.sampling_arguments(prompt, negative)
     text = {name: encoded[name] for name in encoded if "prompt" not in name}
     samples = [
-        sampled_latents(family, pipeline, video, tensors["latents"], 2, **arguments, guidance_scale=3.0)
+        sampled_latents(family, pipeline, video, tensors["latents"], 2, **arguments, guidance=3.0)
         for pipeline, arguments in (
             (pipelines[0], text | {"prompt": CAPTION, "negative_prompt": "blurry"}),
             (family.for_encoded_prompts(pipelines[1]), encoded),

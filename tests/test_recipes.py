@@ -107,6 +107,14 @@ RECIPES |= {
     ("cogvideox", task, f"zai-org/{name}"): Recipe((2e-5, 2e-5), size, frames, fps, None, 226, COG)
     for (task, name), (size, frames, fps) in COG_SIZES.items()
 }
+HUNYUAN15 = "HunyuanVideo-1.5: train.py (shift, sizes, lengths), README.md (learning rates, frame rate)"
+RECIPES |= {
+    ("hunyuanvideo15", task, f"hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-{size}p_{task}"): Recipe(
+        (1e-4, 1e-5), (width, size), 121, 24, 3, 1000, HUNYUAN15
+    )
+    for task in ("t2v", "i2v")
+    for width, size in ((848, 480), (1280, 720))
+}
 
 
 def recipe(family: str, task: str, checkpoint: str | None, *sets: str) -> Profile:
@@ -190,6 +198,12 @@ def test_full_fine_tuning_warms_up_clips_and_decays_as_published(
             "transformer/config.json",
             {"model_dim": 4096},
             "kandinskylab/Kandinsky-5.0-T2V-Pro-sft-5s-Diffusers",
+        ),
+        (
+            "hunyuanvideo15",
+            "transformer/config.json",
+            {"target_size": 960},
+            "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-720p_t2v",
         ),
         ("cogvideox", "transformer/config.json", {"patch_size_t": 2}, "zai-org/CogVideoX1.5-5B"),
         ("cogvideox", "transformer/config.json", {"num_layers": 30}, "zai-org/CogVideoX-2b"),

@@ -54,8 +54,8 @@ def test_encoded_prompts_give_what_the_published_pipeline_gives_for_their_texts(
 
     def sampled(**prompts: Any) -> Tensor:
         generator = torch.Generator().manual_seed(0)
-        arguments = {"num_inference_steps": 2, "guidance_scale": 4.0, "output_type": "latent", "generator": generator}
-        latents: Tensor = pipeline(**form, **arguments, **prompts).frames
+        arguments = family.guide(pipeline, 4.0) | {"output_type": "latent", "generator": generator}
+        latents: Tensor = pipeline(**form, **arguments, **prompts, num_inference_steps=2).frames
         return latents
 
     # Some are trained on longer captions than their pipeline takes by default.

@@ -112,7 +112,8 @@ class Measured:
         pipeline = self.validator.sampler.load_pipeline(self.experts.transformers)
         arguments = self.family.form_arguments(**self.validator.sampler.form._asdict())
         arguments |= self.family.sampling_arguments(self.prompt, self.prompt)
-        arguments |= {"num_inference_steps": STEPS, "guidance_scale": self.profile.validation.guidance_scale}
+        arguments |= self.family.guide(pipeline, self.profile.validation.guidance_scale)
+        arguments["num_inference_steps"] = STEPS
         vae = sum(tensor.nbytes for tensor in [*pipeline.vae.parameters(), *pipeline.vae.buffers()])
         with self.accelerator.autocast():
             return vae + self.bytes_of(lambda: pipeline(**arguments, output_type="latent"))

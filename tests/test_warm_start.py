@@ -16,6 +16,7 @@ from test_export import a_step, lora, predicted, shortened
 from crepa_cli.errors import UserError
 from crepa_cli.models import FAMILIES
 from crepa_cli.models.family import Family, Tensors
+from crepa_cli.models.joined import original_lora
 from crepa_cli.models.lora import fetch_lora
 from crepa_cli.profile import AdapterSettings
 from crepa_cli.report.metrics import read_metrics
@@ -38,14 +39,14 @@ def started(family: Family, file: Path, **settings: object) -> Any:
 def in_other_forms(family: Family, weights: Tensors, alpha: float, folder: Path) -> list[Path]:
     """The LoRA as kohya's trainers write it, and as diffusers does: the scale beside the matrices."""
     plain = lora_layers(weights, alpha=8.0)
-    modules = {name.rsplit(".", 2)[0] for name in plain}
-    original = {
-        module: family.original_name(module) if family.comfyui_names is not None else module for module in modules
-    }
-    kohya = {f"lora_unet_{name.replace('.', '_')}.alpha": torch.tensor(alpha) for name in original.values()}
-    for module, name in original.items():
-        for ours, theirs in (("lora_A", "lora_down"), ("lora_B", "lora_up")):
-            kohya[f"lora_unet_{name.replace('.', '_')}.{theirs}.weight"] = plain[f"{module}.{ours}.weight"]
+    original = plain if family.comfyui_names is None else original_lora(family, shortened(family), plain)
+    kohya = {}
+    for name, tensor in original.items():
+        module, matrix, _ = name.rsplit(".", 2)
+        key = f"lora_unet_{module.replace('.', '_')}"
+        kohya[f"{key}.{'lora_down' if matrix == 'lora_A' else 'lora_up'}.weight"] = tensor
+        if matrix == "lora_A":
+            kohya[f"{key}.alpha"] = torch.tensor(alpha * len(tensor) / 8)
     published = {f"transformer.{name}": tensor for name, tensor in plain.items()}
     metadata = {"lora_adapter_metadata": json.dumps({"transformer.r": 8, "transformer.lora_alpha": alpha})}
     folder.mkdir()

@@ -20,6 +20,9 @@ from transformers import (
     CLIPVisionModel,
     GemmaTokenizer,
     Qwen2Tokenizer,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
     T5Tokenizer,
 )
 
@@ -76,6 +79,14 @@ def tiny_clip_vision() -> tuple[CLIPVisionModel, CLIPImageProcessor]:
     )
     processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     return CLIPVisionModel(config), processor
+
+
+def tiny_siglip_vision() -> tuple[SiglipVisionModel, SiglipImageProcessor]:
+    """A SigLIP image encoder of width 32 and its processor, for images of 32 pixels."""
+    config = SiglipVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=16
+    )
+    return SiglipVisionModel(config), SiglipImageProcessor(size={"height": 32, "width": 32})
 
 
 def tiny_gemma_tokenizer() -> GemmaTokenizer:

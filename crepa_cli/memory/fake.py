@@ -16,6 +16,8 @@ DEPENDS_ON_CONTENT = {
     torch.Tag.dynamic_output_shape,
     torch.Tag.inplace_view,
 }
+aten = torch.ops.aten
+OF_MASKS = {aten._local_scalar_dense.default, aten.bitwise_not.default, aten.index.Tensor}
 Key = tuple[object, ...]
 
 
@@ -30,10 +32,12 @@ class Result(NamedTuple):
 
 
 class QuickFakeMode(FakeTensorMode):
-    """A FakeTensorMode that remembers the shapes of results.
+    """A FakeTensorMode that remembers the shapes of results, and in which masks choose everything.
 
     FakeTensorMode remembers them too, but it takes most of its time to describe the arguments completely. Here only
     operations are remembered that keep the shapes of their arguments, on CPU tensors without known content.
+
+    A mask without content is true everywhere, as that of a caption without padding, and its inverse is nowhere.
     """
 
     _results: dict[Key, Result | tuple[Result, ...] | None] = {}
@@ -41,6 +45,8 @@ class QuickFakeMode(FakeTensorMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation."""
+        if func in OF_MASKS and _is_mask(args):
+            return self._of_mask(func, types, args, kwargs)
         if func not in self._plain:
             self._plain[func] = _is_plain(func)
         key = (func, *_described(args), *_described((kwargs or {}).items())) if self._plain[func] else (None,)
@@ -54,6 +60,17 @@ class QuickFakeMode(FakeTensorMode):
             self._results[key] = _results_of(returned, args)
         return returned
 
+    def _of_mask(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        if func is aten._local_scalar_dense.default:
+            return True
+        if func is aten.bitwise_not.default:
+            inverse: Any = super().__torch_dispatch__(func, types, args, kwargs)
+            inverse.chooses_nothing = True
+            return inverse
+        tensor, (mask,) = args
+        chosen = 0 if hasattr(mask, "chooses_nothing") else len(mask)
+        return tensor.new_empty(chosen, *tensor.shape[1:])
+
     def _tensor(self, result: Result, args: Any) -> Any:
         shape, stride, offset, dtype, source = result
         if source == "itself":
@@ -63,6 +80,14 @@ class QuickFakeMode(FakeTensorMode):
             if source == "view":
                 tensor.set_(args[0].untyped_storage(), offset, shape, stride)
         return FakeTensor(self, tensor, DEVICE)
+
+
+def _is_mask(args: Any) -> bool:
+    """Whether an operation of `OF_MASKS` is called on a mask, or with one that chooses along the first dimension."""
+    mask = args[0]
+    if len(args) == 2:
+        mask = args[1][0] if len(args[1]) == 1 else None
+    return isinstance(mask, FakeTensor) and mask.dtype == torch.bool and mask.constant is None and mask.ndim < 2
 
 
 def _is_plain(func: Any) -> bool:

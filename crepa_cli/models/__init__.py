@@ -21,6 +21,7 @@ FAMILIES = {
     "cogvideox": "CogVideoX",
     "ltx2": "Ltx2",
     "kandinsky6": "Kandinsky6",
+    "hunyuanvideo15": "HunyuanVideo15",
 }
 """Name of each family, which is also its module here, and the class in it."""
 FINAL_LORA = "pytorch_lora_weights.safetensors"

@@ -104,10 +104,15 @@ class Family(ABC):
     """How a prompt asks for an amount of motion, if the model knows one: a format with one number."""
     comfyui_names: ClassVar[Mapping[str, str] | None] = None
     """Patterns in module names and their replacements in the original names; None if ComfyUI does not run it."""
+    comfyui_joined: ClassVar[Mapping[str, Sequence[str]]] = {}
+    """Linear layers that are several in diffusers: the last parts of their names there, by that of the original name.
+    The rows of their weights follow each other in this order."""
     comfyui_prefix: ClassVar[str] = "diffusion_model."
     """Before the names of a LoRA for ComfyUI; one that diffusers reads too."""
     no_audio: ClassVar[str] = "it generates videos without sound"
     """Why `model.audio` is refused, about the family."""
+    guider: ClassVar[str | None] = None
+    """The pipelines' component with the strength of classifier-free guidance; None if their call has an argument."""
     read_on_cpu: ClassVar[frozenset[str]] = frozenset()
     """Tensors of a batch that `step` reads as numbers: on a GPU it would wait for them."""
     first_states_stay: ClassVar[bool] = False
@@ -190,6 +195,10 @@ class Family(ABC):
         for pattern, replacement in self.comfyui_names.items():
             module = re.sub(pattern, replacement, module)
         return f"{module}{dot}{last}"
+
+    def original_rows(self, module: str, tensor: Tensor) -> Tensor:  # noqa: ARG002 (some families have another order)
+        """The weight or bias of a linear layer with its rows in the order of the original checkpoint, or back again."""
+        return tensor
 
     @property
     def sigma_range(self) -> tuple[float, float]:
@@ -346,7 +355,7 @@ class Family(ABC):
 
     @property
     def lora_loading_arguments(self) -> dict[str, object]:
-        """Arguments of the pipeline's `load_lora_weights` that the trained component needs."""
+        """Arguments of the method `lora_loader` that the trained component needs."""
         return {}
 
     @property
@@ -366,8 +375,11 @@ class Family(ABC):
         Raises:
             UserError: if transformers has left the text encoder without its embedding.
         """
+        return self._load_text_pipeline(dtype)
+
+    def _load_text_pipeline(self, dtype: torch.dtype, **components: Any) -> DiffusionPipeline:
         without = (*self.transformer_components, *self.vae_components)
-        pipeline = self.base.load_pipeline(self.pipeline_class, dtype=dtype, without=without)
+        pipeline = self.base.load_pipeline(self.pipeline_class, dtype=dtype, without=without, **components)
         for name in self.text_encoders:
             check_embedding(getattr(pipeline, name))
         return pipeline
@@ -553,6 +565,16 @@ class Family(ABC):
         """
         negative = {f"negative_{name}": tensor for name, tensor in negative_prompt.items()}
         return {name: tensor[None] for name, tensor in (prompt | negative).items()}
+
+    def guide(self, pipeline: DiffusionPipeline, scale: float) -> dict[str, Any]:
+        """The arguments of the pipeline's call for the strength of classifier-free guidance.
+
+        A pipeline that has a component for it is changed in place instead.
+        """
+        if self.guider is None:
+            return {"guidance_scale": scale}
+        getattr(pipeline, self.guider).guidance_scale = scale
+        return {}
 
     def form_arguments(self, *, width: int, height: int, frames: int, fps: float) -> dict[str, Any]:  # noqa: ARG002
         """The arguments of the pipeline's call for the size, length and frame rate of the video."""

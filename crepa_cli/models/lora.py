@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from crepa_cli.errors import UserError, counted
 from crepa_cli.hub.question import list_files
 from crepa_cli.hub.read import fetch_file
 from crepa_cli.models import FINAL_LORA
 from crepa_cli.models.family import Family, Tensors
+from crepa_cli.models.joined import linear_rows, original_groups, split_lora
 
 SUFFIX = ".safetensors"
 PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.", "lora_unet_")
@@ -72,19 +73,20 @@ def _only_lora(source: str, files: Iterable[str]) -> str:
 
 
 def lora_rank(path: Path) -> int:
-    """The rank of a LoRA's matrices.
+    """The rank of a LoRA's matrices; joined layers may have several times as much.
 
     Raises:
         UserError: if the file holds no LoRA.
     """
+    downs = tuple(suffix for suffix, part in PARTS.items() if part == "down")
     with _opened(path) as file:
-        for key in file.keys():  # noqa: SIM118 (no dictionary)
-            if any(key.endswith(suffix) for suffix, part in PARTS.items() if part == "down"):
-                return int(file.get_slice(key).get_shape()[0])
-    raise UserError(f"adapter.init_from: {path} holds no LoRA")
+        ranks = [file.get_slice(key).get_shape()[0] for key in file.keys() if key.endswith(downs)]  # noqa: SIM118
+    if not ranks:
+        raise UserError(f"adapter.init_from: {path} holds no LoRA")
+    return int(min(ranks))
 
 
-def read_lora(path: Path, family: Family, modules: Iterable[str]) -> dict[str, LoraLayer]:
+def read_lora(path: Path, family: Family, transformer: nn.Module, modules: Collection[str]) -> dict[str, LoraLayer]:
     """The layers of a LoRA by the names of modules in diffusers.
 
     The file may have the names of diffusers, or the original ones that ComfyUI uses, with dots or underscores.
@@ -92,14 +94,16 @@ def read_lora(path: Path, family: Family, modules: Iterable[str]) -> dict[str, L
     Args:
         path: of the file.
         family: of the transformer.
+        transformer: with or without a LoRA.
         modules: those that can have a layer.
 
     Raises:
         UserError: if the file has a layer for another module, or something that is not a LoRA's.
     """
-    known = {alias: module for module in modules for alias in _aliases(family, module)}
-    parts: dict[str, Tensors] = {}
-    unknown = []
+    rows = linear_rows(transformer)
+    known = _known(family, rows, modules)
+    parts: dict[tuple[str, ...], Tensors] = {}
+    unknown: list[str] = []
     with _opened(path) as file:
         metadata = json.loads((file.metadata() or {}).get(METADATA, "{}"))
         for key in file.keys():  # noqa: SIM118 (no dictionary)
@@ -111,29 +115,32 @@ def read_lora(path: Path, family: Family, modules: Iterable[str]) -> dict[str, L
                 parts.setdefault(known[name], {})[PARTS[suffix]] = file.get_tensor(key)
             else:
                 unknown.append(key)
-    incomplete = [module for module, part in parts.items() if not {"down", "up"} <= part.keys()]
-    if unknown or incomplete:
-        strange = (*unknown, *incomplete)
+    incomplete = [names[0] for names, part in parts.items() if not {"down", "up"} <= part.keys()]
+    by_metadata = metadata.get("transformer.lora_alpha", 1.0) / metadata.get("transformer.r", 1.0)
+    found = {}
+    for names, part in parts.items():
+        if names[0] in incomplete:
+            continue
+        scale = float(part["alpha"]) / len(part["down"]) if "alpha" in part else float(by_metadata)
+        for name, matrices in split_lora(family, rows, names, part["down"], part["up"]).items():
+            found[name] = LoraLayer(*matrices, scale)
+    strange = [*unknown, *incomplete, *(name for name in found if name not in modules)]
+    if strange:
         raise UserError(
             f"adapter.init_from: {path} has {counted(len(strange), 'tensor')} that this run would not train, such as "
             f"{', '.join(strange[:3])}; name their layers in adapter.target_modules, or choose a LoRA for "
             f"{family.base.name}"
         )
-    by_metadata = metadata.get("transformer.lora_alpha", 1.0) / metadata.get("transformer.r", 1.0)
-    return {
-        module: LoraLayer(
-            part["down"],
-            part["up"],
-            float(part["alpha"]) / len(part["down"]) if "alpha" in part else float(by_metadata),
-        )
-        for module, part in parts.items()
-    }
+    return found
 
 
-def _aliases(family: Family, module: str) -> set[str]:
-    """The names of a module in LoRA files."""
-    names = {module} if family.comfyui_names is None else {module, family.original_name(module)}
-    return names | {name.replace(".", "_") for name in names}
+def _known(family: Family, rows: Iterable[str], modules: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """The modules that a name in a LoRA's file stands for, if one of them can have a layer."""
+    known: dict[str, tuple[str, ...]] = {module: (module,) for module in modules}
+    if family.comfyui_names is not None:
+        groups = original_groups(family, rows).items()
+        known |= {original: tuple(parts) for original, parts in groups if not set(parts).isdisjoint(modules)}
+    return known | {name.replace(".", "_"): found for name, found in known.items()}
 
 
 def _opened(path: Path) -> safe_open:

@@ -72,10 +72,12 @@ def generating_code(family: Family, profile: Profile) -> str:
     prompt = validation.prompts[0] if validation.prompts else "..."
     image = 'image=load_image("first-frame.png"), ' if family.task == "i2v" else ""
     arguments = ", ".join(f"{name}={value!r}" for name, value in form.items())
+    guidance = f"guidance_scale={validation.guidance_scale:g}"
+    guider = f"pipeline.{family.guider}.{guidance.replace('=', ' = ')}\n" if family.guider else ""
     return (
         f"from diffusers.utils import export_to_video{', load_image' if image else ''}\n\n"
-        f'pipeline.to("cuda")\n'
+        f'pipeline.to("cuda")\n{guider}'
         f"video = pipeline(\n    {image}prompt={prompt!r}, {arguments},\n"
-        f"    num_inference_steps={validation.steps}, guidance_scale={validation.guidance_scale:g},\n).frames[0]\n"
+        f"    num_inference_steps={validation.steps},{'' if guider else f' {guidance},'}\n).frames[0]\n"
         f'export_to_video(video, "video.mp4", fps={data.fps:g})'
     )

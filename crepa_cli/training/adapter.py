@@ -57,7 +57,7 @@ def start_from(transformer: ModelMixin, family: Family, adapter: AdapterSettings
     assert adapter.init_from is not None
     layers = lora_layers(transformer)
     path = fetch_lora(adapter.init_from)
-    for name, (down, up, scale) in read_lora(path, family, layers).items():
+    for name, (down, up, scale) in read_lora(path, family, transformer, layers).items():
         ours = layers[name].lora_A["default"].weight, layers[name].lora_B["default"].weight
         if (down.shape, up.shape) != tuple(weight.shape for weight in ours):
             raise UserError(
@@ -87,7 +87,7 @@ def add_lora(transformer: ModelMixin, family: Family, path: Path, adapter: Adapt
         "rank": rank,
         "alpha": float(rank),
         "dropout": 0.0,
-        "target_modules": tuple(read_lora(path, family, linears)),
+        "target_modules": tuple(read_lora(path, family, transformer, linears)),
         "init_from": str(path),
     }
     adapter = adapter.model_copy(update=update)

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from crepa_cli.files import whole_files
 from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family, Tensors
+from crepa_cli.models.joined import original_lora, original_weights
 from crepa_cli.profile import AdapterSettings
 from crepa_cli.profile.settings import Export
 from crepa_cli.runs.folder import Exports
@@ -38,8 +39,8 @@ def export_weights(
 ) -> None:
     """Write what was trained for the programs of the settings, each file whole or not at all.
 
-    A LoRA becomes a file for `pipeline.load_lora_weights` and one with the names of the original checkpoint, which
-    ComfyUI and diffusers load alike. A full fine-tune becomes a folder for `from_pretrained` and one file with the
+    A LoRA becomes a file for diffusers and one with the names of the original checkpoint, which ComfyUI loads, and
+    diffusers for most families. A full fine-tune becomes a folder for `from_pretrained` and one file with the
     original names. None needs its header: the scale alpha / rank is in the matrices.
 
     Args:
@@ -78,27 +79,21 @@ def lora_layers(weights: Tensors, alpha: float) -> Tensors:
 
 
 def _write_lora(
-    program: Export, folder: Path, family: Family, _: ModelMixin, layers: Tensors, exports: Exports, header: Header
+    program: Export,
+    folder: Path,
+    family: Family,
+    transformer: ModelMixin,
+    layers: Tensors,
+    exports: Exports,
+    header: Header,
 ) -> None:
     if program == "diffusers":
         named = {f"transformer.{name}": tensor for name, tensor in layers.items()}
         write_safetensors(folder / exports.diffusers, named, header)
     else:
-        write_safetensors(folder / exports.comfyui, comfyui_layers(family, layers), header)
-
-
-def comfyui_layers(family: Family, layers: Tensors) -> Tensors:
-    """A LoRA by the module names of the original checkpoint, as ComfyUI reads it.
-
-    Args:
-        family: of the transformer.
-        layers: `<module>.lora_A.weight` and `<module>.lora_B.weight`, by the names of diffusers.
-    """
-    renamed = {}
-    for name, tensor in layers.items():
-        module, matrix, _ = name.rsplit(".", 2)
-        renamed[f"{family.comfyui_prefix}{family.original_name(module)}.{matrix}.weight"] = tensor
-    return renamed
+        original = original_lora(family, transformer, layers)
+        named = {f"{family.comfyui_prefix}{name}": tensor for name, tensor in original.items()}
+        write_safetensors(folder / exports.comfyui, named, header)
 
 
 def _write_all_weights(
@@ -115,7 +110,7 @@ def _write_all_weights(
         transformer.save_config(path)
         save_torch_state_dict(weights, path, filename_pattern=WEIGHTS_PATTERN)
     else:
-        named = {family.original_name(name): tensor for name, tensor in weights.items()}
+        named = original_weights(family, weights)
         write_safetensors(folder / exports.comfyui, named, {**header, **family.comfyui_header})
 
 

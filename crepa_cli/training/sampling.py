@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -68,23 +68,26 @@ class VideoSampler:
             should_stop: asked between steps of the sampler.
         """
 
-        def after_step(_pipeline: Any, _step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        def before_step(*_: Any) -> None:
             if should_stop():
                 raise _StoppedError
-            return tensors
 
         form = self.form
         inputs = self.family.form_arguments(**form._asdict())
         inputs |= self.family.sampling_arguments(_to(prompt, self.device), _to(negative, self.device))
         inputs["num_inference_steps"] = self.validation.steps
-        inputs["guidance_scale"] = self.validation.guidance_scale
+        inputs |= self.family.guide(pipeline, self.validation.guidance_scale)
         if image is not None:
             inputs["image"] = first_frame(image, form.width, form.height)
         generator = torch.Generator().manual_seed(seed)
-        try:
-            video = pipeline(**inputs, generator=generator, output_type="pt", callback_on_step_end=after_step).frames[0]
-        except _StoppedError:
-            return None
+        with ExitStack() as stack:
+            # Not all pipelines take a callback.
+            for name in self.family.transformer_components:
+                stack.enter_context(pipeline.components[name].register_forward_pre_hook(before_step))
+            try:
+                video = pipeline(**inputs, generator=generator, output_type="pt").frames[0]
+            except _StoppedError:
+                return None
         frames: Tensor = (video.float().clamp(0, 1) * 255).round().byte().cpu()
         return frames
 

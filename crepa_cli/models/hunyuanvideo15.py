@@ -1,0 +1,375 @@
+"""HunyuanVideo 1.5 (arXiv 2511.18870): text to video, and image to video from the first frame."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
+from torch import Tensor, nn
+
+from crepa_cli.alignment import TokenGrid
+from crepa_cli.errors import UserError
+from crepa_cli.models.base import BaseCheckpoint
+from crepa_cli.models.family import Family, Tensors, TransformerStep
+from crepa_cli.models.vae import encoded_latents
+
+TEMPLATE_TOKENS = 108
+"""Tokens of the instruction before a caption, which the pipelines cut off after the text encoder."""
+HD_SIDE = 960
+"""Pixels that a square frame of the 720p checkpoints has along a side."""
+
+HD = {"data": {"width": 1280, "height": 720}}
+
+
+class CaptionAttention(HunyuanVideoAttnProcessor2_0):  # type: ignore[misc]  # diffusers has no types
+    """Attention of clips and their captions to each other, without the mask that the transformer's own makes.
+
+    That mask has a number for every pair of tokens, in every block: gigabytes for an ordinary clip. Here no token of a
+    caption is padding, or each clip attends to its own caption alone, one clip after the other. The rest of the
+    computation is the one of HunyuanVideo 1.0, which leaves the mask to its caller.
+    """
+
+    def __init__(self, task: str) -> None:
+        super().__init__()
+        self.task = task
+        self.lengths: list[int] | None = None
+        """Tokens of each clip's caption, if they differ."""
+
+    def take_captions(
+        self, transformer: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A forward pre-hook of the transformer: cuts padding off, and keeps the captions' lengths for the attention.
+
+        In training the argument `text_lengths` says them; the pipelines give masks. What normalizes these inputs first
+        needs them in its own dtype, which autocast does not see to on every device.
+        """
+        lengths = keywords.pop("text_lengths", None)
+        if lengths is None:
+            masks = (keywords[f"encoder_attention_mask{which}"] for which in ("", "_2"))
+            captions, glyphs = (mask.bool().sum(dim=1).tolist() for mask in masks)
+            embeds = keywords["encoder_hidden_states"], keywords["encoder_hidden_states_2"]
+            # For text to video the pipeline gives a blank image, which no token attends to.
+            image = keywords["image_embeds"][:, : 0 if self.task == "t2v" else None]
+            keywords = keywords | caption_inputs(embeds, (captions, glyphs), image)
+            lengths = keywords.pop("text_lengths")
+        self.lengths = lengths if min(lengths) < max(lengths) else None
+        dtype = transformer.image_embedder.norm_in.weight.dtype
+        own = {name: keywords[name].to(dtype) for name in ("encoder_hidden_states_2", "image_embeds")}
+        return arguments, keywords | own
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor,  # noqa: ARG002
+        image_rotary_emb: tuple[Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """The clips and the captions."""
+        attended: tuple[Tensor, Tensor]
+        if self.lengths is None:
+            attended = super().__call__(attn, hidden_states, encoder_hidden_states, None, image_rotary_emb)
+        else:
+            attended = self._one_by_one(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
+        return attended
+
+    # Compiled, the attention would be compiled anew for every combination of lengths.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch has no type here
+    def _one_by_one(
+        self, attn: nn.Module, hidden: Tensor, captions: Tensor, rotation: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        assert self.lengths is not None
+        attended = [
+            super(CaptionAttention, self).__call__(
+                attn, hidden[index : index + 1], captions[index : index + 1, :length], None, rotation
+            )
+            for index, length in enumerate(self.lengths)
+        ]
+        longest = captions.shape[1]
+        padded = [F.pad(caption, (0, 0, 0, longest - caption.shape[1])) for _, caption in attended]
+        return torch.cat([video for video, _ in attended]), torch.cat(padded)
+
+
+def caption_inputs(
+    embeds: tuple[Tensor, Tensor], lengths: tuple[Sequence[int], Sequence[int]], image: Tensor
+) -> dict[str, Any]:
+    """The transformer's inputs of captions, without the padding behind the longest one.
+
+    Args:
+        embeds: of the caption and of the texts in it, `[B, L, D]` each.
+        lengths: of both, without padding, for each clip.
+        image: features of the first frame `[B, N, D]`; no tokens without one.
+    """
+    inputs: dict[str, Any] = {"image_embeds": image}
+    for which, tensor, counts in zip(("", "_2"), embeds, lengths, strict=True):
+        mask = tensor.new_zeros(len(counts), max(counts))
+        for row, count in zip(mask, counts, strict=True):
+            row[:count] = 1
+        inputs[f"encoder_hidden_states{which}"] = tensor[:, : max(counts)]
+        inputs[f"encoder_attention_mask{which}"] = mask
+    inputs["text_lengths"] = [sum(counts) + image.shape[1] for counts in zip(*lengths, strict=True)]
+    return inputs
+
+
+def causal_mask(
+    n_frame: int, n_hw: int, dtype: torch.dtype, device: torch.device, batch_size: int | None = None
+) -> Tensor:
+    """What the VAE's `prepare_causal_attention_mask` returns: a token attends to its frame and to those before."""
+    of_frames = torch.full((n_frame, n_frame), float("-inf"), dtype=dtype, device=device).triu(1)
+    mask = of_frames.repeat_interleave(n_hw, 0).repeat_interleave(n_hw, 1)
+    return mask if batch_size is None else mask.expand(batch_size, -1, -1)
+
+
+class HunyuanVideo15(Family):
+    """HunyuanVideo 1.5 for 480p and 720p; hidden states are row-major latents of the video.
+
+    Captions are encoded by Qwen2.5-VL. The texts in quotation marks, which the video is to show, are encoded once more,
+    by ByT5.
+    """
+
+    name = "hunyuanvideo15"
+    transformer_class = "HunyuanVideo15Transformer3DModel"
+    blocks_attribute = "transformer_blocks"
+    attention_parts = ("attn",)
+    token_parts = ("ff",)
+    pipelines = {"t2v": "HunyuanVideo15Pipeline", "i2v": "HunyuanVideo15ImageToVideoPipeline"}
+    checkpoints = {
+        "t2v": "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v",
+        "i2v": "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_i2v",
+    }
+    text_components = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    caption_lengths = (1000, 256)
+    """Most tokens of a caption, and of the texts in it, in the pipelines' call."""
+    samples_posterior = True
+    vae_tiling = True
+    read_on_cpu = frozenset({"prompt_length", "prompt_length_2"})
+    uses_all_weights = False  # the last block's caption leads nowhere
+    negative_prompt = ""
+    guider = "guider"
+    lora_loader = "transformer.load_lora_adapter"
+    architecture = "hunyuan-video-1.5"
+    # Tencent-Hunyuan/HunyuanVideo-1.5: train.py and README.md; the block is the one of most families.
+    settings = {
+        "crepa": {"block_index": 8},
+        "adapter": {
+            "rank": 32,
+            # The attention without the captions' queries and output, which lead nowhere in the last block.
+            "target_modules": ["to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj"],
+            "export": ["diffusers", "comfyui"],
+        },
+        "data": {"width": 848, "height": 480, "frames": 121, "fps": 24.0},
+        "train": {"learning_rate": 1e-4, "timestep_shift": 3.0},
+        "validation": {"guidance_scale": 6.0},
+    }
+    full_settings = {"train": {"learning_rate": 1e-5}}
+    published = {
+        "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v": {},
+        "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_i2v": {},
+        "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-720p_t2v": HD,
+        "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-720p_i2v": HD,
+    }
+    comfyui_names = {
+        r"^transformer_blocks\b": "double_blocks",
+        r"\battn\.to_[qkv]$": "img_attn_qkv",
+        r"\battn\.add_[qkv]_proj$": "txt_attn_qkv",
+        r"\battn\.to_out\.0$": "img_attn_proj",
+        r"\battn\.to_add_out$": "txt_attn_proj",
+        r"\battn\.norm_([qk])$": r"img_attn_\1_norm",
+        r"\battn\.norm_added_([qk])$": r"txt_attn_\1_norm",
+        r"\bnorm1\.linear$": "img_mod.linear",
+        r"\bnorm1_context\.linear$": "txt_mod.linear",
+        r"\bff\.net\.0\.proj$": "img_mlp.fc1",
+        r"\bff\.net\.2$": "img_mlp.fc2",
+        r"\bff_context\.net\.0\.proj$": "txt_mlp.fc1",
+        r"\bff_context\.net\.2$": "txt_mlp.fc2",
+        r"^context_embedder\.token_refiner\.refiner_blocks\b": "txt_in.individual_token_refiner.blocks",
+        r"^(txt_in\..*\.)img_attn_(qkv|proj)$": r"\1self_attn_\2",
+        r"^(txt_in\..*\.)img_mlp\b": r"\1mlp",
+        r"^(txt_in\..*\.)norm_out\.linear$": r"\1adaLN_modulation.1",
+        r"^context_embedder\.proj_in$": "txt_in.input_embedder",
+        r"^context_embedder\.time_text_embed\.timestep_embedder\.": "txt_in.t_embedder.",
+        r"^context_embedder\.time_text_embed\.text_embedder\.": "txt_in.c_embedder.",
+        r"^context_embedder_2\.norm$": "byt5_in.layernorm",
+        r"^context_embedder_2\.linear_": "byt5_in.fc",
+        r"^image_embedder\.norm_in$": "vision_in.proj.0",
+        r"^image_embedder\.linear_1$": "vision_in.proj.1",
+        r"^image_embedder\.linear_2$": "vision_in.proj.3",
+        r"^image_embedder\.norm_out$": "vision_in.proj.4",
+        r"^time_embed\.timestep_embedder\.": "time_in.",
+        r"^((?:time_in|txt_in\.[tc]_embedder)\.)linear_1$": r"\1in_layer",
+        r"^((?:time_in|txt_in\.[tc]_embedder)\.)linear_2$": r"\1out_layer",
+        r"^x_embedder\b": "img_in",
+        r"^cond_type_embed$": "cond_type_embedding",
+        r"^norm_out\.linear$": "final_layer.adaLN_modulation.1",
+        r"^proj_out$": "final_layer.linear",
+    }
+    comfyui_joined = {
+        "img_attn_qkv": ("to_q", "to_k", "to_v"),
+        "txt_attn_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+        "self_attn_qkv": ("to_q", "to_k", "to_v"),
+    }
+
+    def __init__(self, checkpoint: str, task: str, revision: str | None = None, variant: str | None = None) -> None:
+        super().__init__(checkpoint, task, revision, variant)
+        takes_image = "image_encoder" in self.base.components
+        if takes_image != (task == "i2v"):
+            raise UserError(
+                f"{checkpoint} generates from {'an image' if takes_image else 'text alone'}, not {task!r}; "
+                f"--checkpoint {self.checkpoints[task]} does, and so does leaving --checkpoint out"
+            )
+        if self.config.get("use_meanflow"):
+            raise UserError(
+                f"{checkpoint} is distilled to a few steps, for which there is no training here; --checkpoint "
+                f"{self.checkpoints[task]} is not"
+            )
+        if task == "i2v":
+            self.image_components = ("image_encoder", "feature_extractor")
+
+    @classmethod
+    def published_like(cls, base: BaseCheckpoint, task: str) -> str | None:
+        """720p by the size that its videos have."""
+        hd = base.read_config("transformer/config.json").get("target_size", 0) >= HD_SIDE
+        return f"hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-720p_{task}" if hd else None
+
+    @property
+    def size_multiple(self) -> int:
+        """The VAE's compression times the patch: 16 pixels."""
+        return int(self.base.read_config("vae/config.json")["spatial_compression_ratio"] * self.config["patch_size"])
+
+    @property
+    def frame_multiple(self) -> int:
+        """The VAE's compression of time."""
+        return int(self.base.read_config("vae/config.json")["temporal_compression_ratio"])
+
+    def _adapted(self, transformer: ModelMixin) -> ModelMixin:
+        """With attention that needs no mask."""
+        attend = CaptionAttention(self.task)
+        transformer.register_forward_pre_hook(attend.take_captions, with_kwargs=True)
+        for block in transformer.transformer_blocks:
+            block.attn.set_processor(attend)
+        return super()._adapted(transformer)
+
+    def original_rows(self, module: str, tensor: Tensor) -> Tensor:
+        """The last modulation has the shift before the scale in the original checkpoint, and behind it in diffusers."""
+        return torch.cat(tensor.chunk(2)[::-1]) if module == "norm_out.linear" else tensor
+
+    def load_text_pipeline(self, dtype: torch.dtype) -> DiffusionPipeline:
+        """The pipeline with its text encoders, and a VAE without content: it reads its number of channels."""
+        pipeline = self._load_text_pipeline(dtype, vae=self.empty_vae_pipeline().vae)
+        pipeline.vae = None
+        pipeline.tokenizer_max_length, pipeline.tokenizer_2_max_length = self.caption_lengths
+        return pipeline
+
+    def _with_tiling(self, pipeline: Any) -> Any:
+        """With masks of the VAE's attention that are made at once, rather than row by row for thousands of rows."""
+        for half in (pipeline.vae.encoder, pipeline.vae.decoder):
+            for attention in half.mid_block.attentions:
+                attention.prepare_causal_attention_mask = causal_mask
+        return super()._with_tiling(pipeline)
+
+    def for_encoded_prompts(self, pipeline: DiffusionPipeline) -> DiffusionPipeline:
+        """The pipeline with videos of the size of their first frame, which is that of the clips.
+
+        By itself it chooses the nearest of its own sizes.
+        """
+        pipeline.video_processor.calculate_default_height_width = lambda height, width, target_size: (height, width)  # noqa: ARG005
+        return pipeline
+
+    def encode_prompt(self, pipeline: DiffusionPipeline, caption: str) -> Tensors:
+        """`prompt_embeds` `[1000, D]` of Qwen2.5-VL, and `prompt_embeds_2` `[256, D']` of ByT5.
+
+        They are zero from `prompt_length` and `prompt_length_2` on.
+        """
+        embeds, mask, embeds_2, mask_2 = pipeline.encode_prompt(caption)
+        encoded = {}
+        for which, tensor, valid in (("", embeds[0], mask[0].bool()), ("_2", embeds_2[0], mask_2[0].bool())):
+            encoded[f"prompt_embeds{which}"] = tensor * valid[:, None]
+            encoded[f"prompt_length{which}"] = valid.sum().cpu()
+        return encoded
+
+    def run_text_encoders(self, encoders: Sequence[Any], tokens: int) -> None:
+        """Qwen2.5-VL with the states of all its layers, of which the pipelines take one, and ByT5."""
+        qwen, byt5 = encoders
+        qwen(input_ids=torch.zeros(1, tokens + TEMPLATE_TOKENS, dtype=torch.int64), output_hidden_states=True)
+        byt5(input_ids=torch.zeros(1, self.caption_lengths[1], dtype=torch.int64))
+
+    def longest_prompt(self, dtype: torch.dtype) -> Tensors:
+        """Tensors like those of `encode_prompt`."""
+        tokens, glyphs = self.caption_lengths
+        return {
+            "prompt_embeds": torch.empty(tokens, self.config["text_embed_dim"], dtype=dtype),
+            "prompt_length": torch.tensor(tokens, device="cpu"),
+            "prompt_embeds_2": torch.empty(glyphs, self.config["text_embed_2_dim"], dtype=dtype),
+            "prompt_length_2": torch.tensor(glyphs, device="cpu"),
+        }
+
+    def encode_clip(
+        self, pipeline: DiffusionPipeline, video: Tensor, generator: torch.Generator | None = None
+    ) -> Tensors:
+        """`latents` `[C, T, h, w]`, scaled, and for image to video `image_embeds` `[N, D]` of the first frame.
+
+        The first of the latents are those of the first frame alone.
+        """
+        tensors = {"latents": encoded_latents(pipeline.vae, video, generator) * pipeline.vae.config.scaling_factor}
+        if self.image_components:
+            image = pipeline.video_processor.postprocess(video[None, :, 0], output_type="pil")
+            encoder = pipeline.image_encoder
+            tensors["image_embeds"] = pipeline.encode_image(image[0], 1, encoder.device, encoder.dtype)[0]
+        return tensors
+
+    def empty_image_embedding(self) -> Tensors:
+        """`image_embeds` `[N, D]` of a first frame, without content; SigLIP has no class token."""
+        return {name: tensor[1:] for name, tensor in super().empty_image_embedding().items()}
+
+    def decode_latents(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
+        """The inverse of `encode_clip`, as far as the VAE is."""
+        vae = pipeline.vae
+        scaled = (latents / vae.config.scaling_factor)[None].to(vae.device, vae.dtype)
+        video: Tensor = vae.decode(scaled, return_dict=False)[0][0]
+        return video.float().clamp(-1, 1)
+
+    def token_grid(self, latents: Tensor) -> TokenGrid:
+        """One token for each patch of latents `[B, C, T, h, w]`."""
+        frames, rows, columns = latents.shape[2:]
+        patch = self.config["patch_size"]
+        return TokenGrid(frames // self.config["patch_size_t"], rows // patch, columns // patch)
+
+    def step(self, batch: Tensors, noise: Tensor, sigmas: Tensor) -> TransformerStep:
+        """The first frame's latents and a mask that says so are further channels, zero in text to video."""
+        latents = batch["latents"]
+        condition = torch.zeros_like(latents)
+        given = torch.zeros_like(latents[:, :1])
+        if self.task == "i2v":
+            condition[:, :, 0] = latents[:, :, 0]
+            given[:, :, 0] = 1
+            image = batch["image_embeds"]
+        else:
+            image = latents.new_zeros(len(latents), 0, self.config["image_embed_dim"])
+        hidden = self.noise_process.add_noise(latents, noise, sigmas)
+        inputs = caption_inputs(
+            (batch["prompt_embeds"], batch["prompt_embeds_2"]),
+            (batch["prompt_length"].tolist(), batch["prompt_length_2"].tolist()),
+            image,
+        )
+        inputs |= {"hidden_states": torch.cat([hidden, condition, given], dim=1), "timestep": sigmas * 1000}
+        return TransformerStep(inputs, self.noise_process.target(latents, noise, sigmas))
+
+    def sampling_arguments(self, prompt: Tensors, negative_prompt: Tensors) -> dict[str, Any]:
+        """Both prompts without their padding, of which the pipelines need one token at least, and their masks."""
+        arguments: dict[str, Any] = {}
+        for prefix, tensors in (("", prompt), ("negative_", negative_prompt)):
+            for which in ("", "_2"):
+                length = int(tensors[f"prompt_length{which}"])
+                embeds = tensors[f"prompt_embeds{which}"][None, : max(length, 1)]
+                arguments[f"{prefix}prompt_embeds{which}"] = embeds
+                arguments[f"{prefix}prompt_embeds_mask{which}"] = embeds.new_full(embeds.shape[:2], length > 0)
+        return arguments
+
+    def form_arguments(self, *, width: int, height: int, frames: int, fps: float) -> dict[str, Any]:
+        """For image to video the length alone: the image gives the size."""
+        form = super().form_arguments(width=width, height=height, frames=frames, fps=fps)
+        return {"num_frames": frames} if self.task == "i2v" else form
