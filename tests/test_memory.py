@@ -44,7 +44,7 @@ from crepa_cli.training.step import Teaching, step_losses
 
 FEATURES = 24
 TEACHER = TokenGrid(5, 8, 8)
-LATENTS = dict.fromkeys(("ltxvideo", "ltx2"), (8, 5, 12, 12))
+LATENTS = dict.fromkeys(("ltxvideo", "ltx2"), (8, 5, 12, 12)) | {"hunyuanvideo15": (4, 5, 12, 12)}
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 WAN_14B = "Wan-AI/Wan2.1-T2V-14B-Diffusers"
 
