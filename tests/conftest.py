@@ -22,7 +22,7 @@ from crepa_cli.demo import write_tiny
 from crepa_cli.demo.teacher import write_tiny_dinov2
 from crepa_cli.demo.tiny import write_once
 from crepa_cli.hub.question import ask_anew
-from crepa_cli.models import load_family
+from crepa_cli.models import FAMILIES, load_family
 from crepa_cli.models.family import Family
 
 # Tensors of tiny models are faster on one thread than shared out, here and in the commands that tests start.
@@ -42,6 +42,20 @@ def _no_predictions_of_earlier_runs(tmp_path_factory: pytest.TempPathFactory) ->
 def _no_answers_of_the_hub() -> None:
     """Every test stands for a process, which remembers what the Hub has said."""
     ask_anew()
+
+
+QUICK_FAMILIES = {"wan", "ltxvideo", "cogvideox"}
+"""Those of the default tier in tests that run for each family: the oldest, packed latents, and v-prediction."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave the other families of tests that run for each family to the slow tier."""
+    others = FAMILIES.keys() - QUICK_FAMILIES
+    for item in items:
+        case = getattr(item, "callspec", None)
+        if case is not None and others & set(case.id.split("-")):
+            item.add_marker(pytest.mark.slow)
 
 
 OpenTiny = Callable[[str, str], Family]

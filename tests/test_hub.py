@@ -378,8 +378,7 @@ def command(stub: HubStub, folder: Path, *more: str) -> subprocess.Popen[str]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGINT to a process")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_download_in_a_moment(published: HubStub, tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_ends_a_download_in_a_moment(published: HubStub, tmp_path: Path) -> None:
     published.bytes_per_second = 20_000
     process = command(published, tmp_path)
     assert process.stdout is not None
@@ -388,9 +387,9 @@ def test_a_signal_ends_a_download_in_a_moment(published: HubStub, tmp_path: Path
             break
     time.sleep(2)
     before = time.monotonic()
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     output, _ = process.communicate()
-    assert process.returncode == 128 + number, output
+    assert process.returncode == 128 + signal.SIGTERM, output
     # Python itself takes a second to end after torch was imported, and longer on a busy machine.
     assert max(request.sent_at for request in published.requests) - before < 2
     assert time.monotonic() - before < 10

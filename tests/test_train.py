@@ -211,8 +211,8 @@ EVERYTHING = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_trains_with_relations_a_convolution_and_tau_in_seconds(
+@pytest.mark.parametrize("family", ["wan", "ltxvideo", "sanavideo", "kandinsky6"])
+def test_families_train_with_relations_a_convolution_and_tau_in_seconds(
     family: str, demo: Path, tmp_path: Path, run_crepa: RunCrepa, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every step is finite and trains adapter and projector, and the loss has the sign of the objective."""
