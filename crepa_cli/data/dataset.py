@@ -93,6 +93,10 @@ class ClipDataset:
         windows = self._windows[index]
         return windows[int(place * len(windows))]
 
+    def source(self, index: int) -> int:
+        """The number of the source that a clip is from, in the order of the settings."""
+        return self.clips[index].source
+
     def batch(self, indices: Sequence[int], captions: Sequence[float | None], with_features: bool) -> Batch:
         """Read the entries of some clips of one bucket and stack them.
 

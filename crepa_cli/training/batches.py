@@ -84,7 +84,7 @@ class Batches:
         self.size = train.batch_size
         weights = [source.weight for source in profile.data.all_sources]
         buckets = dataset.buckets()
-        sources = {index: dataset.clips[index].source for bucket in buckets for index in bucket}
+        sources = {index: dataset.source(index) for bucket in buckets for index in bucket}
         visits = shares(sources, weights, profile.data.repeats)
         self.order = BatchOrder(buckets, batch_size=train.batch_size, seed=train.seed, shares=visits)
         self.with_features = with_features

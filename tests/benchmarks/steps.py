@@ -195,6 +195,14 @@ class RandomClip(ClipDataset):
         """One bucket with one clip."""
         return [[0]]
 
+    def source(self, _: int) -> int:
+        """Of one source."""
+        return 0
+
+    def drawn(self, index: int, _: float) -> int:
+        """Without further windows."""
+        return index
+
     def batch(self, indices: Sequence[int], captions: Sequence[float | None], with_features: bool) -> Batch:  # noqa: ARG002
         """The clip, as often as it is asked for."""
         tensors = {name: torch.stack([tensor] * len(indices)) for name, tensor in self.content.items()}
