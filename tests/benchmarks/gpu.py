@@ -32,6 +32,7 @@ from crepa_cli.heap import release_memory
 from crepa_cli.libraries import silence_libraries
 from crepa_cli.memory.fit import cheapest_fit
 from crepa_cli.memory.shapes import form_bucket
+from crepa_cli.models import load_family
 from crepa_cli.models.attention import KERNELS
 from crepa_cli.processes import start_processes
 
@@ -72,8 +73,7 @@ class Bench:
         config = others.pop("config", {})
         if self.tiny is None:
             return Plan(family, checkpoint, settings, config, **others)
-        blocks = others.pop("blocks", 3)
-        depth = {"num_visual_blocks" if family == "kandinsky5_video" else "num_layers": blocks}
+        depth = {load_family(family).depth_setting: others.pop("blocks", 3)}
         sizes = {"width": 128, "height": 128} if config else {"width": 96, "height": 64}
         tables: dict[str, dict[str, object]] = {table: dict(values) for table, values in settings.items()}
         changes: dict[str, dict[str, object]] = {
