@@ -16,11 +16,13 @@ import torch
 from conftest import OpenTiny, RunCrepa
 from packaging.requirements import Requirement
 from packaging.version import Version
+from PIL import Image
 from safetensors import safe_open
 
 from crepa_cli.data.cache import Cache
 from crepa_cli.data.prepare import prepare
 from crepa_cli.data.scan import ClipForm
+from crepa_cli.data.sheet import COLUMNS, LARGEST
 from crepa_cli.demo.clips import write_demo_clips
 from crepa_cli.doctor import devices
 from crepa_cli.doctor.cache_size import cache_bytes
@@ -152,9 +154,12 @@ def test_without_settings_the_machine_alone_is_looked_at(doctor: Any) -> None:
 
 
 def test_a_table_for_the_terminal(run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_crepa("doctor", *DEMO) == 0
+    assert run_crepa("doctor", *DEMO, "--contact-sheet", "sheet.png") == 0
     shown = capsys.readouterr().out
     assert "96x64, 17 frames: 3" in shown
+    assert "8 clips in sheet.png" in shown
+    with Image.open("sheet.png") as sheet:
+        assert sheet.width == COLUMNS * LARGEST[0]
     assert "Training would start." in shown
 
 
@@ -210,6 +215,9 @@ def test_clips_that_are_enlarged_and_what_is_used_of_long_ones(doctor: Any) -> N
     (used,) = [one for one in warnings if "longer" in one]
     assert "are longer than data.frames = 9: only the first 0.6 s of each are trained on" in used
     assert not [check for check in doctor(*DEMO, exit_code=0)["checks"] if "enlarged" in check["message"]]
+    found = report["plan"]["findings"]
+    assert len(found.pop("used")) == 8
+    assert not any(found.values())
 
 
 def test_a_size_with_more_pixels_is_explained(open_tiny: OpenTiny) -> None:

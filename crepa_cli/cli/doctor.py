@@ -40,6 +40,10 @@ def doctor(
     ] = None,
     write: Annotated[bool, Flag("--write", help="Write the settings that --fit finds to crepa.toml.")] = False,
     demo: Annotated[bool, Flag("--demo", help="Check a tiny model and generated clips; downloads nothing.")] = False,
+    contact_sheet: Annotated[
+        Path | None,
+        Flag(metavar="FILE.png", help="Show one frame of each clip, as it is trained on, with its caption."),
+    ] = None,
     sets: SetFlag = None,
     as_json: Annotated[bool, Flag("--json", help="Print one JSON object, for scripts.")] = False,
 ) -> None:
@@ -61,9 +65,14 @@ def doctor(
         raise UserError("--write needs --fit GB, which finds what is written")
     if fit is not None and settings is None:
         raise UserError("--fit: there are no settings to fit; name a family with --model, or run crepa init first")
+    if contact_sheet is not None:
+        if settings is None:
+            raise UserError("--contact-sheet: there are no clips to show; name their settings, or run crepa init first")
+        if contact_sheet.suffix.lower() != ".png":
+            raise UserError(f"--contact-sheet {contact_sheet}: it is a PNG; give its name the ending .png")
     project = project_file(model) if write else None
     with _progress() as listener:
-        report = _examine(settings, demo, vram, fit, listener)
+        report = _examine(settings, demo, vram, fit, contact_sheet, listener)
     if as_json:
         typer.echo(json.dumps(report.to_json(), indent=2))
     else:
@@ -96,6 +105,7 @@ def _examine(
     demo: bool,
     vram: float | None,
     fit: float | None,
+    contact_sheet: Path | None,
     listener: Listener,
 ) -> Report:
     """Check the machine, and the plan if there are settings and the libraries can be imported."""
@@ -118,7 +128,15 @@ def _examine(
     target = training_target(None if size is None else round(size * 10**9))
     if resolve is None:
         return _overview(machine, target, report)
-    plan = check_plan(resolve, demo=demo, target=target, fit=fit is not None, listener=listener, report=report)
+    plan = check_plan(
+        resolve,
+        demo=demo,
+        target=target,
+        fit=fit is not None,
+        contact_sheet=contact_sheet,
+        listener=listener,
+        report=report,
+    )
     return Report(machine.environment, plan)
 
 

@@ -104,6 +104,29 @@ class FamilyMemory:
         return f"{sizes[0]} GB" if sizes else f"over {CARDS[-1]} GB"
 
 
+@dataclass(frozen=True)
+class ClipFindings:
+    """Clips that are likely to be mistakes, by their names, and the share of each that is used.
+
+    Attributes:
+        near_identical: pairs that look the same.
+        black: clips without light.
+        frozen: clips in which nothing moves.
+        bars: widths of black bars by side, in pixels of the clip.
+        frame_rates: unusual ones.
+        same_caption: captions of several clips, with these.
+        used: share of the seconds of each video that is trained on.
+    """
+
+    near_identical: list[tuple[str, str]]
+    black: list[str]
+    frozen: list[str]
+    bars: dict[str, dict[str, int]]
+    frame_rates: dict[str, float]
+    same_caption: dict[str, list[str]]
+    used: dict[str, float]
+
+
 @dataclass
 class Plan:
     """The plan of training with these settings, as far as it can be determined.
@@ -113,6 +136,7 @@ class Plan:
         profile: the resolved settings by table and key.
         buckets: the shapes to which clips are resized.
         skipped: the reason for each skipped clip, by its name.
+        findings: what the clips look like; None if they could not be looked at.
         cache_bytes: predicted size of the cache by part: latents, prompts and features.
         memory: predicted memory of training.
         fit_asked: whether settings that fit a GPU were searched for.
@@ -123,6 +147,7 @@ class Plan:
     profile: dict[str, Any] | None = None
     buckets: list[BucketCount] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    findings: ClipFindings | None = None
     cache_bytes: dict[str, int] | None = None
     memory: Memory | None = None
     fit_asked: bool = False

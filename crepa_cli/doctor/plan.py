@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 from rich.filesize import decimal
 
@@ -17,10 +18,12 @@ from crepa_cli.data.sources import clips_here, dataset_needs
 from crepa_cli.demo import write_demo
 from crepa_cli.doctor.cache_size import cache_bytes
 from crepa_cli.doctor.clips import describe_buckets, describe_held_out, describe_sources, enlarged
+from crepa_cli.doctor.contact_sheet import add_contact_sheet
 from crepa_cli.doctor.disk import check_folder
 from crepa_cli.doctor.findings import BucketCount, Plan
 from crepa_cli.doctor.fit import Target, check_fit, check_memory
 from crepa_cli.doctor.hub import check_hub, check_need
+from crepa_cli.doctor.looks import check_looks
 from crepa_cli.errors import counted
 from crepa_cli.events import ClipSkipped, Event, Notice, drained
 from crepa_cli.models.dtypes import torch_dtype
@@ -41,6 +44,7 @@ def check_plan(
     demo: bool,
     target: Target,
     fit: bool = False,
+    contact_sheet: Path | None = None,
     listener: Listener,
     report: Callable[[str], None],
 ) -> Plan:
@@ -51,6 +55,7 @@ def check_plan(
         demo: write the demo's files first.
         target: the device that trains.
         fit: search for settings with which the run fits it.
+        contact_sheet: the PNG file that shows the clips; None for none.
         listener: receives the events of scanning the clips.
         report: receives a line of text on what is being predicted.
     """
@@ -74,7 +79,7 @@ def check_plan(
     optimizer_known = _check_packages(plan, profile)
     _check_run_folder(plan, profile)
     cache_known = _check_cache_folder(plan, profile)
-    clips = _check_clips(plan, family, profile, listener)
+    clips = _check_clips(plan, family, profile, contact_sheet, listener)
     if family and teacher_known and clips and cache_known:
         _check_cache(plan, family, profile, clips)
     if family and teacher_known and optimizer_known:
@@ -147,7 +152,9 @@ def _check_datasets(plan: Plan, data: DataSettings) -> bool:
     return here
 
 
-def _check_clips(plan: Plan, family: Family | None, profile: Profile, listener: Listener) -> list[PreparedClip] | None:
+def _check_clips(
+    plan: Plan, family: Family | None, profile: Profile, contact_sheet: Path | None, listener: Listener
+) -> list[PreparedClip] | None:
     """The usable clips, those that are held out among them; the plan names the skipped ones."""
     if plan.attempt("clips", lambda: clips_folder(profile.data)) is None or not _check_datasets(plan, profile.data):
         return None
@@ -178,6 +185,9 @@ def _check_clips(plan: Plan, family: Family | None, profile: Profile, listener: 
             plan.add("clips", "warning", warning)
         if held_out:
             plan.add("held-out clips", "fine", describe_held_out(len(held_out), len(found), profile.data))
+        check_looks(plan, found, profile.data, listen)
+        if contact_sheet is not None:
+            add_contact_sheet(plan, contact_sheet, found, profile.data, listen)
     return found
 
 
