@@ -208,6 +208,7 @@ def test_a_full_fine_tune_is_loaded_in_place_of_the_base(open_tiny: OpenTiny, tm
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ctrl_c_interrupts")
 def test_runs_are_compared_with_the_base_and_an_interruption_changes_nothing(
     demo: Path,
     run_crepa: RunCrepa,

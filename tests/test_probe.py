@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -263,14 +263,6 @@ def test_a_bar_for_each_block_and_curves_over_depth(
     assert Path("first.svg").read_bytes() == Path("second.svg").read_bytes()
     drawn = " ".join(ElementTree.parse("first.svg").getroot().itertext())
     assert all(label in drawn for label in ("CKNNA", "linear CKA", "drift", "noise level 0.8", "recommended, block 8"))
-
-
-@pytest.fixture
-def ctrl_c_interrupts() -> Iterator[None]:
-    """Ctrl-C as in a terminal. A shell script starts its background jobs, and so their tests, with SIGINT ignored."""
-    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, inherited)
 
 
 @pytest.mark.usefixtures("ctrl_c_interrupts")

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,33 +86,37 @@ def encoded_clip(family: Family, bucket: Bucket) -> Tensors:
     Their sizes grow linearly with the clip's length, height and width. So small clips are encoded, in place of a large
     one, which takes seconds.
     """
-    step, side = family.frame_multiple, family.size_multiple
-    small = Bucket(1 + step, 2 * side, 2 * side)
-    shapes = {name: list(tensor.shape) for name, tensor in _encoded(family, small).items()}
-    for field, growth in ("frames", step), ("height", side), ("width", side):
-        before = getattr(small, field)
-        times = (getattr(bucket, field) - before) / growth
-        larger = _encoded(family, replace(small, **{field: before + growth}))
-        for name, tensor in _encoded(family, small).items():
-            for axis, (size, grown) in enumerate(zip(tensor.shape, larger[name].shape, strict=True)):
-                shapes[name][axis] += round((grown - size) * times)
+    small, encoded, larger = _small_clips(family)
+    shapes = {name: list(tensor.shape) for name, tensor in encoded.items()}
+    for field, (growth, grown) in larger.items():
+        times = (getattr(bucket, field) - getattr(small, field)) / growth
+        for name, tensor in encoded.items():
+            for axis, (size, more) in enumerate(zip(tensor.shape, grown[name].shape, strict=True)):
+                shapes[name][axis] += round((more - size) * times)
     with torch.device("meta"):
-        tensors = {name: torch.empty(shapes[name], dtype=one.dtype) for name, one in _encoded(family, small).items()}
+        tensors = {name: torch.empty(shapes[name], dtype=one.dtype) for name, one in encoded.items()}
         return tensors | family.empty_image_embedding()
 
 
 @cache
 @torch.no_grad()
-def _encoded(family: Family, bucket: Bucket) -> Tensors:
-    with torch.device("meta"):
-        video = torch.empty(3, bucket.frames, bucket.height, bucket.width)
-        # The image encoder needs pixels; the shape of its result is in its configuration.
-        return family.without_image_encoder().encode_clip(_vae_pipeline(family), video)
+def _small_clips(family: Family) -> tuple[Bucket, Tensors, dict[str, tuple[int, Tensors]]]:
+    """A small clip, what it is encoded to, and what it is encoded to if one of its sizes grows by some pixels."""
+    step, side = family.frame_multiple, family.size_multiple
+    small = Bucket(1 + step, 2 * side, 2 * side)
+    pipeline = family.empty_vae_pipeline()
 
+    def encoded(bucket: Bucket) -> Tensors:
+        with torch.device("meta"):
+            video = torch.empty(3, bucket.frames, bucket.height, bucket.width)
+            # The image encoder needs pixels; the shape of its result is in its configuration.
+            return family.without_image_encoder().encode_clip(pipeline, video)
 
-@cache
-def _vae_pipeline(family: Family) -> Any:
-    return family.empty_vae_pipeline()
+    larger = {
+        field: (growth, encoded(replace(small, **{field: getattr(small, field) + growth})))
+        for field, growth in (("frames", step), ("height", side), ("width", side))
+    }
+    return small, encoded(small), larger
 
 
 def token_count(family: Family, bucket: Bucket) -> int:
