@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from crepa_cli.libraries import silence_libraries
+
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
 """Those that this system lacks are left out. SIGBREAK is the Ctrl-Break of Windows."""
 CLOSE_EVENT = 2
@@ -97,6 +99,22 @@ def handled(handler: Callable[[int, object], None]) -> Iterator[None]:
     finally:
         for number, before in previous.items():
             signal.signal(number, before)
+
+
+@contextmanager
+def ctrl_c_ignored() -> Iterator[None]:
+    """Ignore Ctrl-C within this context, and for good in processes that begin in it; only the main thread can do so."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def begin_worker() -> None:
+    """Leave Ctrl-C to the process that this one works for, on Windows too, and keep libraries quiet."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    silence_libraries()
 
 
 @contextmanager

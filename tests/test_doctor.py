@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from importlib import metadata
@@ -13,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import OpenTiny, RunCrepa
+from conftest import CREPA, OpenTiny, RunCrepa
 from packaging.requirements import Requirement
 from packaging.version import Version
 from PIL import Image
@@ -368,3 +370,20 @@ def test_help_loads_no_torch() -> None:
         "try:\n    main()\nexcept SystemExit:\n    assert not {'torch', 'diffusers', 'av'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGINT to a process")
+@pytest.mark.usefixtures("ctrl_c_interrupts")
+def test_ctrl_c_ends_the_overview_and_its_processes_without_a_traceback(folder: Path) -> None:
+    """As a terminal sends it: to all of them, while they still import."""
+    environment = os.environ | {"XDG_CACHE_HOME": str(folder / "kept"), "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(
+        [*CREPA, "doctor"], cwd=folder, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stderr is not None
+    assert any("predicting the memory of" in line for line in process.stderr)
+    os.killpg(process.pid, signal.SIGINT)
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in printed

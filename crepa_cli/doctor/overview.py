@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 
@@ -14,12 +13,12 @@ from crepa_cli.doctor.findings import Check, FamilyMemory
 from crepa_cli.doctor.fit import Target
 from crepa_cli.doctor.hub import check_hub
 from crepa_cli.errors import UserError
-from crepa_cli.libraries import silence_libraries
 from crepa_cli.memory.prediction import predict
 from crepa_cli.memory.shapes import form_bucket
 from crepa_cli.models import FAMILIES, load_family
 from crepa_cli.profile import Profile
 from crepa_cli.runs.checks import open_family
+from crepa_cli.signals import begin_worker, ctrl_c_ignored
 
 MOST_PROCESSES = 8
 """Each takes half a GB of memory."""
@@ -41,10 +40,11 @@ def family_memories(
     if not families:
         return
     processes = min(len(families), os.cpu_count() or 1, MOST_PROCESSES)
-    # Forked processes would share the threads of this one. Only this one reacts to Ctrl-C, and it ends the others.
+    # Forked processes would share the threads of this one.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, _begin) as pool:
-        found = [pool.submit(_memories, profiles, target) for profiles in families]
+    with ProcessPoolExecutor(processes, context, begin_worker) as pool:
+        with ctrl_c_ignored():  # and by the processes that begin now; this one ends them
+            found = [pool.submit(_memories, profiles, target) for profiles in families]
         try:
             yield from check_hub((str(one.model.checkpoint), one.model.revision) for tasks in families for one in tasks)
             for profiles, rows in zip(families, found, strict=True):
@@ -55,11 +55,6 @@ def family_memories(
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
-
-
-def _begin() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    silence_libraries()
 
 
 def _memories(profiles: Sequence[Profile], target: Target) -> list[FamilyMemory | Check]:
