@@ -1,4 +1,4 @@
-"""How libraries behave in our processes."""
+"""Progress bars and notes of libraries, which are kept off the screen."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class MeasuredClips(NamedTuple):
 
 @dataclass(frozen=True)
 class _Quantity(Generic[Result]):
-    """What is measured of a clip, and how the index keeps it: under the clip's path after a prefix.
+    """A measurement of clips, and how the index keeps it: under the clip's path after a prefix.
 
     `read` returns None for what was measured in another way.
     """
@@ -88,7 +88,7 @@ def measured_clips(
 def _measured(
     quantity: _Quantity[Result], found: ClipScan, places: Sequence[int], index: Index | None
 ) -> Generator[Event, None, dict[int, Result]]:
-    """What is measured of some clips, by their places; clips that cannot be read are skipped."""
+    """The measurements of some clips, by their places; clips that cannot be read are skipped."""
     known = from_main(lambda: _known(quantity, found, places, index))
     unknown = [place for place in places if place not in known]
     if not unknown:
@@ -113,7 +113,7 @@ def _measured(
 def _known(
     quantity: _Quantity[Result], found: ClipScan, places: Sequence[int], index: Index | None
 ) -> dict[int, Result]:
-    """What the index knows of some clips."""
+    """The measurements that the index has of some clips, by their places."""
     rows = index.find([_row(quantity, found, place) for place in places]) if index else []
     known = {}
     for place, row in zip(places, rows, strict=False):

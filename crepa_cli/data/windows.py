@@ -1,4 +1,4 @@
-"""Which part of a clip is trained on: its head, one of several windows, or window after window."""
+"""The part of a clip that is trained on: its head, one of several windows, or window after window."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ REFRESH_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Need:
-    """What a run needs of a repository or of a local checkpoint: folders of models, or the clips of a dataset.
+    """The part of a repository or of a local checkpoint that a run needs: folders of models, or the clips of a dataset.
 
     Attributes:
         name: Hub id or local folder.

@@ -118,7 +118,7 @@ def caption_inputs(
 def causal_mask(
     n_frame: int, n_hw: int, dtype: torch.dtype, device: torch.device, batch_size: int | None = None
 ) -> Tensor:
-    """What the VAE's `prepare_causal_attention_mask` returns: a token attends to its frame and to those before."""
+    """The mask of the VAE's `prepare_causal_attention_mask`: a token attends to its frame and to those before."""
     of_frames = torch.full((n_frame, n_frame), float("-inf"), dtype=dtype, device=device).triu(1)
     mask = of_frames.repeat_interleave(n_hw, 0).repeat_interleave(n_hw, 1)
     return mask if batch_size is None else mask.expand(batch_size, -1, -1)

@@ -141,7 +141,7 @@ class DataSettings(Table):
     feature_dtype: FeatureDtype = Field(
         default="float16",
         description="Data type of teacher features in the cache. int8, with a scale for each patch, takes half the "
-        "space and changes the alignment loss by about 0.0001.",
+        "space and rounds them.",
     )
     validation_share: float | None = Field(
         default=None,

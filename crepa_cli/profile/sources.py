@@ -27,7 +27,8 @@ class SourceSettings(Table):
         "for all sources: each clip as often as any other.",
     )
     caption_prefix: Text | None = Field(
-        default=None, description="Words before each caption, such as a rare name to call the subject by. none: none."
+        default=None,
+        description="Words before each caption, such as a rare name to call the subject by. none: no words.",
     )
     width: int | None = Field(default=None, ge=8, description="In place of data.width.")
     height: int | None = Field(default=None, ge=8, description="In place of data.height.")

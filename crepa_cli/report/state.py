@@ -96,7 +96,7 @@ class RunState:
 
     @property
     def work_text(self) -> str:
-        """What is at work between two steps, and since when; empty during steps."""
+        """The work between two steps, and since when; empty during steps."""
         if self.work is None or not self.work.item:
             return ""
         return f"{self.work.stage}: {item_text(self.work.item)}, {duration(self.clock() - self.work_started_at)} so far"
