@@ -111,12 +111,10 @@ def _examine(
     """Check the machine, and the plan if there are settings and the libraries can be imported."""
     from crepa_cli.doctor.environment import check_environment
     from crepa_cli.doctor.findings import Report
-    from crepa_cli.libraries import silence_libraries
 
     machine = Report(check_environment(), None)
     if machine.exit_code:
         return machine
-    silence_libraries()
     from crepa_cli.doctor.fit import training_target
     from crepa_cli.doctor.plan import check_plan
     from crepa_cli.events import Progress

@@ -33,6 +33,9 @@ def check_environment() -> list[Check]:
 
 
 def _check_machine() -> list[Check]:
+    from crepa_cli.libraries import silence_libraries
+
+    silence_libraries()
     from crepa_cli.doctor.devices import check_devices
 
     return [*check_devices(), check_encoding(), check_login()]

@@ -59,12 +59,12 @@ def replicated(aligned: AlignedTransformer, accelerator: Accelerator) -> nn.Modu
     move(aligned, accelerator.device, aligned.on_host)
     if accelerator.num_processes == 1:
         return aligned
-    # Every process reads the weights on its host by itself.
+    # Every process reads the weights on its host by itself, and no buffer changes in training.
     own = [name for name, parameter in aligned.named_parameters() if parameter in aligned.on_host]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(aligned, own)
+    buffers = [name for name, _ in aligned.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(aligned, [*own, *buffers])
     devices = None if accelerator.device.type == "cpu" else [accelerator.local_process_index]
-    # No buffer changes in training: there is nothing to broadcast before each forward.
-    return DistributedDataParallel(aligned, device_ids=devices, broadcast_buffers=False)
+    return DistributedDataParallel(aligned, device_ids=devices)
 
 
 @contextmanager
