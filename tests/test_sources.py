@@ -12,6 +12,7 @@ from conftest import OpenTiny
 from hub_stub import HubStub, running_stub
 from PIL import Image
 from safetensors.torch import load_file
+from test_families import TASKS
 
 from crepa_cli import api
 from crepa_cli.data.buckets import Bucket
@@ -21,7 +22,7 @@ from crepa_cli.data.sources import clips_here, dataset_needs, scan_sources
 from crepa_cli.data.video import write_video
 from crepa_cli.doctor.clips import describe_sources
 from crepa_cli.errors import UserError
-from crepa_cli.events import Event, StepDone, drained
+from crepa_cli.events import Event, Notice, StepDone, drained
 from crepa_cli.hub import question
 from crepa_cli.hub.download import download
 from crepa_cli.memory.shapes import form_bucket
@@ -189,24 +190,44 @@ def test_a_dataset_that_does_not_exist_or_holds_no_clips_is_named(hub: HubStub, 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.parametrize(("name", "task"), TASKS)
 def test_a_run_on_videos_of_all_lengths_images_and_two_sources_resumes_bit_by_bit(
-    tmp_path: Path, open_tiny: OpenTiny, tiny_dinov2: Path
+    name: str, task: str, tmp_path: Path, open_tiny: OpenTiny, tiny_dinov2: Path
 ) -> None:
-    write_clips(tmp_path / "a", 5, 9, 12, 30, 1)
-    write_clips(tmp_path / "b", 1, 1, 7)
+    family = open_tiny(name, task)
+    shorter, longer = family.frame_multiple + 1, 2 * family.frame_multiple + 1
+    write_clips(tmp_path / "a", shorter, longer, longer + 3, 2 * longer, 1)
+    write_clips(tmp_path / "b", 1, 1, shorter)
+    (tmp_path / "b/0-1.txt").write_text("one caption\nanother one")
     sources = [
         {"path": str(tmp_path / "a"), "weight": 3.0},
-        {"path": str(tmp_path / "b"), "weight": 1.0, "caption_prefix": "ohwx", "frames": 5},
+        {"path": str(tmp_path / "b"), "weight": 1.0, "caption_prefix": "ohwx", "frames": shorter},
     ]
-    flags = {"data.sources": sources, "data.sampling": "uniform", "train.steps": 6, "checkpoints.every": 3}
+    flags: dict[str, object] = {
+        "model.family": name,
+        "model.task": task,
+        "model.checkpoint": family.base.name,
+        "data.sources": sources,
+        "data.sampling": "uniform",
+        "data.caption_lines": True,
+        "data.width": 2 * family.size_multiple,
+        "data.height": 2 * family.size_multiple,
+        "data.frames": longer,
+        "train.steps": 6,
+        "checkpoints.every": 3,
+        "crepa.block_index": 0,
+    }
     profile = profile_of(open_tiny, tiny_dinov2, **flags)
     losses: list[float] = []
+    notices: list[str] = []
 
     def listen(event: Event) -> None:
         losses.extend([event.loss] if isinstance(event, StepDone) else [])
+        notices.extend([event.message] if isinstance(event, Notice) else [])
 
     whole = api.train(profile, output=tmp_path / "whole", listeners=[listen])
     expected, losses[:] = list(losses), []
+    assert any("left out, because" in notice for notice in notices) == (task == "i2v")
     api.train(profile, output=tmp_path / "half", listeners=[listen], should_stop=lambda: len(losses) >= 3)
     stopped = len(losses)
     resumed = api.train(profile, output=tmp_path / "half", listeners=[listen], resume=True)
