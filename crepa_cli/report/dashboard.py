@@ -35,6 +35,7 @@ from crepa_cli.report.panels import (
 )
 from crepa_cli.report.plain import StageClock, amount, duration, item_text
 from crepa_cli.report.state import RunState
+from crepa_cli.report.strip import LEAST_LINES, Strips, shows_pixels
 from crepa_cli.report.summary import Summary, held_out_before, steps_before, validations_before
 from crepa_cli.signals import Stopped
 
@@ -45,6 +46,8 @@ FACTS = 3
 """Lines of facts below the bar of the steps."""
 MESSAGES = 2
 """Lines of messages in a window of 24 lines."""
+STRIPS = 2 * LEAST_LINES + BORDER
+"""The fewest lines of the panel with frames of videos, for which a window needs so many lines beyond 24."""
 
 
 class Dashboard:
@@ -72,6 +75,7 @@ class Dashboard:
         self.entered = self.opened = False
         self.state = RunState(schedule, clock)
         self.summary = Summary()
+        self.strips = Strips()
         self.progress = bars.Progress(
             bars.TextColumn("{task.description:<10}"),
             bars.BarColumn(bar_width=None),
@@ -153,6 +157,8 @@ class Dashboard:
     def _training(self, started: TrainingStarted, view: View, console: Console, width: int, height: int) -> Layout:
         """The panels during training; of a window's lines beyond 24, messages take a quarter and charts the rest."""
         state, runs = self.state, [self.state, *self.others]
+        strips = self._strips(view, console, width, height)
+        height -= strips[0].size or 0 if strips else 0
         inner, left, extra = width - MARGIN, width // 2, max(0, height - HEIGHT)
         progress = [
             *progress_lines(state, started, view, inner, FACTS),
@@ -178,9 +184,19 @@ class Dashboard:
             Layout(titled(title, progress), size=len(progress) + BORDER),
             Layout(titled(fitting(width - TITLE_MARGIN, LOSSES, "losses"), [*lines, *below]), size=losses),
             row,
+            *strips,
             Layout(self._messages(console, width, messages)),
         )
         return layout
+
+    def _strips(self, view: View, console: Console, width: int, height: int) -> list[Layout]:
+        """The panel with frames of videos, in a window that has room for it, if its terminal can show them."""
+        extra = height - HEIGHT
+        if self.state.opened is None or extra < STRIPS or not shows_pixels(console, view.signs):
+            return []
+        room = STRIPS + (extra - STRIPS) // 2
+        panel = self.strips.panel(self.state.opened.output, self.state.sampled, width, room)
+        return [] if panel is None else [Layout(panel, size=panel.height)]
 
     def _messages(self, console: Console, width: int, height: int) -> RenderableType:
         lines = message_lines(list(self.state.messages), console, width - MARGIN, height - BORDER)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from crepa_cli.events import (
     Event,
@@ -99,6 +100,7 @@ def steps_before(started: TrainingStarted) -> Iterator[StepDone]:
 
 
 def validations_before(started: TrainingStarted) -> list[ValidationSampled]:
-    """The measures of the validation videos of earlier sessions."""
-    found = read_validations(RunFolder(started.output).metrics) if started.step else []
-    return [event for event in found if event.step <= started.step]
+    """The validation videos of earlier sessions, with their measures."""
+    run = RunFolder(started.output)
+    found = read_validations(run.metrics) if started.step else []
+    return [replace(event, paths=run.videos(event.step)) for event in found if event.step <= started.step]

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from crepa_cli.events import Event, RunOpened, StepDone, TrainingEnded, TrainingStarted
+from crepa_cli.events import Event, RunOpened, StepDone, TrainingEnded, TrainingStarted, ValidationSampled
 from crepa_cli.profile import Profile
 from crepa_cli.report.events_file import read_event
 from crepa_cli.report.metrics import read_held_out, read_validations, step_done
@@ -93,6 +93,8 @@ class WatchedRun:
         """An event with the folder of the run on this machine."""
         if isinstance(event, RunOpened | TrainingStarted):
             return replace(event, output=self.run.path)
+        if isinstance(event, ValidationSampled):
+            return replace(event, paths=tuple(self.run.samples(event.step) / path.name for path in event.paths))
         return event
 
     def _with_steps(self, timed: list[Timed]) -> Iterator[Timed]:
@@ -128,7 +130,7 @@ class WatchedRun:
             model = f"{profile.model.checkpoint}, {profile.model.task}"
             found = [RunOpened(run.path, 0, "", model, facts.get("device", "-")), started]
             self.started = started
-            found += [replace(one, paths=self._videos(one.step)) for one in read_validations(run.metrics)]
+            found += [replace(one, paths=run.videos(one.step)) for one in read_validations(run.metrics)]
             found += read_held_out(run.metrics)
         steps = list(self._steps())
         events: list[Event] = [step for _, step in steps]
@@ -139,6 +141,3 @@ class WatchedRun:
             self.ended = True
             events.append(TrainingEnded(last + 1, run.weights))
         return [*((begin, event) for event in found), *((moment, event) for event in events)]
-
-    def _videos(self, step: int) -> tuple[Path, ...]:
-        return tuple(sorted(self.run.samples(step).glob("*.mp4")))

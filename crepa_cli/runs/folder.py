@@ -141,6 +141,10 @@ class RunFolder:
         """The folder of the validation videos after `step` steps."""
         return self.path / "samples" / f"step-{step:06d}"
 
+    def videos(self, step: int) -> tuple[Path, ...]:
+        """The validation videos that were made after `step` steps, in the order of their prompts."""
+        return tuple(sorted(self.samples(step).glob("*.mp4")))
+
     @property
     def first_frames(self) -> Path:
         """The images that validation videos start from, if they were taken from clips."""
