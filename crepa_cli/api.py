@@ -45,6 +45,7 @@ from crepa_cli.models.dtypes import torch_dtype
 from crepa_cli.models.family import Family
 from crepa_cli.processes import PRECISION, from_all, from_main, start_processes
 from crepa_cli.profile import Profile
+from crepa_cli.publish import push
 from crepa_cli.report.card import write_model_card
 from crepa_cli.report.events_file import EventsFile
 from crepa_cli.report.loading import loading_lines
@@ -77,7 +78,7 @@ from crepa_cli.training.skipped import RUN, SkippedSteps
 from crepa_cli.training.trainer import Trainer
 from crepa_cli.training.validator import Validator
 
-__all__ = ["check", "download", "fill_cache", "resolve", "train"]
+__all__ = ["check", "download", "fill_cache", "push", "resolve", "train"]
 
 Events = Generator[Event, None, None]
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from filelock import FileLock
+from hub_stub import HubStub, running_stub
 from torch import Tensor
 
 from crepa_cli.cli import main
@@ -22,6 +23,7 @@ from crepa_cli.data.video import write_video
 from crepa_cli.demo import write_tiny
 from crepa_cli.demo.teacher import write_tiny_dinov2
 from crepa_cli.demo.tiny import write_once
+from crepa_cli.hub import question, transfer
 from crepa_cli.hub.question import ask_anew
 from crepa_cli.models import FAMILIES, load_family
 from crepa_cli.models.family import Family
@@ -43,6 +45,23 @@ def _no_predictions_of_earlier_runs(tmp_path_factory: pytest.TempPathFactory) ->
 def _no_answers_of_the_hub() -> None:
     """Every test stands for a process, which remembers what the Hub has said."""
     ask_anew()
+
+
+@pytest.fixture
+def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStub]:
+    """A Hub that this process asks, with an empty cache."""
+    with running_stub() as server:
+        template = f"{server.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.address)
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
+        monkeypatch.setattr(question, "TIMEOUTS", (0.3, 0.6))
+        monkeypatch.setattr(transfer, "PAUSES", (0.01,) * 5)
+        monkeypatch.setattr(transfer, "LONGEST_PAUSE", 0.01)
+        ask_anew()
+        yield server
+        ask_anew()
 
 
 QUICK_FAMILIES = {"wan", "ltxvideo", "cogvideox"}

@@ -1,7 +1,8 @@
-"""A stub of the Hub on this machine: its two addresses, Range requests, and the faults of real networks."""
+"""A stub of the Hub on this machine: downloads with Range requests, uploads, and the faults of real networks."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
@@ -14,7 +15,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 CHUNK = 16 * 1024
-LARGE = {".safetensors", ".model", ".bin", ".onnx"}
+LARGE = {".safetensors", ".model", ".bin", ".onnx", ".mp4", ".png"}
 """Suffixes that the Hub keeps as large files, with a SHA-256."""
 
 
@@ -22,12 +23,14 @@ LARGE = {".safetensors", ".model", ".bin", ".onnx"}
 class StubRepository:
     """A repository: the files of each commit, oldest first.
 
-    `gated` and `hidden` refuse it; `wrong` are contents that are served in place of the true ones, one per request.
+    `gated` refuses it; `wrong` are contents that are served in place of the true ones, one per request.
     """
 
     commits: list[dict[str, bytes]]
     gated: bool = False
+    private: bool = False
     wrong: dict[str, list[bytes]] = field(default_factory=dict)
+    messages: list[str] = field(default_factory=list)
 
     @property
     def head(self) -> str:
@@ -72,6 +75,11 @@ class HubStub:
         listing_statuses: the same in place of the next listings.
         drop_after: bytes after which a transfer is cut off; None for never.
         drops: how many transfers are cut off.
+        user: whose token every request has.
+        writable: the owners to whose repositories that token may write.
+        objects: large files that have arrived, by their SHA-256.
+        upload_statuses: answers in place of the next uploads of large files.
+        slow_uploads: take large files, and never say that they have arrived.
     """
 
     def __init__(self) -> None:
@@ -83,6 +91,11 @@ class HubStub:
         self.listing_statuses: list[int] = []
         self.drop_after: int | None = None
         self.drops = 0
+        self.user = "me"
+        self.writable = {"me"}
+        self.objects: dict[str, bytes] = {}
+        self.upload_statuses: list[int] = []
+        self.slow_uploads = False
         self.closed = threading.Event()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.server.daemon_threads = True
@@ -119,7 +132,8 @@ class HubStub:
             def do_GET(self) -> None:
                 _Answer(stub, self).give()
 
-            do_HEAD = do_GET  # noqa: N815 (the server looks it up by this name)
+            # The server looks these up by their names.
+            do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815
 
         return Handler
 
@@ -134,6 +148,7 @@ class _Answer:
         authorized = "authorization" in {key.lower() for key in handler.headers}
         self.request = Request(handler.command, path, authorized, time.monotonic())
         stub.requests.append(self.request)
+        self.body = handler.rfile.read(int(handler.headers.get("Content-Length", 0)))
 
     def give(self) -> None:
         if self.stub.silent:
@@ -141,6 +156,8 @@ class _Answer:
             self.handler.close_connection = True
             return
         parts = self.request.path.strip("/").split("/")
+        if self._pushed(parts):
+            return
         kind = "datasets/" if "datasets" in parts[:2] else ""
         if parts[0] == "api" and parts[1] in ("models", "datasets"):
             self._listing(kind + "/".join(parts[2:4]), parts[5] if len(parts) > 5 else None)
@@ -151,6 +168,90 @@ class _Answer:
             self._file(kind + "/".join(parts[:2]), parts[3], "/".join(parts[4:]))
         else:
             self._refuse(404)
+
+    def _pushed(self, parts: list[str]) -> bool:
+        """Answer a request that belongs to a push; False for all others."""
+        name = "/".join(parts[2:4])
+        match self.request.method, parts:
+            case "GET", ["api", "whoami-v2"]:
+                self._give({"name": self.stub.user})
+            case "POST", ["api", "repos", "create"]:
+                asked = json.loads(self.body)
+                self._create(f"{asked['organization']}/{asked['name']}", private=asked.get("visibility") == "private")
+            case "POST", ["api", "validate-yaml"]:
+                self._give({})
+            case "GET", ["api", "models", owner, _, "auth-check", "write"]:
+                self._give({}) if owner in self.stub.writable else self._refuse(403)
+            case "POST", ["api", "models", _, _, "preupload", "main"]:
+                self._preupload(self.stub.repositories[name])
+            case "POST", [_, _, "info", "lfs", "objects", "batch"]:
+                self._batch()
+            case "PUT", ["upload", digest]:
+                self._upload(digest)
+            case "POST", ["api", "models", _, _, "commit", "main"]:
+                self._commit(name)
+            case _:
+                return False
+        return True
+
+    def _create(self, name: str, *, private: bool) -> None:
+        if name.split("/")[0] not in self.stub.writable:
+            self._refuse(403)
+            return
+        self.stub.repositories[name] = StubRepository([{".gitattributes": b""}], private=private)
+        self._give({"url": f"{self.stub.address}/{name}"})
+
+    def _preupload(self, repository: StubRepository) -> None:
+        there = repository.commits[-1]
+        paths = [file["path"] for file in json.loads(self.body)["files"]]
+        self._give(
+            {
+                "files": [
+                    {
+                        "path": path,
+                        "uploadMode": "lfs" if Path(path).suffix in LARGE else "regular",
+                        "shouldIgnore": False,
+                        "oid": _digest(path, there[path]) if path in there else None,
+                    }
+                    for path in paths
+                ]
+            }
+        )
+
+    def _batch(self) -> None:
+        objects = json.loads(self.body)["objects"]
+        for one in objects:
+            if one["oid"] not in self.stub.objects:
+                one["actions"] = {"upload": {"href": f"{self.stub.address}/upload/{one['oid']}"}}
+        self._give({"objects": objects})
+
+    def _upload(self, digest: str) -> None:
+        if self.stub.slow_uploads:
+            self.stub.closed.wait()
+            return
+        if self.stub.upload_statuses:
+            self._refuse(self.stub.upload_statuses.pop(0))
+            return
+        assert hashlib.sha256(self.body).hexdigest() == digest
+        self.stub.objects[digest] = self.body
+        self._give({})
+
+    def _commit(self, name: str) -> None:
+        repository = self.stub.repositories[name]
+        files = dict(repository.commits[-1])
+        for line in self.body.splitlines():
+            change = json.loads(line)
+            value = change["value"]
+            if change["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif change["key"] == "lfsFile":
+                files[value["path"]] = self.stub.objects[value["oid"]]
+            elif change["key"] == "deletedFile":
+                del files[value["path"]]
+            else:
+                repository.messages.append(value["summary"])
+        repository.commits.append(files)
+        self._give({"commitUrl": f"{self.stub.address}/{name}/commit/{repository.head}", "commitOid": repository.head})
 
     def _open(self, name: str) -> StubRepository | None:
         repository = self.stub.repositories.get(name)
@@ -174,7 +275,7 @@ class _Answer:
             return
         commit, files = found
         siblings = [_sibling(path, data) for path, data in files.items()]
-        self._send(200, json.dumps({"id": name, "sha": commit, "siblings": siblings}).encode())
+        self._give({"id": name, "sha": commit, "siblings": siblings, "private": repository.private})
 
     def _file(self, name: str, revision: str, path: str) -> None:
         if self.stub.statuses:
@@ -196,6 +297,9 @@ class _Answer:
         if asked:
             headers["Content-Range"] = f"bytes {first}-{len(data) - 1}/{len(data)}"
         self._send(206 if asked else 200, data[first:], headers)
+
+    def _give(self, answer: dict[str, object]) -> None:
+        self._send(200, json.dumps(answer).encode())
 
     def _refuse(self, status: int, code: str = "") -> None:
         self._send(status, b"", {"X-Error-Code": code} if code else {})

@@ -19,6 +19,7 @@ SOURCE = Path(crepa_cli.__file__).parent
 FLOORS: list[set[str]] = [
     {"cli"},
     {"api"},
+    {"publish"},
     {"settings"},
     {"doctor", "evaluate", "probe"},
     {"memory"},

@@ -7,17 +7,16 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from conftest import CREPA, OpenTiny, RunCrepa
-from hub_stub import HubStub, running_stub
+from hub_stub import HubStub
 
 from crepa_cli.errors import UserError
 from crepa_cli.events import Notice, Progress
-from crepa_cli.hub import question, transfer
+from crepa_cli.hub import question
 from crepa_cli.hub.download import Need, download, fetch, missing_files
 from crepa_cli.hub.messages import HubError, HubUnreachableError
 from crepa_cli.hub.needed import lacking, small_files, weight_files
@@ -37,23 +36,6 @@ WAN_DECOYS = {
     "google/umt5-xxl/tokenizer.json": DECOY,
 }
 TEACHER_DECOYS = {"onnx/model.onnx": DECOY, "onnx/config.json": DECOY, "pytorch_model.bin": DECOY}
-
-
-@pytest.fixture
-def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStub]:
-    """A Hub that this process asks, with an empty cache."""
-    with running_stub() as server:
-        template = f"{server.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.address)
-        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-        monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.setattr(question, "TIMEOUTS", (0.3, 0.6))
-        monkeypatch.setattr(transfer, "PAUSES", (0.01,) * 5)
-        monkeypatch.setattr(transfer, "LONGEST_PAUSE", 0.01)
-        question.ask_anew()
-        yield server
-        question.ask_anew()
 
 
 @pytest.fixture

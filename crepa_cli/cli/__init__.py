@@ -17,6 +17,7 @@ from crepa_cli.cli.eval import evaluate
 from crepa_cli.cli.export import export
 from crepa_cli.cli.init import init
 from crepa_cli.cli.probe import probe_blocks
+from crepa_cli.cli.push import push
 from crepa_cli.cli.terminal import in_notebook, write_plain_text
 from crepa_cli.cli.train import train
 from crepa_cli.cli.watch import watch
@@ -36,6 +37,7 @@ app.command()(doctor)
 app.command(name="eval")(evaluate)
 app.command()(watch)
 app.command()(export)
+app.command()(push)
 
 
 def _print_version(wanted: bool) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+
+from crepa_cli.cli.flags import RunArgument
 
 Program = Literal["diffusers", "comfyui"]
 Dtype = Literal["bf16", "bfloat16", "fp32", "float32"]
@@ -13,7 +14,7 @@ DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="Folder of the run, such as runs/wan-t2v-1.", show_default=False)],
+    run: RunArgument,
     step: Annotated[int | None, typer.Option(help="Step of the checkpoint; the newest by default.")] = None,
     program: Annotated[
         Program | None, typer.Option("--format", help="Program to export for; by default those of the run.")
@@ -30,9 +31,7 @@ def export(
     from crepa_cli.training.export_run import export_run
 
     silence_libraries()
-    folder = RunFolder(run)
-    if not folder.profile.is_file():
-        raise UserError(f"{run} holds no run: it has no {folder.profile.name}")
+    folder = RunFolder.existing(run)
     profile = resolve(str(folder.profile), {}).profile
     changes = {"export": (program,) if program else None, "export_dtype": DTYPES.get(dtype or "", dtype)}
     adapter = profile.adapter.model_copy(update={key: value for key, value in changes.items() if value is not None})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -23,6 +24,7 @@ SetFlag = Annotated[
     list[str] | None,
     typer.Option("--set", help="Any setting, as table.key=value; repeatable.", autocompletion=settings),
 ]
+RunArgument = Annotated[Path, typer.Argument(help="Folder of the run, such as runs/wan-t2v-1.", show_default=False)]
 
 
 def one_folder(data: list[str] | None) -> str | None:

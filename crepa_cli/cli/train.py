@@ -4,21 +4,34 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, Annotated, Literal, TextIO, cast
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, TextIO, cast
 
 import typer
 
 from crepa_cli.cli.flags import CheckpointFlag, DataFlag, ModelFlag, ProfileFlag, SetFlag, TaskFlag, one_folder
 from crepa_cli.cli.launch import check_processes, launch, launched
+from crepa_cli.cli.push import push_run
 from crepa_cli.cli.terminal import LastingOutput
 from crepa_cli.cli.view import LogLevel, View, open_view, print_settings
+from crepa_cli.errors import RunError, UserError
 from crepa_cli.libraries import silence_libraries
 
 if TYPE_CHECKING:
     from crepa_cli.profile import Profile
+    from crepa_cli.runs.folder import RunFolder
 
 Flag = typer.Option
 Only = Literal["download", "cache"] | None
+
+
+class _Push(NamedTuple):
+    """The repository that the run is pushed to, and what takes the lines on it."""
+
+    name: str
+    private: bool
+    say: Callable[[str], None]
 
 
 def train(
@@ -40,6 +53,11 @@ def train(
     verify_cache: Annotated[
         bool, Flag("--verify-cache", help="Verify the whole cache before training, not each entry when it is read.")
     ] = False,
+    push_to_hub: Annotated[
+        str | None,
+        Flag("--push-to-hub", metavar="NAME", help="Push the run to this repository of the Hub at its end."),
+    ] = None,
+    private: Annotated[bool, Flag("--private", help="Make the repository of --push-to-hub private.")] = False,
     processes: Annotated[int, Flag(min=1, help="Processes to start on this machine, one for each GPU.")] = 1,
     sets: SetFlag = None,
 ) -> None:
@@ -53,6 +71,8 @@ def train(
         # Imports take several seconds, and a screen must not stay blank for so long.
         typer.echo("starting: loading PyTorch and diffusers")
     silence_libraries()
+    if private and push_to_hub is None:
+        raise UserError("--private is for the repository of --push-to-hub NAME, which is not given")
     named = output is not None
     if resume:
         run = RunFolder.to_resume(output)
@@ -70,20 +90,28 @@ def train(
     resolved = resolve(profile, flags, sets or [], demo=demo and not resume)
     # Python has no standard output if the caller closed it.
     console = Console(file=cast(TextIO, LastingOutput(sys.stdout))) if sys.stdout else Console()
+
+    def say(line: str) -> None:
+        if not quiet:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    pushes = _Push(push_to_hub, private, say) if push_to_hub and not (cache_only or download_only) else None
     if print_profile:
         print_settings(resolved, console)
     elif processes > 1 and not launched():
-        _check_launch(resolved.profile, processes, resume=resume, demo=demo)
+        _check_launch(resolved.profile, processes, pushes, resume=resume, demo=demo)
         raise typer.Exit(launch(processes))
     else:
-        if resume and not named and not quiet and os.environ.get("RANK", "0") == "0":
-            console.print(f"resuming {output}, the run in runs/ that was written to last", markup=False, soft_wrap=True)
+        if resume and not named and os.environ.get("RANK", "0") == "0":
+            say(f"resuming {output}, the run in runs/ that was written to last")
         view = open_view(resolved.profile, console, plain=plain, quiet=quiet, log_level=log_level)
         only: Only = "download" if download_only else "cache" if cache_only else None
-        raise typer.Exit(_train(resolved.profile, view, resume=resume, only=only, demo=demo, verify_cache=verify_cache))
+        raise typer.Exit(
+            _train(resolved.profile, view, pushes, resume=resume, only=only, demo=demo, verify_cache=verify_cache)
+        )
 
 
-def _check_launch(profile: Profile, processes: int, *, resume: bool, demo: bool) -> None:
+def _check_launch(profile: Profile, processes: int, pushes: _Push | None, *, resume: bool, demo: bool) -> None:
     """Validate once, before the processes start and each repeats the error."""
     from crepa_cli import api
     from crepa_cli.demo import write_demo
@@ -92,27 +120,64 @@ def _check_launch(profile: Profile, processes: int, *, resume: bool, demo: bool)
         write_demo(profile)
     api.check(profile, resume=resume)
     check_processes(processes)
+    if pushes:
+        _claim(profile, pushes, resume=resume)
 
 
-def _train(profile: Profile, view: View, *, resume: bool, only: Only, demo: bool, verify_cache: bool) -> int:
-    """Run the training and return the exit code."""
+def _claim(profile: Profile, pushes: _Push, *, resume: bool) -> str:
+    """The owner/name of the repository that the run can be pushed to, which is made if need be."""
+    from crepa_cli import api
+    from crepa_cli.hub.push import claim_repository
+    from crepa_cli.publish import identity
+    from crepa_cli.runs.folder import RunFolder
+
+    # A repository is not made for a run that will not start.
+    api.check(profile, resume=resume)
+    run = RunFolder.to_resume(profile.train.output) if resume else None
+    return claim_repository(pushes.name, identity(run), private=pushes.private)
+
+
+def _train(
+    profile: Profile,
+    view: View,
+    pushes: _Push | None,
+    *,
+    resume: bool,
+    only: Only,
+    demo: bool,
+    verify_cache: bool,
+) -> int:
+    """Run the training, push the run if that was asked for, and return the exit code."""
     from crepa_cli import api
     from crepa_cli.demo import write_demo
-    from crepa_cli.processes import start_processes
+    from crepa_cli.processes import from_main, start_processes
     from crepa_cli.signals import Stopped
 
     state = start_processes()
     if demo:
         with state.local_main_process_first():
             write_demo(profile)
+    if pushes:
+        pushes = pushes._replace(name=from_main(partial(_claim, profile, pushes, resume=resume)))
     try:
         with view as listeners:
             if only == "download":
                 api.download(profile, listeners=listeners)
-            elif only == "cache":
+                return 0
+            if only == "cache":
                 api.fill_cache(profile, verify_cache=verify_cache, listeners=listeners)
-            else:
-                api.train(profile, resume=resume, verify_cache=verify_cache, listeners=listeners)
+                return 0
+            run = api.train(profile, resume=resume, verify_cache=verify_cache, listeners=listeners)
     except Stopped as stop:
         return 128 + stop.number
+    if pushes and state.is_main_process:
+        _push(run, pushes)
     return 0
+
+
+def _push(run: RunFolder, pushes: _Push) -> None:
+    try:
+        push_run(run, pushes.name, private=pushes.private, say=pushes.say)
+    except UserError as error:
+        again = f"crepa push {run.path} {pushes.name}"
+        raise RunError(f"{run.path} was trained, but not pushed: {error}. To try again: {again}") from error

@@ -48,11 +48,7 @@ def _folders(runs: list[Path]) -> list[RunFolder]:
 
     if not runs and not list(RUNS.glob("*/profile.toml")):
         raise UserError("nothing to watch: there is no run in runs/; name its folder: crepa watch RUN")
-    folders = [RunFolder(run) for run in runs] or [RunFolder.to_resume(None)]
-    for folder in folders:
-        if not folder.profile.is_file():
-            raise UserError(f"{folder.path} holds no run: it has no {folder.profile.name}")
-    return folders
+    return [RunFolder.existing(run) for run in runs] or [RunFolder.to_resume(None)]
 
 
 class _Clock:

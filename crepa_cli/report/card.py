@@ -58,7 +58,7 @@ def _metadata(run: RunFolder, family: Family, profile: Profile, facts: Mapping[s
     is_lora = profile.adapter.kind == "lora"
     kinds = ["lora", "template:diffusion-lora"] if is_lora else ["full-fine-tune"]
     published = not Path(family.base.name).exists() and family.base.file is None
-    samples = zip(profile.validation.prompts, _last_samples(run), strict=False)
+    samples = zip(profile.validation.prompts, last_samples(run), strict=False)
     return ModelCardData(
         base_model=family.base.name if published else None,
         base_model_relation=("adapter" if is_lora else "finetune") if published else None,
@@ -77,14 +77,14 @@ def _hub_license(name: str | None) -> str | None:
     return name if name is None or name in HUB_LICENSES else "other"
 
 
-def _last_samples(run: RunFolder) -> list[Path]:
+def last_samples(run: RunFolder) -> list[Path]:
     """The videos of the last validation, by prompt, relative to the run's folder."""
     folders = sorted(path.parent for path in run.path.glob("samples/step-*/*.mp4"))
     return [path.relative_to(run.path) for path in sorted(folders[-1].glob("*.mp4"))] if folders else []
 
 
 def _samples(run: RunFolder, profile: Profile) -> str:
-    samples = list(zip(profile.validation.prompts, _last_samples(run), strict=False))
+    samples = list(zip(profile.validation.prompts, last_samples(run), strict=False))
     if not samples:
         return ""
     sheet = samples[0][1].parent / "sheet.png"

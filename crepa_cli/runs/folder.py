@@ -214,6 +214,18 @@ class RunFolder:
         return UserError(f"{self.path} already holds a run: add --resume to resume it, or choose another --output")
 
     @classmethod
+    def existing(cls, path: Path) -> RunFolder:
+        """The run in a folder.
+
+        Raises:
+            UserError: if there is none.
+        """
+        run = cls(path)
+        if not run.profile.is_file():
+            raise UserError(f"{path} holds no run: it has no {run.profile.name}")
+        return run
+
+    @classmethod
     def to_resume(cls, output: str | None) -> RunFolder:
         """The run in `output`, or the one in `runs/` that was written to last.
 
