@@ -128,7 +128,7 @@ MISTAKES = {
     "other run": (other_run, "dance", "/me/dance holds something else"),
     "nobody's": (None, "other/dance", "your token may not write to other/dance: make one with write access"),
     "read only": (read_only, "me/dance", "your token may not write to me/dance"),
-    "no name": (None, "my dance", "'my dance' cannot be the name of a repository: name or owner/name"),
+    "no name": (None, "my dance", "'my dance' is no name of a repository: use name or owner/name"),
     "no weights": (no_weights, "dance", "has no weights to push: they are written after the last step"),
 }
 

@@ -45,8 +45,8 @@ def claim_repository(name: str, identity: Identity, *, private: bool) -> str:
     """
     if get_token() is None:
         raise UserError(
-            f"the Hub takes {name} from nobody who is not logged in: make a token with write access on "
-            f"{constants.ENDPOINT}/settings/tokens, then run: hf auth login"
+            f"pushing to {name} needs a login: make a token with write access on {constants.ENDPOINT}/settings/tokens, "
+            "then run: hf auth login"
         )
     api, repository = HfApi(), name
     try:
@@ -61,7 +61,7 @@ def claim_repository(name: str, identity: Identity, *, private: bool) -> str:
         api.auth_check(repository, write=True)
     except HFValidationError as error:
         raise UserError(
-            f"{name!r} cannot be the name of a repository: name or owner/name, of letters, digits and . _ - within"
+            f"{name!r} is no name of a repository: use name or owner/name, with letters, digits and . _ - inside"
         ) from error
     except Exception as error:  # the errors of the HTTP library share no base class with the Hub's
         raise _refusal(error, repository) from error
