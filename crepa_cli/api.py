@@ -347,13 +347,19 @@ def _build_trainer(
         experts,
         Batches(clips, family, profile, accelerator, experts.aligns),
         Checkpointer(run, profile.checkpoints.keep, accelerator),
-        Validator(profile, family, prompts, prepared.form, run, accelerator),
+        Validator(profile, family, prompts, prepared.form, run, accelerator, _reference(profile, prepared.clips)),
         accelerator,
         OnlineTeacher(family, crepa, accelerator.device) if online else None,
         SkippedSteps(profile.train.max_skipped_steps, skipped),
         progress.get("step", 0),
         HeldOutLoss(held_out, family, profile, accelerator, progress.get("held_out")) if measures else None,
     )
+
+
+def _reference(profile: Profile, clips: Sequence[PreparedClip]) -> PreparedClip:
+    """The clip that contact sheets show: a video if there is one, with the caption of a prompt if there is one."""
+    prompts = profile.validation.prompts
+    return min(clips, key=lambda clip: (clip.info.image, clip.clip.caption not in prompts))
 
 
 def _with_output(profile: Profile, output: Path | str | None) -> Profile:

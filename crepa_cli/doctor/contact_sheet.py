@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from crepa_cli.data.scan import PreparedClip, clip_name, clip_pixels
-from crepa_cli.data.sheet import COLUMNS, LARGEST, frame_row, write_sheet
+from crepa_cli.data.sheet import COLUMNS, LARGEST, LINE_HEIGHT, frame_row, write_line, write_sheet
 from crepa_cli.data.sources import source_folder
 from crepa_cli.data.stages import each
 from crepa_cli.doctor.findings import Plan
@@ -20,8 +20,7 @@ from crepa_cli.events import Event, drained
 from crepa_cli.profile import DataSettings
 
 MOST = 200
-LETTERS, LINES, LINE_HEIGHT = 50, 5, 14
-FONT_SIZE = 11
+LETTERS, LINES = 50, 5
 
 
 def add_contact_sheet(
@@ -53,9 +52,9 @@ def tile(clip: PreparedClip) -> Image.Image:
     drawn = Image.new("RGB", (LARGEST[0], LARGEST[1] + LINES * LINE_HEIGHT))
     drawn.paste(picture, ((LARGEST[0] - picture.width) // 2, LARGEST[1] - picture.height))
     lines = [clip_name(clip), *textwrap.wrap(clip.clip.caption, LETTERS, max_lines=LINES - 1, placeholder=" ...")]
-    draw, font = ImageDraw.Draw(drawn), ImageFont.load_default(FONT_SIZE)
     for number, line in enumerate(lines):
-        draw.text((2, LARGEST[1] + number * LINE_HEIGHT), line, "white" if number else "yellow", font)
+        place = 0, LARGEST[1] + number * LINE_HEIGHT
+        write_line(drawn, place, line, LARGEST[0], "white" if number else "yellow")
     return drawn
 
 

@@ -11,8 +11,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from crepa_cli.data.scan import ClipForm
-from crepa_cli.data.sheet import frame_row, write_sheet
+from crepa_cli.data.scan import ClipForm, PreparedClip
 from crepa_cli.data.video import write_video
 from crepa_cli.events import ValidationSampled
 from crepa_cli.heap import release_memory
@@ -24,6 +23,7 @@ from crepa_cli.runs.folder import RunFolder
 from crepa_cli.runs.prompts import Prompts
 from crepa_cli.training.experts import Experts
 from crepa_cli.training.sampling import VideoSampler, sampling
+from crepa_cli.training.sheets import SampleSheets
 
 
 class Validator:
@@ -36,6 +36,7 @@ class Validator:
         form: size, length and frame rate of the clips; `validation.frames` may replace the length.
         run: the run's folder.
         accelerator: device and processes.
+        reference: a clip that is trained on, to show beside the videos.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Validator:
         form: ClipForm,
         run: RunFolder,
         accelerator: Accelerator,
+        reference: PreparedClip | None = None,
     ) -> None:
         self.images = profile.validation.images
         self.seed = profile.train.seed
@@ -53,6 +55,7 @@ class Validator:
         self.run = run
         self.accelerator = accelerator
         self.sampler = VideoSampler(profile, family, form, accelerator.device)
+        self.sheets = SampleSheets(run, profile.validation.prompts, form.fps, reference)
 
     def sample(self, experts: Experts, step: int, should_stop: Callable[[], bool]) -> ValidationSampled:
         """Sample and measure the videos after `step` steps, with a sheet of their frames beside them.
@@ -77,7 +80,7 @@ class Validator:
             folder.mkdir(parents=True, exist_ok=True)
             for index, path in paths.items():
                 write_video(path, frames[index], self.sampler.form.fps)
-            write_sheet(self.run.sheet(step), [frame_row(frames[index]) for index in paths])
+            self.sheets.write(step, frames)
             if len(frames) == len(self.prompts.validation):
                 measures = mean_measures(frames.values())
         return ValidationSampled(step, tuple(paths.values()), measures)
