@@ -184,6 +184,25 @@ def test_any_window_is_filled_and_not_left(case: str, width: int, height: int) -
         assert len(lines) == height
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_the_panel_of_events_has_no_empty_lines(case: str) -> None:
+    for width in range(40, 200, 37):
+        for height in range(24, 70, 9):
+            lines = screen_of(case, width, height).splitlines()
+            start = next(row for row, line in enumerate(lines) if line.startswith("╭─ events"))
+            assert all(line.strip("│ ") for line in lines[start:])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_color_vanishes_on_a_dark_or_a_light_background(case: str) -> None:
+    """The color of the text, or one of the six that every scheme tells from its background."""
+    console = Console(file=io.StringIO(), width=120, height=40, color_system="truecolor", force_terminal=True)
+    with console.capture() as capture:
+        console.print(recorded(case), end="")
+    codes = set(";".join(re.findall(r"\x1b\[([\d;]*)m", capture.get())).split(";"))
+    assert codes <= {"0", "1", "2", "31", "32", "33", "34", "35", "36"}
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "cp437"])
 @pytest.mark.parametrize("case", ["preparation", "cut_off"])
 def test_a_screen_has_only_characters_of_its_encoding(case: str, encoding: str) -> None:
@@ -201,6 +220,16 @@ def test_every_number_on_a_screen_is_one_of_the_wide_screen(width: int) -> None:
         return set(re.findall(r"[\d.,]*\d", " ".join(heads)))
 
     assert numbers(width, 24) - numbers(400, 60) == set()
+
+
+def test_the_last_view_has_no_gap_below_it(capsys: pytest.CaptureFixture[str]) -> None:
+    dashboard = dashboard_of("warmup", Console(width=100, height=60))
+    dashboard(TrainingEnded(38, None))
+    dashboard.__exit__(None, None, None)
+    lines = capsys.readouterr().out.splitlines()
+    end = next(row for row, line in enumerate(lines) if line.startswith("Lowest"))
+    assert lines[0].startswith("╭─ training")
+    assert lines[end - 1].startswith("╰─")
 
 
 def test_the_end_leaves_a_summary(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from rich import progress as bars
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.layout import Layout
 from rich.live import Live
 from rich.panel import Panel
@@ -78,7 +78,8 @@ class Dashboard:
         self.strips = Strips()
         self.progress = bars.Progress(
             bars.TextColumn("{task.description:<10}"),
-            bars.BarColumn(bar_width=None),
+            # Its own colors do not follow the terminal's scheme.
+            bars.BarColumn(bar_width=None, style="dim", complete_style="green", finished_style="green"),
             bars.TextColumn("{task.fields[amount]}"),
             bars.TextColumn("ETA"),
             bars.TimeRemainingColumn(),
@@ -136,7 +137,9 @@ class Dashboard:
         # The stream may have fewer characters than the console, which knows only of Unicode or not.
         view = View(signs_for(console.encoding))
         if self.state.started is not None:
-            yield self._training(self.state.started, view, console, width, height)
+            # A layout inside of other output would take the height of the window.
+            layout = self._training(self.state.started, view, console, width, height)
+            yield from console.render(layout, options.update_height(height))
             return
         rest = height
         if self.stages:
@@ -145,7 +148,7 @@ class Dashboard:
             yield Panel(Group(self.progress, work), title=title, title_align="left", border_style="dim")
             rest -= len(self.stages) + 1 + BORDER
         if self.state.messages and rest > BORDER:
-            yield self._messages(console, width, rest)
+            yield titled("events", message_lines(self.state.messages, console, width - MARGIN, rest - BORDER))
 
     def _item(self) -> str:
         """The current item of the preparation, and the time since it began."""
@@ -167,9 +170,10 @@ class Dashboard:
         ]
         below = held_out_lines(state, inner)
         free = height - len(progress) - BORDER
-        messages = min(MESSAGES + extra // 4, max(1, free - 4 * BORDER)) + BORDER
-        losses = max(BORDER + 1, (free - messages) // 2)
-        charts = max(BORDER + 1, free - messages - losses)
+        messages = message_lines(state.messages, console, inner, min(MESSAGES + extra // 4, max(1, free - 4 * BORDER)))
+        free -= len(messages) + BORDER
+        losses = max(BORDER + 1, free // 2)
+        charts = max(BORDER + 1, free - losses)
         lines = losses_lines(runs, view, inner, losses - BORDER - len(below))
         coefficient = coefficient_lines(runs, view, console, left - MARGIN, charts - BORDER)
         similarity = similarity_lines(runs, view, width - left - MARGIN, charts - BORDER)
@@ -185,7 +189,7 @@ class Dashboard:
             Layout(titled(fitting(width - TITLE_MARGIN, LOSSES, "losses"), [*lines, *below]), size=losses),
             row,
             *strips,
-            Layout(self._messages(console, width, messages)),
+            Layout(titled("events", messages)),
         )
         return layout
 
@@ -197,10 +201,6 @@ class Dashboard:
         room = STRIPS + (extra - STRIPS) // 2
         panel = self.strips.panel(self.state.opened.output, self.state.sampled, width, room)
         return [] if panel is None else [Layout(panel, size=panel.height)]
-
-    def _messages(self, console: Console, width: int, height: int) -> RenderableType:
-        lines = message_lines(list(self.state.messages), console, width - MARGIN, height - BORDER)
-        return titled("events", lines, height)
 
     def _advance(self, event: Progress) -> None:
         if event.stage not in self.stages:

@@ -5,7 +5,7 @@ Of several runs, the first one has the figures, and each has curves in a color o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Reversible, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -53,10 +53,10 @@ class View:
         return Line([(share, value) for share, value in points if 0 <= share <= 1], style, dashed)
 
 
-def titled(title: str, lines: Sequence[Text], height: int | None = None) -> Panel:
+def titled(title: str, lines: Sequence[Text]) -> Panel:
     """A panel of lines without wrapping."""
     text = Text("\n", no_wrap=True, overflow="crop", end="").join(lines)
-    return Panel(text, title=Text(title), title_align="left", border_style="dim", height=height)
+    return Panel(text, title=Text(title), title_align="left", border_style="dim")
 
 
 def style_of(index: int) -> str:
@@ -257,7 +257,7 @@ def _threshold(state: RunState) -> float | None:
     return None if state.schedule is None else state.schedule.similarity_threshold
 
 
-def message_lines(messages: Sequence[str], console: Console, width: int, height: int) -> list[Text]:
+def message_lines(messages: Reversible[str], console: Console, width: int, height: int) -> list[Text]:
     """The newest messages that fit, newest last; long ones take several lines."""
     lines: list[Text] = []
     for message in reversed(messages):

@@ -61,7 +61,7 @@ class Strips:
             width: of the panel.
             height: the most lines of the panel; `Panel.height` says how many it takes.
         """
-        shown = [*sampled[:1], *sampled[1:][-1:]]
+        shown = [sampled[0], sampled[-1]] if len(sampled) > 1 else list(sampled)
         if shown != self.shown:
             self.shown, self.drawn = shown, None
             self.strips = [strip for event in shown if (strip := read_strip(event)) is not None]
