@@ -1,4 +1,4 @@
-"""The README's code works as described."""
+"""The training loop in the documentation works as described."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from crepa_cli.alignment import Crepa, TokenGrid
 
 NETWORK = 'snapshot_download("facebook/dinov2-base")'
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[1] / "docs/own-loop.md").read_text(encoding="utf-8")
 
 
 def test_the_training_loop_of_fifteen_lines_aligns_a_block() -> None:
-    (code,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "Crepa(" in block]
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if "Crepa(" in block]
     assert len([line for line in code.splitlines() if line.strip()]) <= 16
     torch.manual_seed(0)
     frames, rows, columns, hidden_size, feature_size = 3, 4, 6, 16, 12
@@ -45,17 +45,17 @@ def test_the_training_loop_of_fifteen_lines_aligns_a_block() -> None:
         "similarities": similarities,
     }
     watched = code.rstrip() + "\n    similarities.append(alignment.similarity.item())\n"
-    exec(compile(watched, "README.md", "exec"), names)
+    exec(compile(watched, "own-loop.md", "exec"), names)
     assert similarities[-1] - similarities[0] > 0.2
 
 
-def test_the_features_of_the_readme_have_the_shape_that_its_training_loop_takes(tiny_dinov2: Path) -> None:
+def test_the_features_have_the_shape_that_the_training_loop_takes(tiny_dinov2: Path) -> None:
     """A tiny encoder on the CPU stands in for the published one."""
-    (code,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if NETWORK in block]
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if NETWORK in block]
     code = code.replace(NETWORK, repr(str(tiny_dinov2))).replace('"cuda"', '"cpu"')
     video = torch.randint(0, 256, (9, 3, 28, 42), dtype=torch.uint8)
     names: dict[str, Any] = {"video": video, "frames": 3, "batch": {}}
-    exec(compile(code, "README.md", "exec"), names)
+    exec(compile(code, "own-loop.md", "exec"), names)
     features = names["batch"]["features"]
     hidden = torch.randn(1, 3, 24, 16)
     grids = TokenGrid(3, 4, 6), TokenGrid(3, 37, 37)
