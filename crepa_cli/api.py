@@ -16,7 +16,6 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin
 
@@ -52,6 +51,7 @@ from crepa_cli.report.loading import loading_lines
 from crepa_cli.report.metrics import MetricsFile
 from crepa_cli.report.plot import CurvesFile
 from crepa_cli.report.trackers import Trackers
+from crepa_cli.requests import Requests
 from crepa_cli.runs.capabilities import (
     attention_mistakes,
     compile_mistakes,
@@ -73,12 +73,12 @@ from crepa_cli.training.checkpointer import Checkpointer
 from crepa_cli.training.checkpoints import checkpoint_to_resume, read_progress
 from crepa_cli.training.experts import build_experts
 from crepa_cli.training.held_out import HeldOutLoss
-from crepa_cli.training.peak import device_memory
+from crepa_cli.training.peak import device_memory, device_name
 from crepa_cli.training.skipped import RUN, SkippedSteps
 from crepa_cli.training.trainer import Trainer
 from crepa_cli.training.validator import Validator
 
-__all__ = ["check", "download", "fill_cache", "push", "resolve", "train"]
+__all__ = ["Requests", "check", "download", "fill_cache", "push", "resolve", "train"]
 
 Events = Generator[Event, None, None]
 
@@ -120,6 +120,7 @@ def train(
     verify_cache: bool = False,
     listeners: Sequence[Listener] = (),
     should_stop: StopRequest = lambda: False,
+    requests: Requests | None = None,
 ) -> RunFolder:
     """Prepare the clips, train, and write weights and model card.
 
@@ -133,6 +134,7 @@ def train(
         listeners: called with every event, in order.
         should_stop: asked between micro-batches, between steps of a sampler, and between items of the preparation;
             once it is true, a checkpoint is saved and the run ends early.
+        requests: asks for a checkpoint or a validation between two steps.
 
     Returns:
         The run's folder. A run that was stopped has no weights yet.
@@ -170,7 +172,7 @@ def train(
             listeners = [MetricsFile(run.metrics), curves, EventsFile(run.events), trackers, *listeners]
         last = follow(
             lambda should_stop: _run(
-                profile, family, run, accelerator, resume=resume, verify_cache=verify_cache, should_stop=should_stop
+                *(profile, family, run, accelerator, should_stop, requests), resume=resume, verify_cache=verify_cache
             ),
             listeners,
             should_stop,
@@ -241,10 +243,11 @@ def _run(
     family: Family,
     run: RunFolder,
     accelerator: Accelerator,
+    should_stop: StopRequest,
+    requests: Requests | None,
     *,
     resume: bool,
     verify_cache: bool,
-    should_stop: StopRequest,
 ) -> Events:
     """Prepare, build the trainer, train."""
     yield RunOpened(
@@ -252,7 +255,7 @@ def _run(
         device_memory(accelerator.device),
         loading_lines(run, family, profile),
         f"{family.base.shown_name}, {family.task}",
-        _device_name(accelerator),
+        device_name(accelerator),
     )
     for warning in setting_warnings(profile):
         yield Notice(warning)
@@ -272,8 +275,8 @@ def _run(
     yield Progress("loading", 0, 1, "the transformer")
     trainer = _build_trainer(profile, family, run, accelerator, prepared, prompts, checkpoint)
     if accelerator.is_main_process:
-        write_facts(run, family, [clip.clip.captions for clip in prepared.clips], _device_name(accelerator))
-    yield from trainer.train(should_stop)
+        write_facts(run, family, [clip.clip.captions for clip in prepared.clips], device_name(accelerator))
+    yield from trainer.train(should_stop, requests or Requests())
 
 
 def _downloaded(profile: Profile, family: Family) -> Events:
@@ -375,13 +378,6 @@ def _accelerator(profile: Profile) -> Accelerator:
         # The trainer accumulates by itself; without the plugin an environment variable would divide the gradients.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )
-
-
-def _device_name(accelerator: Accelerator) -> str:
-    """The device and how many take part."""
-    device = accelerator.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
-    return f"{accelerator.num_processes} x {name}"
 
 
 @contextmanager

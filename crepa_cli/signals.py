@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import os
 import signal
 import sys
 import threading
@@ -109,6 +110,14 @@ def ctrl_c_ignored() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def press_ctrl_c() -> None:
+    """Do what Ctrl-C does in a terminal: interrupt every process of this one's group; on Windows this one alone."""
+    if sys.platform == "win32":
+        _thread.interrupt_main()
+    else:
+        os.killpg(os.getpgrp(), signal.SIGINT)
 
 
 def begin_worker() -> None:

@@ -30,7 +30,7 @@ FLOORS: list[set[str]] = [
     {"data"},
     {"teachers", "models"},
     {"hub", "profile", "alignment", "measures"},
-    {"events", "errors", "files", "follow", "heap", "kept", "libraries", "processes", "signals", PACKAGE},
+    {"events", "errors", "files", "follow", "heap", "kept", "libraries", "processes", "requests", "signals", PACKAGE},
 ]
 """The rooms from the top down: a package, or a module that belongs to none. The package itself holds the version.
 

@@ -30,6 +30,7 @@ from crepa_cli.events import (
 )
 from crepa_cli.report.dashboard import Dashboard
 from crepa_cli.report.plain import PlainLines, describe
+from crepa_cli.requests import Requests
 
 RUN = Path("runs/wan-t2v-1")
 
@@ -158,7 +159,7 @@ def test_quiet_prints_problems_on_standard_error(
 ) -> None:
     monkeypatch.chdir(demo)
     profile = api.resolve("t2v", {"model.family": "wan"}, demo=True).profile
-    with open_view(profile, Console(), plain=False, quiet=True, log_level="warning") as (listener,):
+    with open_view(profile, Console(), Requests(), plain=False, quiet=True, log_level="warning") as (listener,):
         for one in (RunOpened(RUN, 0, ""), Progress("scanning", 1, 1), event, step_done(0), TrainingEnded(1, RUN)):
             listener(one)
     printed = capsys.readouterr()

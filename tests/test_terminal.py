@@ -24,6 +24,11 @@ TRAIN = [sys.executable, "-m", "crepa_cli", "train", "--profile", "t2v", "--mode
 SHORT = ["--set", "validation.every=0", "--set", "checkpoints.every=0", "--set", "train.batch_size=1"]
 HOME, SHOW_CURSOR, HIDE_CURSOR = "\x1b[H", "\x1b[?25h", "\x1b[?25l"
 ENTER, LEAVE = "\x1b[?1049h", "\x1b[?1049l"
+OWN_TERMINAL = [
+    *(sys.executable, "-c"),
+    "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execvp(sys.argv[1], sys.argv[1:])",
+]
+"""Runs a command in the foreground of its standard input, as a shell does."""
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
@@ -35,7 +40,7 @@ class Terminal:
         self.resize(80, 24)
         environment = {name: value for name, value in os.environ.items() if name not in {"CI", "COLUMNS", "LINES"}}
         self.process = subprocess.Popen(
-            command,
+            [*OWN_TERMINAL, *command],
             cwd=folder,
             env=environment | {"TERM": "xterm-256color"},
             stdin=slave,

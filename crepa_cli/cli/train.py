@@ -17,6 +17,7 @@ from crepa_cli.cli.terminal import LastingOutput
 from crepa_cli.cli.view import LogLevel, View, open_view, print_settings
 from crepa_cli.errors import RunError, UserError
 from crepa_cli.libraries import silence_libraries
+from crepa_cli.requests import Requests
 
 if TYPE_CHECKING:
     from crepa_cli.profile import Profile
@@ -104,11 +105,11 @@ def train(
     else:
         if resume and not named and os.environ.get("RANK", "0") == "0":
             say(f"resuming {output}, the run in runs/ that was written to last")
-        view = open_view(resolved.profile, console, plain=plain, quiet=quiet, log_level=log_level)
+        requests = Requests()
+        view = open_view(resolved.profile, console, requests, plain=plain, quiet=quiet, log_level=log_level)
         only: Only = "download" if download_only else "cache" if cache_only else None
-        raise typer.Exit(
-            _train(resolved.profile, view, pushes, resume=resume, only=only, demo=demo, verify_cache=verify_cache)
-        )
+        options = {"resume": resume, "demo": demo, "verify_cache": verify_cache}
+        raise typer.Exit(_train(resolved.profile, view, requests, pushes, only, **options))
 
 
 def _check_launch(profile: Profile, processes: int, pushes: _Push | None, *, resume: bool, demo: bool) -> None:
@@ -140,10 +141,11 @@ def _claim(profile: Profile, pushes: _Push, *, resume: bool) -> str:
 def _train(
     profile: Profile,
     view: View,
+    requests: Requests,
     pushes: _Push | None,
+    only: Only,
     *,
     resume: bool,
-    only: Only,
     demo: bool,
     verify_cache: bool,
 ) -> int:
@@ -167,7 +169,7 @@ def _train(
             if only == "cache":
                 api.fill_cache(profile, verify_cache=verify_cache, listeners=listeners)
                 return 0
-            run = api.train(profile, resume=resume, verify_cache=verify_cache, listeners=listeners)
+            run = api.train(profile, resume=resume, verify_cache=verify_cache, listeners=listeners, requests=requests)
     except Stopped as stop:
         return 128 + stop.number
     if pushes and state.is_main_process:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from crepa_cli.events import Event
     from crepa_cli.profile import Profile, ResolvedProfile
+    from crepa_cli.requests import Requests
 
 Listener = Callable[["Event"], None]
 View = AbstractContextManager[list[Listener]]
@@ -25,20 +26,21 @@ VALUE_WIDTH = 24
 
 @contextmanager
 def open_view(
-    profile: Profile, console: Console, *, plain: bool, quiet: bool, log_level: LogLevel
+    profile: Profile, console: Console, requests: Requests, *, plain: bool, quiet: bool, log_level: LogLevel
 ) -> Iterator[list[Listener]]:
     """Open the dashboard in a terminal, plain lines elsewhere, and only problems if `quiet`; yields the listeners.
 
-    With several processes, only the first one has a display. Log messages of libraries at `log_level` or above are
-    shown in the same place.
+    Keys of the dashboard make `requests`. With several processes, only the first one has a display. Log messages of
+    libraries at `log_level` or above are shown in the same place.
     """
     from rich.console import Console
 
     from crepa_cli.report.dashboard import Dashboard
+    from crepa_cli.report.keys import Action
     from crepa_cli.report.plain import PlainLines
     from crepa_cli.report.records import prints_as_notices, records_as_notices
     from crepa_cli.report.summary import Summary
-    from crepa_cli.signals import acknowledged
+    from crepa_cli.signals import acknowledged, press_ctrl_c
     from crepa_cli.training.build import coefficient_schedule
 
     level = logging.getLevelNamesMapping()[log_level.upper()]
@@ -57,7 +59,12 @@ def open_view(
             yield [lines, summary]
         else:
             schedule = coefficient_schedule(profile) if profile.crepa.enabled else None
-            dashboard = stack.enter_context(Dashboard(console, schedule))
+            actions = {
+                "q": Action("save a checkpoint and stop, as Ctrl-C does", press_ctrl_c),
+                "c": Action("save a checkpoint after this step", requests.checkpoint),
+                "v": Action("validate after this step", requests.validation),
+            }
+            dashboard = stack.enter_context(Dashboard(console, schedule, actions=actions, requests=requests))
             stack.enter_context(acknowledged(dashboard.stop))
             stack.enter_context(prints_as_notices(dashboard))
             stack.enter_context(records_as_notices(dashboard, level))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -64,20 +65,24 @@ class _Clock:
 def _show(watched: list[WatchedRun], console: Console) -> None:
     """Show the runs until all of them have ended, or Ctrl-C; elsewhere than in a terminal, as they are now."""
     from crepa_cli.report.dashboard import Dashboard
+    from crepa_cli.report.keys import Action
     from crepa_cli.report.state import RunState
     from crepa_cli.training.build import coefficient_schedule
 
     clock = _Clock()
     plans = [coefficient_schedule(one.profile) if one.profile.crepa.enabled else None for one in watched]
     others = [RunState(plan, clock) for plan in plans[1:]]
-    live = interactive(console)
-    with suppress(KeyboardInterrupt), Dashboard(console, plans[0], clock=clock, others=others) as dashboard:
+    live, left = interactive(console), threading.Event()
+    actions = {"q": Action("leave; the run goes on", left.set, asks=False)} if live else None
+    dashboard = Dashboard(console, plans[0], clock=clock, others=others, actions=actions)
+    with suppress(KeyboardInterrupt), dashboard:
         while True:
             _update(watched, dashboard, clock)
             if not live or all(one.ended for one in watched):
                 break
             clock.moment = None
-            time.sleep(POLL_SECONDS)
+            if left.wait(POLL_SECONDS):
+                break
 
 
 def _update(watched: list[WatchedRun], dashboard: Dashboard, clock: _Clock) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 
 from rich import progress as bars
@@ -16,6 +17,8 @@ from rich.text import Text
 from crepa_cli.alignment import CoefficientSchedule
 from crepa_cli.events import Event, Progress, RunOpened, TrainingStarted
 from crepa_cli.report.chart import fitting, signs_for
+from crepa_cli.report.keyboard import Keyboard
+from crepa_cli.report.keys import Action, Keys
 from crepa_cli.report.panels import (
     BORDER,
     MARGIN,
@@ -27,6 +30,7 @@ from crepa_cli.report.panels import (
     legend_lines,
     losses_lines,
     message_lines,
+    now_lines,
     progress_lines,
     sampled_lines,
     similarity_lines,
@@ -37,6 +41,7 @@ from crepa_cli.report.plain import StageClock, amount, duration, item_text
 from crepa_cli.report.state import RunState
 from crepa_cli.report.strip import LEAST_LINES, Strips, shows_pixels
 from crepa_cli.report.summary import Summary, held_out_before, steps_before, validations_before
+from crepa_cli.requests import Requests
 from crepa_cli.signals import Stopped
 
 STOPPED_EARLY = "Stopped in the preparation: what it made is kept, and the next start goes on from there"
@@ -48,6 +53,20 @@ MESSAGES = 2
 """Lines of messages in a window of 24 lines."""
 STRIPS = 2 * LEAST_LINES + BORDER
 """The fewest lines of the panel with frames of videos, for which a window needs so many lines beyond 24."""
+HINT = "? keys"
+ENTER, LEAVE = b"\x1b[?1049h\x1b[?25l", b"\x1b[?25h\x1b[?1049l"
+"""What Rich writes to open and to close the view."""
+
+
+class Screen(Live):
+    """A view that fills the window, and is not drawn while it is `hidden`."""
+
+    hidden = False
+
+    def refresh(self) -> None:
+        """Draw the view."""
+        if not self.hidden:
+            super().refresh()
 
 
 class Dashboard:
@@ -61,6 +80,8 @@ class Dashboard:
         schedule: the planned coefficient (lambda); None for a run without alignment.
         clock: returns the time in seconds.
         others: states of further runs, whose curves are drawn beside those of this one.
+        actions: what keys of the terminal do beside changing the view; None if no keys are read.
+        requests: shown until they are served.
     """
 
     def __init__(
@@ -70,9 +91,14 @@ class Dashboard:
         *,
         clock: Callable[[], float] = time.monotonic,
         others: Sequence[RunState] = (),
+        actions: Mapping[str, Action] | None = None,
+        requests: Requests | None = None,
     ) -> None:
         self.others = list(others)
         self.entered = self.opened = False
+        self.keys = Keys(actions or {}, clock)
+        self.keyboard = None if actions is None else Keyboard(self.press, self.show)
+        self.requests = requests or Requests()
         self.state = RunState(schedule, clock)
         self.summary = Summary()
         self.strips = Strips()
@@ -89,7 +115,7 @@ class Dashboard:
         )
         self.stages: dict[str, bars.TaskID] = {}
         self.stage = StageClock(clock)
-        self.live = Live(
+        self.live = Screen(
             self, console=console, screen=True, refresh_per_second=1, redirect_stdout=False, redirect_stderr=False
         )
 
@@ -104,8 +130,13 @@ class Dashboard:
         """Leave the last view and the summary on the screen."""
         if not self.opened:
             return
-        self.live.stop()
+        try:
+            if self.keyboard is not None:
+                self.keyboard.__exit__(kind, error, trace)
+        finally:
+            self.live.stop()
         self.state.stopping = False
+        self.keys, self.requests = Keys({}, self.keys.clock), Requests()
         console = self.live.console
         console.print(self, height=HEIGHT)
         for line in self.summary.lines():
@@ -117,6 +148,18 @@ class Dashboard:
         """Show from the next drawing on that a signal has asked for a stop; it may be called from a signal handler."""
         self.state.stopping = True
 
+    def press(self, key: str) -> None:
+        """Do what a key stands for, and show it at once."""
+        self.keys(key)
+        self.live.refresh()
+
+    def show(self, visible: bool) -> None:
+        """Give the screen to a shell, or take it back; it may be called from a signal handler."""
+        if visible == self.live.hidden:
+            self.live.hidden = not visible
+            # Rich would wait for a lock.
+            os.write(self.live.console.file.fileno(), ENTER if visible else LEAVE)
+
     def __call__(self, event: Event) -> None:
         """Update the view with an event."""
         if isinstance(event, RunOpened):
@@ -125,6 +168,8 @@ class Dashboard:
                 self.summary = Summary()
             elif self.entered:
                 self.live.start()
+                if self.keyboard is not None:
+                    self.keyboard.__enter__()
             self.opened = True
         if isinstance(event, Progress):
             self._advance(event)
@@ -135,7 +180,7 @@ class Dashboard:
         """Draw the current view."""
         width, height = options.max_width, options.height or options.size.height
         # The stream may have fewer characters than the console, which knows only of Unicode or not.
-        view = View(signs_for(console.encoding))
+        view = View(signs_for(console.encoding), self.keys.zoom)
         if self.state.started is not None:
             # A layout inside of other output would take the height of the window.
             layout = self._training(self.state.started, view, console, width, height)
@@ -143,12 +188,14 @@ class Dashboard:
             return
         rest = height
         if self.stages:
-            work = Text(self._item(), no_wrap=True, overflow="crop")
+            work = [Text(self._item(), no_wrap=True, overflow="crop"), *self._now(width - MARGIN)]
             title = Text(header([self.state], "preparation", width - TITLE_MARGIN))
-            yield Panel(Group(self.progress, work), title=title, title_align="left", border_style="dim")
-            rest -= len(self.stages) + 1 + BORDER
-        if self.state.messages and rest > BORDER:
-            yield titled("events", message_lines(self.state.messages, console, width - MARGIN, rest - BORDER))
+            yield Panel(Group(self.progress, *work), title=title, title_align="left", border_style="dim")
+            rest -= len(self.stages) + len(work) + BORDER
+        if rest > BORDER and self.keys.help:
+            yield self._help()
+        elif rest > BORDER and self.state.messages:
+            yield self._events(message_lines(self.state.messages, console, width - MARGIN, rest - BORDER))
 
     def _item(self) -> str:
         """The current item of the preparation, and the time since it began."""
@@ -157,6 +204,9 @@ class Dashboard:
             return ""
         return f"{item_text(latest.item)}, {self.stage.speed or f'{duration(self.stage.item_seconds)} so far'}"
 
+    def _now(self, width: int) -> list[Text]:
+        return now_lines(self.state, self.keys.question, self.requests.waiting, width)
+
     def _training(self, started: TrainingStarted, view: View, console: Console, width: int, height: int) -> Layout:
         """The panels during training; of a window's lines beyond 24, messages take a quarter and charts the rest."""
         state, runs = self.state, [self.state, *self.others]
@@ -164,7 +214,7 @@ class Dashboard:
         height -= strips[0].size or 0 if strips else 0
         inner, left, extra = width - MARGIN, width // 2, max(0, height - HEIGHT)
         progress = [
-            *progress_lines(state, started, view, inner, FACTS),
+            *progress_lines(state, started, view, self._now(inner), inner, FACTS),
             *sampled_lines(state, inner),
             *legend_lines(runs),
         ]
@@ -177,19 +227,23 @@ class Dashboard:
         lines = losses_lines(runs, view, inner, losses - BORDER - len(below))
         coefficient = coefficient_lines(runs, view, console, left - MARGIN, charts - BORDER)
         similarity = similarity_lines(runs, view, width - left - MARGIN, charts - BORDER)
+        title = header(runs, "training", width - TITLE_MARGIN)
+        top = Layout(titled(title, progress), size=len(progress) + BORDER)
+        layout = Layout()
+        if self.keys.help:
+            layout.split_column(top, Layout(self._help()))
+            return layout
         row = Layout(size=charts)
         row.split_row(
             Layout(titled("lambda (coefficient)", coefficient), size=left),
             Layout(titled(similarity_title(state, width - left - TITLE_MARGIN), similarity)),
         )
-        layout = Layout()
-        title = header(runs, "training", width - TITLE_MARGIN)
         layout.split_column(
-            Layout(titled(title, progress), size=len(progress) + BORDER),
+            top,
             Layout(titled(fitting(width - TITLE_MARGIN, LOSSES, "losses"), [*lines, *below]), size=losses),
             row,
             *strips,
-            Layout(titled("events", messages)),
+            Layout(self._events(messages)),
         )
         return layout
 
@@ -201,6 +255,13 @@ class Dashboard:
         room = STRIPS + (extra - STRIPS) // 2
         panel = self.strips.panel(self.state.opened.output, self.state.sampled, width, room)
         return [] if panel is None else [Layout(panel, size=panel.height)]
+
+    def _events(self, lines: Sequence[Text]) -> Panel:
+        reads = self.keyboard is not None and self.keyboard.reading
+        return titled("events", lines, hint=HINT if reads else "")
+
+    def _help(self) -> Panel:
+        return titled("keys", [Text(line) for line in self.keys.lines()])
 
     def _advance(self, event: Progress) -> None:
         if event.stage not in self.stages:

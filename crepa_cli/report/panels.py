@@ -53,10 +53,18 @@ class View:
         return Line([(share, value) for share, value in points if 0 <= share <= 1], style, dashed)
 
 
-def titled(title: str, lines: Sequence[Text]) -> Panel:
-    """A panel of lines without wrapping."""
+def titled(title: str, lines: Sequence[Text], *, hint: str = "") -> Panel:
+    """A panel of lines without wrapping, with a hint in its lower border."""
     text = Text("\n", no_wrap=True, overflow="crop", end="").join(lines)
-    return Panel(text, title=Text(title), title_align="left", border_style="dim")
+    below = Text(hint) if hint else None
+    return Panel(
+        text,
+        title=Text(title),
+        title_align="left",
+        subtitle=below,
+        subtitle_align="right",
+        border_style="dim",
+    )
 
 
 def style_of(index: int) -> str:
@@ -76,8 +84,23 @@ def header(runs: Sequence[RunState], work: str, width: int) -> str:
     return fitting(width, f"{name}: {opened.model}{place}", f"{name}: {model}{place}", f"{name}: {model}", name, work)
 
 
-def progress_lines(state: RunState, started: TrainingStarted, view: View, width: int, height: int) -> list[Text]:
-    """The bar of the run's steps, and its facts in `height` lines at most, the most important first."""
+def now_lines(state: RunState, question: str, requests: Sequence[str], width: int) -> list[Text]:
+    """One line, if the run is being stopped, a key asks a question, or requests wait for the end of the step."""
+    if state.stopping:
+        texts = [STOPPING, "stopping"]
+    elif question:
+        texts = [question, question.partition(" within")[0]]
+    elif requests:
+        texts = [f"{' and '.join(requests)} after this step", "after this step"]
+    else:
+        return []
+    return [Text(fitting(width, *texts), style="bold yellow")]
+
+
+def progress_lines(
+    state: RunState, started: TrainingStarted, view: View, now: Sequence[Text], width: int, height: int
+) -> list[Text]:
+    """The bar of the run's steps, and below it `now` and facts, the most important first, in `height` lines at most."""
     latest = state.latest
     done = started.step if latest is None else latest.step + 1
     left = "-" if state.seconds_left is None else str(timedelta(seconds=round(state.seconds_left)))
@@ -85,7 +108,6 @@ def progress_lines(state: RunState, started: TrainingStarted, view: View, width:
     before, after = f"step {done:,} of {started.steps:,} ", f" {share:4.0%}  ETA {left}"
     bar = draw_bar(share, max(0, width - len(before) - len(after)), view.signs)
     line = Text.assemble((before, "bold"), (bar, "green"), (after, "bold"))
-    now = [Text(fitting(width, STOPPING, "stopping"), style="bold yellow")] if state.stopping else []
     parts = packed(_facts(state, started, done), width, height - len(now))
     return [line, *now, *(Text(part) for part in parts)]
 

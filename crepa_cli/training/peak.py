@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from accelerate import Accelerator
 
 RESET_PEAK = Path("/proc/self/clear_refs")
 """Linux resets the peak of resident memory when 5 is written here."""
@@ -62,3 +63,10 @@ def device_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return int(psutil.virtual_memory().total)
+
+
+def device_name(accelerator: Accelerator) -> str:
+    """The device and how many take part."""
+    device = accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    return f"{accelerator.num_processes} x {name}"

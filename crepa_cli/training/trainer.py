@@ -29,6 +29,7 @@ from crepa_cli.events import (
 from crepa_cli.models.family import Family, Tensors
 from crepa_cli.processes import from_all
 from crepa_cli.profile import Profile
+from crepa_cli.requests import Requests
 from crepa_cli.runs.folder import RunFolder
 from crepa_cli.runs.header import file_header
 from crepa_cli.training.batches import Batches, MicroBatch
@@ -90,8 +91,10 @@ class Trainer:
         self.saved = self.done
         self.peak = PeakMemory(self.accelerator.device)
 
-    def train(self, should_stop: StopRequest) -> Iterator[Event]:
+    def train(self, should_stop: StopRequest, requests: Requests) -> Iterator[Event]:
         """Train to the last step, or until `should_stop` is true on any process; a checkpoint is saved either way.
+
+        The `requests` of every process are served after the step.
 
         An error saves one too, in a run of a single process; of several, the others would have to take part.
 
@@ -117,13 +120,13 @@ class Trainer:
                 f"{self.done} on do not compare with earlier ones"
             )
         try:
-            yield from self._steps(should_stop)
+            yield from self._steps(should_stop, requests)
         except BaseException as error:
             if self.done > self.saved and not self.updating and self.accelerator.num_processes == 1:
                 error.add_note(f"A checkpoint was saved first: {self._save().path}")
             raise
 
-    def _steps(self, should_stop: StopRequest) -> Iterator[Event]:
+    def _steps(self, should_stop: StopRequest, requests: Requests) -> Iterator[Event]:
         profile, last = self.profile, self.profile.train.steps
         batches = self.batches.starting_at(self.done)
         yield from self._measure_held_out(should_stop)
@@ -144,17 +147,21 @@ class Trainer:
             # Before the checkpoint, which keeps the value for the run that resumes from it.
             yield from self._measure_held_out(should_stop)
             if self.done == last or _due(self.done, profile.checkpoints.every):
-                yield self._save()
-                if self.done < last and profile.adapter.kind == "lora":
-                    self._export(self.done)
+                yield from self._checkpoint()
             healing = self.batches.dataset.healing
-            stopping, healed = self._agreed(should_stop(), bool(healing and healing.news))
+            stopping, healed, checkpoint, validation = self._agreed(
+                should_stop(), bool(healing and healing.news), *requests.take()
+            )
             if healing and healed:
                 yield from from_all(healing.news)
                 healing.news = []
             if stopping:
                 break
-            yield from self._validate(should_stop)
+            if validation:
+                yield from self._measure_held_out(should_stop, asked=True)
+            if checkpoint and self.done > self.saved:
+                yield from self._checkpoint()
+            yield from self._validate(should_stop, asked=validation)
         if self.done < last:
             if self.done > self.saved:
                 yield self._save()
@@ -163,13 +170,22 @@ class Trainer:
             self._export()
             yield TrainingEnded(self.done, self.run.weights)
 
-    def _measure_held_out(self, should_stop: StopRequest) -> Iterator[Event]:
-        """Measure the held-out loss if it is due, unless the checkpoint that was resumed holds it."""
+    def _checkpoint(self) -> Iterator[Event]:
+        """Save a checkpoint, and export a LoRA with it unless the run is over and exports anyway."""
+        yield self._save()
+        if self.done < self.profile.train.steps and self.profile.adapter.kind == "lora":
+            self._export(self.done)
+
+    def _measure_held_out(self, should_stop: StopRequest, *, asked: bool = False) -> Iterator[Event]:
+        """Measure the held-out loss if it is due or asked for, unless it is known, as from the resumed checkpoint."""
         held_out, every = self.held_out, self.profile.validation.every
         if held_out is None:
             return
-        if held_out.latest is None or held_out.latest.step != self.done:
-            if not _due(self.done, every) and self.done < self.profile.train.steps:
+        known = held_out.latest is not None and held_out.latest.step == self.done
+        if known and asked:
+            return
+        if not known:
+            if not (asked or _due(self.done, every) or self.done == self.profile.train.steps):
                 return
             yield Progress("validation", 0, len(held_out.dataset.clips), "measuring the held-out loss")
             held_out.measure(self.experts, self.online_teacher, self.done, lambda: self._stopping(should_stop))
@@ -177,10 +193,12 @@ class Trainer:
         if held_out.latest is not None and held_out.latest.step == self.done:
             yield held_out.latest
 
-    def _validate(self, should_stop: StopRequest) -> Iterator[Event]:
-        """Sample videos if they are due."""
+    def _validate(self, should_stop: StopRequest, *, asked: bool = False) -> Iterator[Event]:
+        """Sample videos if they are due, or asked for and not switched off."""
         validation = self.profile.validation
-        if validation.prompts and _due(self.done, validation.every):
+        if asked and not validation.every:
+            yield Notice("a validation was asked for, but the settings switch it off: validation.every = 0")
+        if validation.prompts and (_due(self.done, validation.every) or (asked and validation.every)):
             yield Progress("validation", 0, len(validation.prompts), "sampling videos")
             yield self.validator.sample(self.experts, self.done, should_stop)
             self.peak.restart()

@@ -33,6 +33,7 @@ from crepa_cli.demo import write_tiny
 from crepa_cli.demo.teacher import write_tiny_dinov2
 from crepa_cli.events import StepDone
 from crepa_cli.models import FAMILIES
+from crepa_cli.requests import Requests
 from crepa_cli.training.adapter import lora_layers
 from crepa_cli.training.trainer import Trainer
 
@@ -118,7 +119,7 @@ def counts(name: str, bench: Bench, blocks: int) -> dict[str, Counter[str]]:
     settings = plan.profile()
     trainer = open_trainer(settings, plan.open_family(settings, bench.device), bench.folder)
     fuse(trainer, fused=True)
-    events = trainer._steps(lambda: False)
+    events = trainer._steps(lambda: False, Requests())
     assert isinstance(events, Generator)
     found = {}
     with closing(events):

@@ -36,6 +36,7 @@ from crepa_cli.models.precision import in_loaded_dtypes
 from crepa_cli.processes import PRECISION
 from crepa_cli.profile import Profile
 from crepa_cli.profile.layers import complete
+from crepa_cli.requests import Requests
 from crepa_cli.runs.folder import RunFolder
 from crepa_cli.runs.prompts import Prompts
 from crepa_cli.teachers.dinov2 import Dinov2Teacher, encoder_dtype
@@ -298,7 +299,7 @@ def measure(plan: Plan, device: torch.device, folder: Path) -> Iterator[Measurem
     with peak_counter(device) as (restart, read):
         trainer = open_trainer(profile, family, folder)
         # Not trainer.train(), which saves a checkpoint when it is left.
-        events = trainer._steps(lambda: False)
+        events = trainer._steps(lambda: False, Requests())
         assert isinstance(events, Generator)
         with closing(events):
             for phase in phases:
