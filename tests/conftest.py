@@ -67,6 +67,9 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStub]:
 QUICK_FAMILIES = {"wan", "ltxvideo", "cogvideox"}
 """Those of the default tier in tests that run for each family: the oldest, packed latents, and v-prediction."""
 
+WITH_IMAGES = [name for name in FAMILIES if "i2v" in load_family(name).pipelines]
+"""Those that generate from an image too."""
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

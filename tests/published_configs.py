@@ -29,6 +29,7 @@ WAN_FIRST_FRAME: Shapes = {"condition": (20, 3, 4, 8)}
 COG_PROMPT: Shapes = {"prompt_embeds": (226, 4096)}
 KANDINSKY_CLIP: Shapes = {"latents": (16, 3, 4, 8), "prompt_embeds": (512, 3584), "pooled_embeds": (768,)}
 HUNYUAN15_CLIP: Shapes = {"latents": (32, 3, 2, 4), "prompt_embeds": (1000, 3584), "prompt_embeds_2": (256, 1472)}
+HUNYUAN_CLIP: Shapes = {"latents": (16, 3, 4, 8), "prompt_embeds": (256, 4096), "pooled_prompt_embeds": (768,)}
 
 
 def wan(task: str, blocks: int, hidden_size: int, clip: Shapes) -> Published:
@@ -82,6 +83,7 @@ PUBLISHED: dict[tuple[str, str], Published] = {
         for size in ("480p", "720p")
         for task in ("t2v", "i2v")
     },
+    ("hunyuanvideo", "hunyuanvideo-community/HunyuanVideo"): Published("t2v", 60, 3072, 4, 16, HUNYUAN_CLIP),
     ("cogvideox", "zai-org/CogVideoX-2b"): Published("t2v", 30, 1920, 8, 16, {"latents": (16, 3, 4, 8)} | COG_PROMPT),
     ("cogvideox", "zai-org/CogVideoX-5b"): Published("t2v", 42, 3072, 8, 16, {"latents": (16, 3, 4, 8)} | COG_PROMPT),
     ("cogvideox", "zai-org/CogVideoX-5b-I2V"): Published(

@@ -50,7 +50,7 @@ def test_no_mask_reaches_self_attention(name: str, open_tiny: OpenTiny) -> None:
     # Some attend to the clip and its caption at once.
     with SeenAttention(video, video + text) as seen:
         training.step()
-    assert seen.masks == ([None] * 3 if family.attention_heads else [])
+    assert seen.masks == ([None] * family.block_count if family.attention_heads else [])
 
 
 def test_a_chosen_kernel_computes_self_attention_alone(open_tiny: OpenTiny) -> None:

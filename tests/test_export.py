@@ -165,6 +165,22 @@ COMFYUI_PARAMETERS["hunyuanvideo15"] = [
     "final_layer.linear.weight|bias",
     "final_layer.adaLN_modulation.1.weight|bias",
 ]
+# Names of Tencent's checkpoint throughout (hyvideo/modules/models.py), which ComfyUI turns into its own.
+COMFYUI_PARAMETERS["hunyuanvideo"] = [
+    "img_in.proj.weight|bias",
+    "time_in|guidance_in.mlp.0|2.weight|bias",
+    "vector_in.in_layer|out_layer.weight|bias",
+    "txt_in.t_embedder.mlp.0|2.weight|bias",
+    "txt_in.c_embedder.linear_1|linear_2.weight|bias",
+    "single_blocks.{s}.linear1|linear2.weight|bias",
+    "single_blocks.{s}.q_norm|k_norm.weight",
+    "single_blocks.{s}.modulation.linear.weight|bias",
+    *(
+        name
+        for name in COMFYUI_PARAMETERS["hunyuanvideo15"]
+        if name.startswith(("double_blocks", "final_layer", "txt_in.input", "txt_in.individual"))
+    ),
+]
 # comfy/lora.py (commit 17358c8, model_lora_keys_unet): every model takes "diffusion_model." before its own names;
 # Kandinsky 5 takes "transformer." too. comfy/weight_adapter/lora.py (commit 6f98b15): `lora_B` and `lora_A`, and a
 # scale of 1 unless there is an `.alpha`.
@@ -184,7 +200,11 @@ def comfyui_parameters(family: Family) -> set[str]:
         for part in template.split("."):
             names = [f"{name}.{choice}".lstrip(".") for name in names for choice in part.split("|")]
         found |= {
-            name.format(i=i, t=t) for name in names for i in range(family.block_count) for t in text_blocks or [0]
+            name.format(i=i, s=s, t=t)
+            for name in names
+            for i in range(family.depths[0])
+            for s in range(family.depths[-1])
+            for t in text_blocks or [0]
         }
     return found
 
@@ -263,8 +283,8 @@ def test_both_files_predict_in_diffusers_what_training_predicts(
         for file in files:
             with safe_open(file, framework="pt") as opened:
                 assert "lora_adapter_metadata" not in opened.metadata()
-            if family.lora_loader != "load_lora_weights" and file.name == COMFYUI_FILE:
-                continue  # see tests/test_hunyuanvideo15.py
+            if family.comfyui_joined and file.name == COMFYUI_FILE:
+                continue  # see tests/test_hunyuanvideo15.py and tests/test_hunyuanvideo.py
             load(family, untrained, folder, file.name)
             torch.testing.assert_close(predicted(untrained, step), trained, atol=1e-5, rtol=1e-5)
             untrained.unload_lora()

@@ -25,7 +25,7 @@ CAPTION = "colored waves drift"
 FPS = 20.0
 FRAMES = {("kandinsky5_video", "i2v"): 17}
 """Its pipeline adjusts the statistics of the first four latent frames to those of the following frames."""
-STEPS = {"ltxvideo": 60, "kandinsky6": 110, "ltx2": 80, "hunyuanvideo15": 80}
+STEPS = {"ltxvideo": 60, "kandinsky6": 110, "ltx2": 80, "hunyuanvideo15": 80, "hunyuanvideo": 80}
 """Step counts of the families for which 150 are more than enough."""
 OTHER_GUIDANCE: dict[str, dict[str, Any]] = {
     "ltx2": dict.fromkeys(("stg_scale", "audio_stg_scale"), 0.0)
@@ -33,6 +33,8 @@ OTHER_GUIDANCE: dict[str, dict[str, Any]] = {
     "kandinsky6": {"sample_audio": False},
 }
 """Arguments that leave out what a pipeline does beside classifier-free guidance, and sound that changes the video."""
+EMBEDDED_GUIDANCE = {"hunyuanvideo": 6.0}
+"""The strength that a transformer takes as an input, which in training is the same for all clips."""
 TASKS = [(name, task) for name in FAMILIES for task in load_family(name).pipelines]
 
 
@@ -63,7 +65,7 @@ def sampled_latents(
     """
     frames, height, width = video.shape[1:]
     arguments = family.form_arguments(width=width, height=height, frames=frames, fps=FPS)
-    arguments |= family.guide(pipeline, guidance)
+    arguments |= family.guide(pipeline, EMBEDDED_GUIDANCE.get(family.name, guidance))
     if family.task == "i2v":
         arguments["image"] = first_frame(video)
     if family.caption_tokens:

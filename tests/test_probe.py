@@ -111,7 +111,9 @@ def refused(run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str]) -> Callable
 # From the configuration alone.
 
 
-@pytest.mark.parametrize(("family", "task"), [(name, task) for name in FAMILIES for task in ("t2v", "i2v")])
+@pytest.mark.parametrize(
+    ("family", "task"), [(name, task) for name in FAMILIES for task in load_family(name).pipelines]
+)
 def test_every_default_checkpoint_is_known_without_network(family: str, task: str, probe: Callable[..., Any]) -> None:
     answer = probe(family, "--task", task)
     checkpoint = load_family(family).checkpoints[task]
@@ -119,7 +121,7 @@ def test_every_default_checkpoint_is_known_without_network(family: str, task: st
     assert answer["checkpoint"] == checkpoint
     assert (answer["blocks"], answer["hidden_size"]) == (published.blocks, published.hidden_size)
     assert answer["block_index_range"] == [0, published.blocks - 1]
-    assert answer["default"]["block"] == (10 if family == "sanavideo" else 8)
+    assert answer["default"]["block"] == (10 if family in ("sanavideo", "hunyuanvideo") else 8)
     assert answer["recommended"] is answer["measurement"] is None
 
 

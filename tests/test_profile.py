@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from crepa_cli.errors import UserError
-from crepa_cli.models import FAMILIES
+from crepa_cli.models import FAMILIES, load_family
 from crepa_cli.models import family_defaults as real_defaults
 from crepa_cli.models.flavours import FLAVOURS
 from crepa_cli.profile import (
@@ -568,8 +568,9 @@ def test_every_setting_that_needs_the_family_is_marked():
     assert len(family_keys()) > 9
 
 
-@pytest.mark.parametrize("task", ["t2v", "i2v"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "task"), [(name, task) for name in FAMILIES for task in load_family(name).pipelines]
+)
 def test_none_gives_the_default_of_every_family(folder: Path, family: str, task: str):
     expected = {name: (value, f"family {family}") for name, value in family_settings(family, task).items()}
     flags = {"model.family": family, "model.task": task}

@@ -115,6 +115,13 @@ RECIPES |= {
     for task in ("t2v", "i2v")
     for width, size in ((848, 480), (1280, 720))
 }
+HUNYUAN = (
+    "HunyuanVideo-I2V: scripts/run_train_image2video_lora.sh (rate, shift, length), hyvae_extract/README.md (360p); "
+    "HunyuanVideo: sample_video.py (frame rate), hyvideo/config.py (captions); the rate of all weights is that of 1.5"
+)
+RECIPES["hunyuanvideo", "t2v", "hunyuanvideo-community/HunyuanVideo"] = Recipe(
+    (1e-4, 1e-5), (640, 352), 129, 24, 7, 256, HUNYUAN
+)
 
 
 def recipe(family: str, task: str, checkpoint: str | None, *sets: str) -> Profile:

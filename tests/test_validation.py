@@ -9,7 +9,7 @@ import diffusers
 import pytest
 import torch
 from conftest import OpenTiny
-from test_families import CAPTION
+from test_families import CAPTION, EMBEDDED_GUIDANCE
 from torch import Tensor
 
 from crepa_cli import api
@@ -61,7 +61,8 @@ def test_encoded_prompts_give_what_the_published_pipeline_gives_for_their_texts(
     # Some are trained on longer captions than their pipeline takes by default.
     length = {"max_sequence_length": family.caption_tokens} if family.caption_tokens else {}
     expected = sampled(prompt=CAPTION, negative_prompt=UNWANTED, **length)
-    assert not torch.allclose(sampled(prompt=CAPTION, negative_prompt="red", **length), expected, atol=1e-3)
+    if name not in EMBEDDED_GUIDANCE:
+        assert not torch.allclose(sampled(prompt=CAPTION, negative_prompt="red", **length), expected, atol=1e-3)
     family.for_encoded_prompts(pipeline)
     torch.testing.assert_close(sampled(**encoded), expected)
 

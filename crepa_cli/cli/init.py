@@ -264,7 +264,7 @@ def _frame_multiple(profile: Profile) -> int:
         return load_checkpoint(profile).frame_multiple
     except UserError:
         kind, task = load_family(profile.model.family), profile.model.task
-        return kind(kind.checkpoints[task], task).frame_multiple
+        return kind(kind.checkpoints.get(task, ""), task).frame_multiple
 
 
 def _with_tau_in_frames(profile: Profile) -> Profile:

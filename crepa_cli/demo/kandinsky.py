@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLHunyuanVideo
-from transformers import CLIPTextConfig, CLIPTextModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from crepa_cli.demo.tiny import smooth_video, tiny_clip_tokenizer, tiny_qwen_tokenizer
+from crepa_cli.demo.tiny import smooth_video, tiny_clip_text, tiny_qwen_tokenizer
 
 WIDTH = 32
 """Width of the embeddings of captions."""
@@ -35,23 +35,8 @@ def tiny_text_encoders(template: str, pieces: int) -> dict[str, Any]:
         template: of the pipeline's prompts.
         pieces: of the tokenizer of Qwen2.5-VL; see `tiny_qwen_tokenizer`.
     """
-    tokenizer, tokenizer_2 = tiny_qwen_tokenizer(template, pieces), tiny_clip_tokenizer()
-    text_encoder = _tiny_qwen(len(tokenizer))
-    clip = CLIPTextConfig(
-        vocab_size=len(tokenizer_2),
-        hidden_size=WIDTH,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        bos_token_id=tokenizer_2.bos_token_id,
-        eos_token_id=tokenizer_2.eos_token_id,
-    )
-    return {
-        "tokenizer": tokenizer,
-        "text_encoder": text_encoder,
-        "tokenizer_2": tokenizer_2,
-        "text_encoder_2": CLIPTextModel(clip),
-    }
+    tokenizer = tiny_qwen_tokenizer(template, pieces)
+    return {"tokenizer": tokenizer, "text_encoder": _tiny_qwen(len(tokenizer)), **tiny_clip_text(WIDTH)}
 
 
 def _tiny_qwen(vocabulary: int) -> Qwen2_5_VLForConditionalGeneration:

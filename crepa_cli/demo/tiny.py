@@ -6,6 +6,7 @@ import shutil
 import string
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,8 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import (
     CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
     CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -56,6 +59,21 @@ def tiny_clip_tokenizer() -> CLIPTokenizer:
     alphabet = sorted(ByteLevel.alphabet())
     pieces = [*alphabet, *(f"{byte}</w>" for byte in alphabet), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={piece: index for index, piece in enumerate(pieces)}, merges=[])
+
+
+def tiny_clip_text(width: int) -> dict[str, Any]:
+    """A CLIP text encoder of this width and its tokenizer, by their names in pipelines that have another one too."""
+    tokenizer = tiny_clip_tokenizer()
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return {"tokenizer_2": tokenizer, "text_encoder_2": CLIPTextModel(config)}
 
 
 def tiny_qwen_tokenizer(template: str, pieces: int) -> Qwen2Tokenizer:

@@ -1,7 +1,8 @@
 """The memory of a deep transformer, extended from that of a shallow one: the same happens in block after block.
 
 A few blocks are run: the first, the last, those whose hidden states are aligned and their successors, and one that
-stands for all others; of the blocks that keep their activations and of those that do not, one each. Another run without
+stands for all others; of each kind of block, of the blocks that keep their activations and of those that do not, one
+each. Another run without
 that one shows what everything outside the blocks, such as the optimizer, takes for each block. The result is exact, as
 far as blocks do the same.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby, pairwise
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -120,11 +121,16 @@ class Excerpt:
         if any(f"{family.blocks_attribute}." in name for name in profile.adapter.target_modules):
             return None
         # The gradient of hidden states that are aligned is added in the backward pass of the next block.
-        special = {0, count - 1, *captured, *(block + 1 for block in captured)}
+        special = {count - 1, *captured, *(block + 1 for block in captured)}
+        # From each of these on, blocks are of another kind.
+        starts = set(accumulate(family.depths[:-1], initial=0))
         # From this one on, blocks keep their activations.
         first = max(0, count - profile.memory.keep_blocks)
-        special |= {first - 1, first} if 0 < first < count else set()
-        groups = [[block for block in group if block not in special] for group in (range(first), range(first, count))]
+        special |= starts | ({first - 1, first} if 0 < first < count else set())
+        groups = [
+            [block for block in range(start, end) if block not in special]
+            for start, end in pairwise(sorted({first, *starts, count}))
+        ]
         repeated = tuple(group[0] for group in groups if group)
         if not repeated:
             return None
@@ -172,7 +178,9 @@ def with_blocks(profile: Profile, family: Family, kept: Sequence[int]) -> tuple[
             update={"student_block": at(layersync.student_block), "teacher_block": at(layersync.teacher_block)}
         ),
     }
-    return profile.model_copy(update=tables), family.with_blocks(len(kept))
+    ends = tuple(accumulate(family.depths))
+    counts = (sum(end - depth <= block < end for block in kept) for end, depth in zip(ends, family.depths, strict=True))
+    return profile.model_copy(update=tables), family.with_blocks(*counts)
 
 
 def segments_of_all_blocks(

@@ -102,7 +102,7 @@ def fake_training(profile: Profile, family: Family, feature_size: int, device: t
     for one in family.trained.values():
         with torch.device("meta"):
             # As deep as the family, which may stand for a part of the blocks.
-            one = one.with_blocks(family.block_count)
+            one = one.with_blocks(*family.depths)
             transformer = one.empty_transformer(frozen_dtype(profile), int8=frozen_in_int8(profile))
             models.append(build_model(profile, one, transformer, feature_size if profile.crepa.enabled else None))
     with fake_memory() as live:

@@ -100,7 +100,7 @@ def _other_experts(family: Family, profile: Profile) -> list[ModelMixin]:
     for component in family.idle_components:
         other = copy(family)
         other.config = family.base.read_config(f"{component}/config.json")
-        other = other.with_blocks(family.block_count)
+        other = other.with_blocks(*family.depths)
         with torch.device("meta"):
             experts.append(other.empty_transformer(frozen_dtype(profile), int8=frozen_in_int8(profile)))
     return experts

@@ -22,6 +22,7 @@ FAMILIES = {
     "ltx2": "Ltx2",
     "kandinsky6": "Kandinsky6",
     "hunyuanvideo15": "HunyuanVideo15",
+    "hunyuanvideo": "HunyuanVideo",
 }
 """Name of each family, which is also its module here, and the class in it."""
 FINAL_LORA = "pytorch_lora_weights.safetensors"

@@ -16,7 +16,7 @@ from crepa_cli.errors import UserError
 from crepa_cli.models.base import BaseCheckpoint
 from crepa_cli.models.family import Family, Tensors, TransformerStep
 from crepa_cli.models.noise import VPrediction
-from crepa_cli.models.vae import encoded_latents
+from crepa_cli.models.vae import encoded_latents, scaled_latents, video_of_scaled
 
 FRAMES_OF_A_CHUNK = 8
 """The VAE works on chunks of this many frames, the first of which has one more; it decodes no other length."""
@@ -101,7 +101,7 @@ class CogVideoX(Family):
     @property
     def size_multiple(self) -> int:
         """The VAE's compression times the patch: 16 pixels."""
-        return self._pixels * int(self.config["patch_size"])
+        return self._pixels * self.patch[2]
 
     @property
     def frame_multiple(self) -> int:
@@ -111,11 +111,6 @@ class CogVideoX(Family):
     @property
     def _pixels(self) -> int:
         return int(2 ** (len(self.base.read_config("vae/config.json")["block_out_channels"]) - 1))
-
-    @property
-    def _patch_frames(self) -> int:
-        """Latent frames of a patch."""
-        return int(self.config.get("patch_size_t") or 1)
 
     def encode_prompt(self, pipeline: DiffusionPipeline, caption: str) -> Tensors:
         """`prompt_embeds` `[226, D]` of the T5 encoder."""
@@ -137,8 +132,8 @@ class CogVideoX(Family):
         same in every step.
         """
         vae = pipeline.vae
-        latents = encoded_latents(vae, video, generator) * vae.config.scaling_factor
-        latents = torch.cat([latents[:, :1]] * (self._patch_frames - 1) + [latents], dim=1)
+        latents = scaled_latents(vae, video, generator)
+        latents = torch.cat([latents[:, :1]] * (self.patch[0] - 1) + [latents], dim=1)
         if self.task == "t2v":
             return {"latents": latents}
         # The pipelines divide the latents of images by the factor where the authors forgot to scale them in training.
@@ -148,16 +143,7 @@ class CogVideoX(Family):
 
     def decode_latents(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
         """The inverse of `encode_clip`, as far as the VAE is."""
-        vae = pipeline.vae
-        scaled = (latents[:, self._patch_frames - 1 :] / vae.config.scaling_factor)[None].to(vae.device, vae.dtype)
-        video: Tensor = vae.decode(scaled, return_dict=False)[0][0]
-        return video.float().clamp(-1, 1)
-
-    def token_grid(self, latents: Tensor) -> TokenGrid:
-        """One token for each patch of latents `[B, C, T, h, w]`."""
-        frames, rows, columns = latents.shape[2:]
-        patch = self.config["patch_size"]
-        return TokenGrid(frames // self._patch_frames, rows // patch, columns // patch)
+        return video_of_scaled(pipeline.vae, latents[:, self.patch[0] - 1 :])
 
     def step(self, batch: Tensors, noise: Tensor, sigmas: Tensor) -> TransformerStep:
         """Frames come before channels; the first frame's latents are further channels of the first latent frame."""
@@ -184,7 +170,7 @@ class CogVideoX(Family):
         """
         size = grid.rows, grid.columns
         positions: dict[str, Any] = {"crops_coords": None, "grid_type": "slice", "max_size": size}
-        if self._patch_frames == 1:
+        if self.patch[0] == 1:
             own = (self.config[f"sample_{side}"] // self.config["patch_size"] for side in ("width", "height"))
             positions = {"crops_coords": get_resize_crop_region_for_grid(size, *own)}
         cosines, sines = get_3d_rotary_pos_embed(

@@ -37,7 +37,9 @@ def _checkpoint_settings(family: type[Family], checkpoint: str, task: str) -> Ta
     """
     if is_single_file(checkpoint):
         found = published_with(Path(checkpoint))
-        repository = family.checkpoints[task] if found is None or found not in family.published else found
+        # A family without the task refuses it when it is opened.
+        default = family.checkpoints.get(task, next(iter(family.checkpoints.values())))
+        repository = default if found is None or found not in family.published else found
         settings = family.published.get(repository, {})
         return {**settings, "model": {**settings.get("model", {}), "components": repository}}
     if checkpoint in family.published:

@@ -67,12 +67,13 @@ class Family(ABC):
     name: ClassVar[str]
     transformer_class: ClassVar[str]
     blocks_attribute: ClassVar[str]
-    depth_setting: ClassVar[str] = "num_layers"
-    """The number of blocks in the transformer's configuration."""
+    depth_settings: ClassVar[tuple[str, ...]] = ("num_layers",)
+    """The numbers of blocks in the transformer's configuration, one for each kind of block in the order of its run."""
     attention_parts: ClassVar[tuple[str, ...]] = ("attn1", "attn2")
     """The modules of a block that attend."""
     token_parts: ClassVar[tuple[str, ...]] = ()
-    """Those that see each token alone, if recomputing them in chunks lowers the peak: wide feed-forwards."""
+    """Those that see each token alone, if recomputing them in chunks lowers the peak: wide feed-forwards. Some kinds of
+    blocks may lack them."""
     pipelines: ClassVar[Mapping[str, str]]
     """The diffusers pipeline that generates each task."""
     checkpoints: ClassVar[Mapping[str, str]]
@@ -211,9 +212,14 @@ class Family(ABC):
         return False
 
     @property
+    def depths(self) -> tuple[int, ...]:
+        """Blocks of the transformer of each kind, in the order of `depth_settings`."""
+        return tuple(int(self.config[setting]) for setting in self.depth_settings)
+
+    @property
     def block_count(self) -> int:
-        """Blocks of the transformer."""
-        return int(self.config[self.depth_setting])
+        """Blocks of the transformer, of all kinds together."""
+        return sum(self.depths)
 
     @property
     def caption_blocks(self) -> int:
@@ -231,14 +237,23 @@ class Family(ABC):
         return int(self.config["num_attention_heads"])
 
     @property
-    @abstractmethod
-    def size_multiple(self) -> int:
-        """Width and height of a clip in pixels must be multiples of this: the VAE's compression times the patch."""
+    def patch(self) -> tuple[int, int, int]:
+        """Latents that are one token: in time, height and width."""
+        size = self.config["patch_size"]
+        if isinstance(size, int):
+            return int(self.config.get("patch_size_t") or 1), size, size
+        frames, rows, columns = size
+        return frames, rows, columns
 
     @property
-    @abstractmethod
+    def size_multiple(self) -> int:
+        """Width and height of a clip in pixels must be multiples of this: the VAE's compression times the patch."""
+        return int(self.base.read_config("vae/config.json")["spatial_compression_ratio"] * self.patch[2])
+
+    @property
     def frame_multiple(self) -> int:
         """A clip has this many frames times k, plus one: the temporal compression of the VAE."""
+        return int(self.base.read_config("vae/config.json")["temporal_compression_ratio"])
 
     @property
     def trains_images(self) -> bool:
@@ -415,10 +430,10 @@ class Family(ABC):
         }
         return {name: value for name, value in options.items() if value is not None}
 
-    def with_blocks(self, count: int) -> Family:
-        """The same recipe for a transformer with another number of blocks."""
+    def with_blocks(self, *counts: int) -> Family:
+        """The same recipe for a transformer with other `depths`: of the first kinds of blocks, or of all."""
         family = copy(self)
-        family.config = self.config | {self.depth_setting: count}
+        family.config = self.config | dict(zip(self.depth_settings, counts, strict=False))
         return family
 
     def with_file(self, path: Path) -> Family:
@@ -531,9 +546,7 @@ class Family(ABC):
 
     def token_grid(self, latents: Tensor) -> TokenGrid:
         """The grid of tokens of latents `[B, C, T, h, w]`: one for each patch."""
-        frames, rows, columns = (
-            size // patch for size, patch in zip(latents.shape[2:], self.config["patch_size"], strict=True)
-        )
+        frames, rows, columns = (size // patch for size, patch in zip(latents.shape[2:], self.patch, strict=True))
         return TokenGrid(frames, rows, columns)
 
     @abstractmethod

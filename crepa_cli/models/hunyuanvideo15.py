@@ -6,16 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from diffusers import DiffusionPipeline, ModelMixin
-from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
-from torch import Tensor, nn
+from diffusers import DiffusionPipeline
+from torch import Tensor
 
-from crepa_cli.alignment import TokenGrid
 from crepa_cli.errors import UserError
 from crepa_cli.models.base import BaseCheckpoint
-from crepa_cli.models.family import Family, Tensors, TransformerStep
-from crepa_cli.models.vae import encoded_latents
+from crepa_cli.models.family import Tensors, TransformerStep
+from crepa_cli.models.hunyuan import BLOCK_NAMES, CaptionAttention, Hunyuan, mask_of
+from crepa_cli.models.vae import scaled_latents
 
 TEMPLATE_TOKENS = 108
 """Tokens of the instruction before a caption, which the pipelines cut off after the text encoder."""
@@ -25,19 +23,12 @@ HD_SIDE = 960
 HD = {"data": {"width": 1280, "height": 720}}
 
 
-class CaptionAttention(HunyuanVideoAttnProcessor2_0):  # type: ignore[misc]  # diffusers has no types
-    """Attention of clips and their captions to each other, without the mask that the transformer's own makes.
-
-    That mask has a number for every pair of tokens, in every block: gigabytes for an ordinary clip. Here no token of a
-    caption is padding, or each clip attends to its own caption alone, one clip after the other. The rest of the
-    computation is the one of HunyuanVideo 1.0, which leaves the mask to its caller.
-    """
+class UnpaddedCaptions(CaptionAttention):
+    """The same for captions, texts in them and images, in a row."""
 
     def __init__(self, task: str) -> None:
         super().__init__()
         self.task = task
-        self.lengths: list[int] | None = None
-        """Tokens of each clip's caption, if they differ."""
 
     def take_captions(
         self, transformer: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]
@@ -56,42 +47,10 @@ class CaptionAttention(HunyuanVideoAttnProcessor2_0):  # type: ignore[misc]  # d
             image = keywords["image_embeds"][:, : 0 if self.task == "t2v" else None]
             keywords = keywords | caption_inputs(embeds, (captions, glyphs), image)
             lengths = keywords.pop("text_lengths")
-        self.lengths = lengths if min(lengths) < max(lengths) else None
+        self.limit_to(lengths)
         dtype = transformer.image_embedder.norm_in.weight.dtype
         own = {name: keywords[name].to(dtype) for name in ("encoder_hidden_states_2", "image_embeds")}
         return arguments, keywords | own
-
-    def __call__(
-        self,
-        attn: nn.Module,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        attention_mask: Tensor,  # noqa: ARG002
-        image_rotary_emb: tuple[Tensor, Tensor],
-    ) -> tuple[Tensor, Tensor]:
-        """The clips and the captions."""
-        attended: tuple[Tensor, Tensor]
-        if self.lengths is None:
-            attended = super().__call__(attn, hidden_states, encoder_hidden_states, None, image_rotary_emb)
-        else:
-            attended = self._one_by_one(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
-        return attended
-
-    # Compiled, the attention would be compiled anew for every combination of lengths.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch has no type here
-    def _one_by_one(
-        self, attn: nn.Module, hidden: Tensor, captions: Tensor, rotation: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        assert self.lengths is not None
-        attended = [
-            super(CaptionAttention, self).__call__(
-                attn, hidden[index : index + 1], captions[index : index + 1, :length], None, rotation
-            )
-            for index, length in enumerate(self.lengths)
-        ]
-        longest = captions.shape[1]
-        padded = [F.pad(caption, (0, 0, 0, longest - caption.shape[1])) for _, caption in attended]
-        return torch.cat([video for video, _ in attended]), torch.cat(padded)
 
 
 def caption_inputs(
@@ -106,11 +65,8 @@ def caption_inputs(
     """
     inputs: dict[str, Any] = {"image_embeds": image}
     for which, tensor, counts in zip(("", "_2"), embeds, lengths, strict=True):
-        mask = tensor.new_zeros(len(counts), max(counts))
-        for row, count in zip(mask, counts, strict=True):
-            row[:count] = 1
         inputs[f"encoder_hidden_states{which}"] = tensor[:, : max(counts)]
-        inputs[f"encoder_attention_mask{which}"] = mask
+        inputs[f"encoder_attention_mask{which}"] = mask_of(tensor, counts)
     inputs["text_lengths"] = [sum(counts) + image.shape[1] for counts in zip(*lengths, strict=True)]
     return inputs
 
@@ -124,7 +80,7 @@ def causal_mask(
     return mask if batch_size is None else mask.expand(batch_size, -1, -1)
 
 
-class HunyuanVideo15(Family):
+class HunyuanVideo15(Hunyuan):
     """HunyuanVideo 1.5 for 480p and 720p; hidden states are row-major latents of the video.
 
     Captions are encoded by Qwen2.5-VL. The texts in quotation marks, which the video is to show, are encoded once more,
@@ -133,22 +89,16 @@ class HunyuanVideo15(Family):
 
     name = "hunyuanvideo15"
     transformer_class = "HunyuanVideo15Transformer3DModel"
-    blocks_attribute = "transformer_blocks"
-    attention_parts = ("attn",)
-    token_parts = ("ff",)
     pipelines = {"t2v": "HunyuanVideo15Pipeline", "i2v": "HunyuanVideo15ImageToVideoPipeline"}
     checkpoints = {
         "t2v": "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v",
         "i2v": "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_i2v",
     }
-    text_components = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     caption_lengths = (1000, 256)
     """Most tokens of a caption, and of the texts in it, in the pipelines' call."""
     samples_posterior = True
-    vae_tiling = True
     read_on_cpu = frozenset({"prompt_length", "prompt_length_2"})
     uses_all_weights = False  # the last block's caption leads nowhere
-    negative_prompt = ""
     guider = "guider"
     lora_loader = "transformer.load_lora_adapter"
     architecture = "hunyuan-video-1.5"
@@ -173,24 +123,7 @@ class HunyuanVideo15(Family):
         "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-720p_i2v": HD,
     }
     comfyui_names = {
-        r"^transformer_blocks\b": "double_blocks",
-        r"\battn\.to_[qkv]$": "img_attn_qkv",
-        r"\battn\.add_[qkv]_proj$": "txt_attn_qkv",
-        r"\battn\.to_out\.0$": "img_attn_proj",
-        r"\battn\.to_add_out$": "txt_attn_proj",
-        r"\battn\.norm_([qk])$": r"img_attn_\1_norm",
-        r"\battn\.norm_added_([qk])$": r"txt_attn_\1_norm",
-        r"\bnorm1\.linear$": "img_mod.linear",
-        r"\bnorm1_context\.linear$": "txt_mod.linear",
-        r"\bff\.net\.0\.proj$": "img_mlp.fc1",
-        r"\bff\.net\.2$": "img_mlp.fc2",
-        r"\bff_context\.net\.0\.proj$": "txt_mlp.fc1",
-        r"\bff_context\.net\.2$": "txt_mlp.fc2",
-        r"^context_embedder\.token_refiner\.refiner_blocks\b": "txt_in.individual_token_refiner.blocks",
-        r"^(txt_in\..*\.)img_attn_(qkv|proj)$": r"\1self_attn_\2",
-        r"^(txt_in\..*\.)img_mlp\b": r"\1mlp",
-        r"^(txt_in\..*\.)norm_out\.linear$": r"\1adaLN_modulation.1",
-        r"^context_embedder\.proj_in$": "txt_in.input_embedder",
+        **BLOCK_NAMES,
         r"^context_embedder\.time_text_embed\.timestep_embedder\.": "txt_in.t_embedder.",
         r"^context_embedder\.time_text_embed\.text_embedder\.": "txt_in.c_embedder.",
         r"^context_embedder_2\.norm$": "byt5_in.layernorm",
@@ -202,15 +135,7 @@ class HunyuanVideo15(Family):
         r"^time_embed\.timestep_embedder\.": "time_in.",
         r"^((?:time_in|txt_in\.[tc]_embedder)\.)linear_1$": r"\1in_layer",
         r"^((?:time_in|txt_in\.[tc]_embedder)\.)linear_2$": r"\1out_layer",
-        r"^x_embedder\b": "img_in",
         r"^cond_type_embed$": "cond_type_embedding",
-        r"^norm_out\.linear$": "final_layer.adaLN_modulation.1",
-        r"^proj_out$": "final_layer.linear",
-    }
-    comfyui_joined = {
-        "img_attn_qkv": ("to_q", "to_k", "to_v"),
-        "txt_attn_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
-        "self_attn_qkv": ("to_q", "to_k", "to_v"),
     }
 
     def __init__(self, checkpoint: str, task: str, revision: str | None = None, variant: str | None = None) -> None:
@@ -235,27 +160,8 @@ class HunyuanVideo15(Family):
         hd = base.read_config("transformer/config.json").get("target_size", 0) >= HD_SIDE
         return f"hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-720p_{task}" if hd else None
 
-    @property
-    def size_multiple(self) -> int:
-        """The VAE's compression times the patch: 16 pixels."""
-        return int(self.base.read_config("vae/config.json")["spatial_compression_ratio"] * self.config["patch_size"])
-
-    @property
-    def frame_multiple(self) -> int:
-        """The VAE's compression of time."""
-        return int(self.base.read_config("vae/config.json")["temporal_compression_ratio"])
-
-    def _adapted(self, transformer: ModelMixin) -> ModelMixin:
-        """With attention that needs no mask."""
-        attend = CaptionAttention(self.task)
-        transformer.register_forward_pre_hook(attend.take_captions, with_kwargs=True)
-        for block in transformer.transformer_blocks:
-            block.attn.set_processor(attend)
-        return super()._adapted(transformer)
-
-    def original_rows(self, module: str, tensor: Tensor) -> Tensor:
-        """The last modulation has the shift before the scale in the original checkpoint, and behind it in diffusers."""
-        return torch.cat(tensor.chunk(2)[::-1]) if module == "norm_out.linear" else tensor
+    def _caption_attention(self) -> CaptionAttention:
+        return UnpaddedCaptions(self.task)
 
     def load_text_pipeline(self, dtype: torch.dtype) -> DiffusionPipeline:
         """The pipeline with its text encoders, and a VAE without content: it reads its number of channels."""
@@ -314,7 +220,7 @@ class HunyuanVideo15(Family):
 
         The first of the latents are those of the first frame alone.
         """
-        tensors = {"latents": encoded_latents(pipeline.vae, video, generator) * pipeline.vae.config.scaling_factor}
+        tensors = {"latents": scaled_latents(pipeline.vae, video, generator)}
         if self.image_components:
             image = pipeline.video_processor.postprocess(video[None, :, 0], output_type="pil")
             encoder = pipeline.image_encoder
@@ -324,19 +230,6 @@ class HunyuanVideo15(Family):
     def empty_image_embedding(self) -> Tensors:
         """`image_embeds` `[N, D]` of a first frame, without content; SigLIP has no class token."""
         return {name: tensor[1:] for name, tensor in super().empty_image_embedding().items()}
-
-    def decode_latents(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
-        """The inverse of `encode_clip`, as far as the VAE is."""
-        vae = pipeline.vae
-        scaled = (latents / vae.config.scaling_factor)[None].to(vae.device, vae.dtype)
-        video: Tensor = vae.decode(scaled, return_dict=False)[0][0]
-        return video.float().clamp(-1, 1)
-
-    def token_grid(self, latents: Tensor) -> TokenGrid:
-        """One token for each patch of latents `[B, C, T, h, w]`."""
-        frames, rows, columns = latents.shape[2:]
-        patch = self.config["patch_size"]
-        return TokenGrid(frames // self.config["patch_size_t"], rows // patch, columns // patch)
 
     def step(self, batch: Tensors, noise: Tensor, sigmas: Tensor) -> TransformerStep:
         """The first frame's latents and a mask that says so are further channels, zero in text to video."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from diffusers import DiffusionPipeline
@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from crepa_cli.models.family import Family, Tensors
-from crepa_cli.models.vae import encoded_latents
+from crepa_cli.models.vae import scaled_latents, video_of_scaled
 
 
 class Kandinsky(Family):
@@ -20,7 +20,7 @@ class Kandinsky(Family):
     """
 
     blocks_attribute = "visual_transformer_blocks"
-    depth_setting = "num_visual_blocks"
+    depth_settings = ("num_visual_blocks",)
     text_components = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     vae_tiling = True
     read_on_cpu = frozenset({"prompt_length"})
@@ -95,20 +95,11 @@ class Kandinsky(Family):
         self, pipeline: DiffusionPipeline, video: Tensor, generator: torch.Generator | None = None
     ) -> Tensors:
         """`latents` `[C, T, h, w]`, and for image to video `first_frame` `[C, 1, h, w]`, encoded on its own."""
-        tensors = {"latents": _scaled_latents(pipeline.vae, video, generator)}
+        tensors = {"latents": scaled_latents(pipeline.vae, video, generator)}
         if self.task == "i2v":
-            tensors["first_frame"] = _scaled_latents(pipeline.vae, video[:, :1], generator)
+            tensors["first_frame"] = scaled_latents(pipeline.vae, video[:, :1], generator)
         return tensors
 
     def decode_latents(self, pipeline: DiffusionPipeline, latents: Tensor) -> Tensor:
         """The inverse of `encode_clip`, as far as the VAE is."""
-        vae = pipeline.vae
-        scaled = (latents / vae.config.scaling_factor)[None].to(vae.device, vae.dtype)
-        video: Tensor = vae.decode(scaled, return_dict=False)[0][0]
-        return video.float().clamp(-1, 1)
-
-
-def _scaled_latents(vae: Any, video: Tensor, generator: torch.Generator | None) -> Tensor:
-    """The latents of a video `[3, F, H, W]`, scaled: `[C, T, h, w]`, float32."""
-    scaled: Tensor = encoded_latents(vae, video, generator) * vae.config.scaling_factor
-    return scaled
+        return video_of_scaled(pipeline.vae, latents)

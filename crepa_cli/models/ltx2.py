@@ -17,7 +17,6 @@ from diffusers.pipelines.ltx2.pipeline_ltx2 import calculate_shift
 from diffusers.pipelines.ltx2.utils import DEFAULT_NEGATIVE_PROMPT, LTX2_5_IMAGE_CRF
 from torch import Tensor
 
-from crepa_cli.alignment import TokenGrid
 from crepa_cli.models.family import Family, Tensors, TransformerStep
 from crepa_cli.models.ltxvideo import SHIFT, with_first_frame
 from crepa_cli.models.vae import decoded_video, normalized_latents
@@ -92,16 +91,6 @@ class Ltx2(Family):
         """The VAE of the video, and what decodes the sound that the pipelines sample with it."""
         return (*super().vae_components, "audio_vae", "vocoder")
 
-    @property
-    def size_multiple(self) -> int:
-        """The VAE's compression times the patch: 32 pixels for the published checkpoints."""
-        return int(self.base.read_config("vae/config.json")["spatial_compression_ratio"] * self.config["patch_size"])
-
-    @property
-    def frame_multiple(self) -> int:
-        """The VAE's compression in time: 8 frames for the published checkpoints."""
-        return int(self.base.read_config("vae/config.json")["temporal_compression_ratio"])
-
     def timestep_shift(self, latents: Tensor) -> float:
         """Grows with the number of latents, as the pipeline's does."""
         return math.exp(calculate_shift(latents[0, 0].numel(), *SHIFT.values()))
@@ -163,12 +152,6 @@ class Ltx2(Family):
         """The inverse of `encode_clip`, as far as the VAE is; a denoising decoder gets a noise level of 0."""
         conditioned = pipeline.vae.config.timestep_conditioning
         return decoded_video(pipeline.vae, latents, latents.new_zeros(1) if conditioned else None)
-
-    def token_grid(self, latents: Tensor) -> TokenGrid:
-        """One token for each patch of latents `[B, C, T, h, w]`."""
-        frames, rows, columns = latents.shape[2:]
-        patch = self.config["patch_size"]
-        return TokenGrid(frames // self.config["patch_size_t"], rows // patch, columns // patch)
 
     def step(self, batch: Tensors, noise: Tensor, sigmas: Tensor) -> TransformerStep:
         """Latents are packed into tokens; in image to video those of the first frame are clean, at timestep 0.

@@ -74,7 +74,7 @@ class LtxVideo(Family):
     @property
     def size_multiple(self) -> int:
         """The VAE's compression times the patch: 32 pixels for the published checkpoints."""
-        return self._compression[1] * int(self.config["patch_size"])
+        return self._compression[1] * self.patch[2]
 
     @property
     def frame_multiple(self) -> int:
@@ -133,12 +133,6 @@ class LtxVideo(Family):
         """The inverse of `encode_clip`, as far as the VAE is; a denoising decoder gets a noise level of 0."""
         conditioned = pipeline.vae.config.timestep_conditioning
         return decoded_video(pipeline.vae, latents, latents.new_zeros(1) if conditioned else None)
-
-    def token_grid(self, latents: Tensor) -> TokenGrid:
-        """One token for each patch of latents `[B, C, T, h, w]`."""
-        frames, rows, columns = latents.shape[2:]
-        patch = self.config["patch_size"]
-        return TokenGrid(frames // self.config["patch_size_t"], rows // patch, columns // patch)
 
     def step(self, batch: Tensors, noise: Tensor, sigmas: Tensor) -> TransformerStep:
         """Latents are packed into tokens; in image to video those of the first frame are clean, at timestep 0."""

@@ -23,6 +23,19 @@ def encoded_latents(vae: Any, video: Tensor, generator: torch.Generator | None) 
     return latents[0]
 
 
+def scaled_latents(vae: Any, video: Tensor, generator: torch.Generator | None) -> Tensor:
+    """The latents of `encoded_latents`, times the VAE's factor."""
+    latents: Tensor = encoded_latents(vae, video, generator) * vae.config.scaling_factor
+    return latents
+
+
+def video_of_scaled(vae: Any, latents: Tensor) -> Tensor:
+    """The video of scaled latents `[C, T, h, w]`: `[3, F, H, W]` in [-1, 1], float32."""
+    latents = (latents / vae.config.scaling_factor)[None].to(vae.device, vae.dtype)
+    video: Tensor = vae.decode(latents, return_dict=False)[0][0]
+    return video.float().clamp(-1, 1)
+
+
 def normalized_latents(vae: Any, video: Tensor, generator: torch.Generator | None) -> Tensor:
     """The latents of `encoded_latents`, normalized with the mean and std of the VAE.
 

@@ -73,7 +73,8 @@ class Bench:
         config = others.pop("config", {})
         if self.tiny is None:
             return Plan(family, checkpoint, settings, config, **others)
-        depth = {load_family(family).depth_setting: others.pop("blocks", 3)}
+        first, *further = load_family(family).depth_settings
+        depth = dict.fromkeys(further, 1) | {first: others.pop("blocks", 3)}
         sizes = {"width": 128, "height": 128} if config else {"width": 96, "height": 64}
         tables: dict[str, dict[str, object]] = {table: dict(values) for table, values in settings.items()}
         changes: dict[str, dict[str, object]] = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ MODELS = [
     ("kandinsky6", "kandinskylab/Kandinsky-6.0-Lite-5s-Diffusers"),
     ("cogvideox", "zai-org/CogVideoX-5b"),
     ("ltx2", "Lightricks/LTX-2"),
+    ("hunyuanvideo15", "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-480p_t2v"),
+    ("hunyuanvideo", "hunyuanvideo-community/HunyuanVideo"),
 ]
 WAYS: dict[str, dict[str, object]] = {
     "blocks": {},
@@ -77,9 +80,12 @@ def settings(family: Family, memory: dict[str, object]) -> Profile:
 
 
 def step_flops(family: Family, profile: Profile) -> float:
-    """FLOPs of the forward and backward pass of a step, extended from those of two and of three blocks."""
-    two, three = (shallow_flops(*with_blocks(profile, family, range(depth))) for depth in (2, 3))
-    return two + (family.block_count - 2) * (three - two)
+    """FLOPs of the forward and backward pass of a step, extended from those of two and of three blocks of each kind."""
+    starts = list(accumulate(family.depths[:-1], initial=0))
+    two = [start + block for start in starts for block in range(2)]
+    flops = shallow_flops(*with_blocks(profile, family, two))
+    more = [shallow_flops(*with_blocks(profile, family, sorted([*two, start + 2]))) for start in starts]
+    return flops + sum((depth - 2) * (one - flops) for depth, one in zip(family.depths, more, strict=True))
 
 
 def shallow_flops(profile: Profile, family: Family) -> int:

@@ -27,8 +27,8 @@ def recompute_finely(family: Family, blocks: nn.ModuleList) -> None:
         for name in family.attention_parts:
             part = block.get_submodule(name)
             part.forward = recomputed(part)
-        for name in family.token_parts:
-            part = block.get_submodule(name)
+        parts = dict(block.named_modules())
+        for part in (parts[name] for name in family.token_parts if name in parts):
             part.forward = by_chunks(recomputed(part))
 
 
