@@ -59,15 +59,16 @@ class CaptionAttention(HunyuanVideoAttnProcessor2_0):  # type: ignore[misc]  # d
 
         In training the argument `text_lengths` says them; the pipelines give a mask.
         """
-        embeds, lengths = keywords["encoder_hidden_states"], keywords.pop("text_lengths", None)
+        lengths = keywords.pop("text_lengths", None)
         if lengths is None:
-            lengths = keywords["encoder_attention_mask"].bool().sum(dim=1).tolist()
+            embeds, mask = (keywords[f"encoder_{name}"] for name in ("hidden_states", "attention_mask"))
+            lengths = mask.bool().sum(dim=1).tolist()
+            keywords = keywords | {
+                "encoder_hidden_states": embeds[:, : max(lengths)],
+                "encoder_attention_mask": mask_of(embeds, lengths),
+            }
         self.limit_to(lengths)
-        captions = {
-            "encoder_hidden_states": embeds[:, : max(lengths)],
-            "encoder_attention_mask": mask_of(embeds, lengths),
-        }
-        return arguments, keywords | captions
+        return arguments, keywords
 
     def limit_to(self, lengths: Sequence[int]) -> None:
         """Take this many tokens of each clip's caption in the forward pass that follows."""
