@@ -5,13 +5,11 @@ This process is the leader of a session of its own and has both ends of its term
 
 from __future__ import annotations
 
-import fcntl
 import os
 import select
 import signal
 import subprocess
 import sys
-import termios
 import time
 from collections.abc import Callable
 
@@ -47,6 +45,9 @@ class Shell:
     """The leader of a session, and its job."""
 
     def __init__(self) -> None:
+        import fcntl
+        import termios
+
         os.setsid()
         self.master, self.terminal = os.openpty()
         fcntl.ioctl(self.terminal, termios.TIOCSCTTY, 0)
@@ -85,6 +86,8 @@ class Shell:
 
     def by_lines(self) -> bool:
         """Whether the terminal waits for lines and echoes them, as a shell expects."""
+        import termios
+
         flags = termios.tcgetattr(self.terminal)[3]
         return bool(flags & termios.ICANON) and bool(flags & termios.ECHO)
 
@@ -96,6 +99,8 @@ class Shell:
 
 def main() -> None:
     """Start in the background, come to the front, be stopped and go on twice, and end."""
+    import termios
+
     shell = Shell()
     shell.front(os.getpgrp())
     shell.hear("<ready>")

@@ -158,7 +158,7 @@ def timeless(run: RunFolder) -> list[dict[str, Any]]:
 def test_held_out_clips_never_reach_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: set[str] = set()
 
-    def draw_alone(trainer: Trainer, _should_stop: object) -> Iterator[Event]:
+    def draw_alone(trainer: Trainer, _should_stop: object, _requests: object) -> Iterator[Event]:
         batches = trainer.batches.starting_at(0)
         for batch in itertools.islice(batches, 3 * trainer.batches.steps_per_epoch):
             drawn.update(batch.clips)

@@ -6,16 +6,19 @@ import os
 import signal
 import subprocess
 import sys
-import termios
 import time
 from pathlib import Path
 
 import job_control
 import pytest
+from conftest import CREPA
 from test_terminal import LEAVE, SHORT, TRAIN, Terminal
+from test_watch import STEPS, Written
 
 from crepa_cli.report.keyboard import ESCAPE, ESCAPE_SECONDS, PAUSE_SECONDS
+from crepa_cli.settings import resolve
 
+termios = pytest.importorskip("termios")
 READ = [sys.executable, "-c", job_control.READER]
 
 
@@ -118,3 +121,19 @@ def test_keys_of_a_training(processes: int, demo: Path, tmp_path: Path) -> None:
     assert len(checkpoints) == 2
     assert checkpoints[0] < sampled < checkpoints[1]
     assert f"crepa train --resume --output {run}" in terminal.written.split(LEAVE)[-1]
+
+
+@pytest.mark.slow
+def test_keys_of_a_view_from_elsewhere(tmp_path: Path) -> None:
+    """Of a run that goes on: it is left at the first q, and nothing in its folder changes."""
+    profile = resolve("t2v", {"model.family": "wan"}, [f"train.steps={STEPS}"], demo=True).profile
+    written = Written(tmp_path / "run", profile)
+    written.write(*written.session(0, 20))
+    before = {path.name: path.read_bytes() for path in written.run.path.iterdir()}
+    terminal = Typed([*CREPA, "watch", "run"], tmp_path)
+    terminal.wait_for(lambda: "? keys" in terminal.written)
+    terminal.type("+", "?")
+    terminal.wait_for(lambda: "q    leave; the run goes on" in terminal.written)
+    terminal.type("c", "c", "q")
+    assert terminal.wait() == 0
+    assert {path.name: path.read_bytes() for path in written.run.path.iterdir()} == before
