@@ -101,6 +101,12 @@ class StepDone:
     """The similarity of each frame with its own features, without its neighbors."""
     expert: str | None = None
     """The expert that the step trained, of a run that trains both."""
+    data_seconds: float | None = None
+    """Waiting for the batch, its copy to the device, and features that are computed in the step."""
+    forward_seconds: float | None = None
+    backward_seconds: float | None = None
+    optimizer_seconds: float | None = None
+    """Of the update before this step's: a GPU is still at work on this one when the step's values are known."""
 
 
 @dataclass(frozen=True)

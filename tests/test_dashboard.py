@@ -101,6 +101,10 @@ def recorded_events(plan: CoefficientSchedule, steps: int, *, aligned: bool = Tr
             step_seconds=0.213,
             samples_per_second=4 / 0.213,
             peak_memory_bytes=12 * GB,
+            data_seconds=0.002,
+            forward_seconds=0.07,
+            backward_seconds=0.12,
+            optimizer_seconds=None if step == 0 else 0.02,
         )
         if step + 1 in (500, 1000, 2000):
             yield CheckpointSaved(step + 1, RUN / f"checkpoints/step-{step + 1:06d}")
@@ -162,7 +166,17 @@ def test_a_screen_is_as_it_was(case: str, width: int, height: int) -> None:
 
 
 WHOLE_VALUES = {
-    "cut_off": ["2,001 of 5,000", "40%", "ETA 0:12:33", "0.1790", "12.00 of 80.00 GB", "18.78", "1,774:", "0.8501"],
+    "cut_off": [
+        "2,001 of 5,000",
+        "40%",
+        "ETA 0:12:33",
+        "0.1790",
+        "12.00 of 80.00 GB",
+        "18.78",
+        "1,774:",
+        "0.8501",
+        "57%",
+    ],
     "warmup": ["38 of 5,000", "0.1850", "warmup 37/100", "-0.2295", "0.1081", "1.00e-04", "0.532", "12,345,678"],
 }
 
@@ -265,6 +279,7 @@ def test_a_run_of_an_older_version_shows_its_earlier_steps(tmp_path: Path) -> No
         if isinstance(event, StepDone):
             metrics(event)
     newer = {"crepa_weighted_loss", "crepa_self_similarity"}
+    newer |= {f"{part}_seconds" for part in ("data", "forward", "backward", "optimizer")}
     older = [{key: value for key, value in line.items() if key not in newer} for line in read_metrics(path)]
     path.write_text("".join(json.dumps(line) + "\n" for line in older))
     dashboard = Dashboard(Console(), schedule("constant"))

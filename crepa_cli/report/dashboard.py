@@ -17,6 +17,7 @@ from rich.text import Text
 from crepa_cli.alignment import CoefficientSchedule
 from crepa_cli.events import Event, Progress, RunOpened, TrainingStarted
 from crepa_cli.report.chart import fitting, signs_for
+from crepa_cli.report.gpu import GpuUse
 from crepa_cli.report.keyboard import Keyboard
 from crepa_cli.report.keys import Action, Keys
 from crepa_cli.report.panels import (
@@ -47,7 +48,7 @@ from crepa_cli.signals import Stopped
 STOPPED_EARLY = "Stopped in the preparation: what it made is kept, and the next start goes on from there"
 HEIGHT = 24
 LOSSES = "losses: total = diffusion + lambda x alignment, which falls below 0"
-FACTS = 3
+FACTS = 4
 """Lines of facts below the bar of the steps."""
 MESSAGES = 2
 """Lines of messages in a window of 24 lines."""
@@ -99,6 +100,7 @@ class Dashboard:
         self.keys = Keys(actions or {}, clock)
         self.keyboard = None if actions is None else Keyboard(self.press, self.show)
         self.requests = requests or Requests()
+        self.gpu = GpuUse(clock)
         self.state = RunState(schedule, clock)
         self.summary = Summary()
         self.strips = Strips()
@@ -210,6 +212,7 @@ class Dashboard:
     def _training(self, started: TrainingStarted, view: View, console: Console, width: int, height: int) -> Layout:
         """The panels during training; of a window's lines beyond 24, messages take a quarter and charts the rest."""
         state, runs = self.state, [self.state, *self.others]
+        state.gpu = self.gpu()
         strips = self._strips(view, console, width, height)
         height -= strips[0].size or 0 if strips else 0
         inner, left, extra = width - MARGIN, width // 2, max(0, height - HEIGHT)

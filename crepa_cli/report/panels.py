@@ -124,7 +124,9 @@ def _facts(state: RunState, started: TrainingStarted, done: int) -> list[str]:
         facts += [
             f"{latest.step_seconds:.3f} s per step",
             f"{latest.samples_per_second:.2f} clips per second",
+            *([state.parts_text] if state.parts_text else []),
             f"memory {latest.peak_memory_bytes / GB:.2f}{of} GB",
+            *([state.gpu] if state.gpu else []),
             f"learning rate {latest.learning_rate:.2e}",
             f"gradient norm {latest.grad_norm:.3f}",
         ]

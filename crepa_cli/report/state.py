@@ -21,6 +21,8 @@ from crepa_cli.report.curves import Curve
 from crepa_cli.report.plain import describe, duration, item_text, one_line
 
 SMOOTHING = 0.95
+PARTS = ("data", "forward", "backward", "optimizer")
+"""What a step spends its time on."""
 MESSAGES = 50
 
 
@@ -62,6 +64,10 @@ class RunState:
         self.cut_off_at: int | None = None
         self.losses = {name: Series() for name in ("diffusion", "alignment", "total")}
         self.similarity, self.average, self.coefficient = Series(), Series(), Series()
+        self.parts = {part: Series() for part in PARTS}
+        """Seconds."""
+        self.gpu = ""
+        """How busy the GPU is, if its driver says so."""
         self.sampled: list[ValidationSampled] = []
         """The validations with measures, the oldest first."""
         self.held_out: list[HeldOutMeasured] = []
@@ -102,6 +108,13 @@ class RunState:
         return f"{self.work.stage}: {item_text(self.work.item)}, {duration(self.clock() - self.work_started_at)} so far"
 
     @property
+    def parts_text(self) -> str:
+        """The smoothed shares of the parts in a step; empty before they are known, as in runs of older versions."""
+        seconds = {part: series.smoothed or 0.0 for part, series in self.parts.items()}
+        total = sum(seconds.values())
+        return ", ".join(f"{part} {spent / total:.0%}" for part, spent in seconds.items()) if total else ""
+
+    @property
     def elapsed(self) -> float:
         """Seconds since this session opened the run."""
         return self.clock() - self.opened_at
@@ -114,6 +127,8 @@ class RunState:
         self.similarity.add(step.crepa_similarity)
         self.average.add(step.crepa_similarity_ema)
         self.coefficient.add(step.crepa_coefficient)
+        for part, series in self.parts.items():
+            series.add(getattr(step, f"{part}_seconds"))
         if not step.crepa_cutoff:
             self.cut_off_at = None
         elif self.cut_off_at is None:

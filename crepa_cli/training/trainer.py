@@ -36,6 +36,7 @@ from crepa_cli.training.batches import Batches, MicroBatch
 from crepa_cli.training.build import trainable
 from crepa_cli.training.checkpointer import Checkpointer
 from crepa_cli.training.checkpoints import trained_weights
+from crepa_cli.training.clock import StepClock
 from crepa_cli.training.experts import Expert, Experts
 from crepa_cli.training.export import export_weights
 from crepa_cli.training.flow import seeded_generator
@@ -90,6 +91,7 @@ class Trainer:
         """A run that resumes has saved what it starts from."""
         self.saved = self.done
         self.peak = PeakMemory(self.accelerator.device)
+        self.clock = StepClock(self.accelerator.device)
 
     def train(self, should_stop: StopRequest, requests: Requests) -> Iterator[Event]:
         """Train to the last step, or until `should_stop` is true on any process; a checkpoint is saved either way.
@@ -208,6 +210,7 @@ class Trainer:
     ) -> StepDone | StepSkipped | None:
         """One optimizer step; None if the run is to stop before it is complete, which changes nothing."""
         started = time.perf_counter()
+        self.clock.mark()
         (family, learner), accumulation = self.experts.at(step), self.batches.accumulation
         coefficient, learning_rate = learner.coefficient(step), learner.learning_rate
         losses: list[Tensors] = []
@@ -222,6 +225,7 @@ class Trainer:
                 losses.append(self._backward(learner, batch, self.batches.index(step, micro), coefficient))
             clips.append(batch.clips)
         means, norms = self._read(losses, learner.clip_gradients())
+        spent = self.clock.read()
         if not all(math.isfinite(value) for value in (*means.values(), *norms)):
             learner.discard_gradients()
             return self._skip(step, losses, clips)
@@ -230,6 +234,7 @@ class Trainer:
         self.updating = True
         learner.update(similarity)
         self.updating = False
+        self.clock.mark("optimizer")
         self.skipped.good(name for names in clips for name in names)
         seconds = time.perf_counter() - started
         return StepDone(
@@ -251,6 +256,10 @@ class Trainer:
             samples_per_second=self.batches.samples_per_step / seconds,
             peak_memory_bytes=self.peak.read(),
             expert=family.expert if self.family.trains_all else None,
+            data_seconds=spent.get("data"),
+            forward_seconds=spent.get("forward"),
+            backward_seconds=spent.get("backward"),
+            optimizer_seconds=spent.get("optimizer"),
         )
 
     def _backward(self, learner: Learner, batch: MicroBatch, index: int, coefficient: float) -> Tensors:
@@ -262,11 +271,14 @@ class Trainer:
             teaching = Teaching(*self.online_teacher.features(batch.tensors["latents"]), coefficient)
         else:
             teaching = Teaching(batch.features, batch.teacher_grid, coefficient)
+        self.clock.mark("data")
         with self.accelerator.autocast():
             losses = step_losses(
                 learner.model, self.family, self.profile, batch.tensors, batch.noise, batch.sigmas, teaching
             )
+        self.clock.mark("forward")
         self.accelerator.backward(losses.total / train.gradient_accumulation)
+        self.clock.mark("backward")
         return {name: loss.detach() for name, loss in losses._asdict().items() if loss is not None}
 
     def _read(self, losses: list[Tensors], norms: GradientNorms) -> tuple[dict[str, float], list[float]]:
