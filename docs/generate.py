@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import textwrap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import typer.main
 from typer.core import TyperGroup
@@ -79,6 +81,43 @@ It has no CREPA, and its configuration is not read. Its keys and ours:
 Keys that are not in the table are named by `crepa init --from`.
 """
 
+RECIPES_INTRODUCTION = """\
+A recipe is the preset `t2v` with the settings under which a family's default checkpoint trains on a card of this size:
+a LoRA with CREPA on clips of the family's own size and length, one at a time. The settings are those that
+`crepa doctor --fit` finds, cheapest in time first. Use it by its name:
+
+```
+crepa init --profile wan-24gb --data clips
+```
+
+or, without a `crepa.toml`, `crepa train --profile wan-24gb --data clips`. For other clips, another checkpoint, image to
+video or a card of another size, let `crepa doctor --fit 16 --write` find the settings
+([fitting the card](memory.md)).
+
+GB are 10^9 bytes. Most cards have 7 % more than their name says, which is left for the driver. A card with ECC has
+less: if its memory runs out, give `--fit` what `nvidia-smi` shows as free, or take the recipe of the next smaller card.
+"""
+NO_RECIPE = """\
+Nothing fits these cards at the family's own size and length, so there is no recipe: {}.
+`crepa doctor --model FAMILY --fit 12` names the longest and the largest clips that fit.
+"""
+TABLE_INTRODUCTION = """\
+The predicted peak of training, preparation and validation in GB (10^9 bytes), with the settings that make it fit:
+{}. A dash says that nothing fits. Image to video is listed where its checkpoint is another one.
+"""
+LETTERS = {
+    "memory.stream_weights": "s",
+    "memory.offload_activations": "o",
+    "memory.finer_recompute": "r",
+    "memory.quantize_base": "q",
+    "memory.keep": "k",
+    "memory.keep_blocks": "k",
+    "model.vae_tiling": "t",
+    "model.vae_dtype": "v",
+    "validation.every": "n",
+}
+"""A letter for each setting in the table of all sizes; those that spend memory have the same."""
+
 
 def settings_page() -> str:
     """Every setting: its key, its default, the values that it takes, and its meaning."""
@@ -100,11 +139,17 @@ def others_page() -> str:
     return _page("Coming from another trainer", OTHERS_INTRODUCTION, _counterparts())
 
 
+def recipes_page() -> str:
+    """The recipes, and what each family takes on each card."""
+    return _page("Recipes", RECIPES_INTRODUCTION, _recipes())
+
+
 PAGES = {
     "settings.md": settings_page,
     "commands.md": commands_page,
     "python.md": python_page,
     "coming-from.md": others_page,
+    "recipes.md": recipes_page,
 }
 
 
@@ -181,6 +226,46 @@ def _counterparts() -> Iterator[str]:
     for theirs, ours in COUNTERPARTS.items():
         yield f"| `{theirs}` | `{ours}` |"
     yield ""
+
+
+def _recipes() -> Iterator[str]:
+    rows = json.loads((DOCS / "recipes.json").read_text(encoding="utf-8"))
+    yield from ("## The recipes", "", "| recipe | clips | settings | predicted peak | effect |")
+    yield "| --- | --- | --- | --- | --- |"
+    missing = []
+    for row in rows:
+        for card, fit in row["fits"].items() if row["recipe"] else ():
+            if fit is None:
+                missing.append(f"`{row['family']}` on {card} GB")
+                continue
+            settings = ", ".join(f"`{name} = {json.dumps(value)}`" for name, value in fit["settings"].items())
+            clips = f"{row['size']}, {row['frames']} frames"
+            name, peak = f"`{row['family']}-{card}gb`", f"{fit['peak'] / 1e9:.1f} GB"
+            yield f"| {name} | {clips} | {settings or 'none'} | {peak} | {fit['price']} |"
+    if missing:
+        yield from ("", NO_RECIPE.format(", ".join(missing)).rstrip())
+    used = {name for row in rows for fit in row["fits"].values() if fit for name in fit["settings"]}
+    legend: dict[str, list[str]] = {}
+    for name, letter in LETTERS.items():
+        if name in used:
+            legend.setdefault(letter, []).append(f"`{name}`")
+    letters = ", ".join(f"{letter} {' and '.join(names)}" for letter, names in legend.items())
+    yield from ("", "## Families, sizes and cards", "", TABLE_INTRODUCTION.format(letters))
+    cards = list(rows[0]["fits"])
+    yield f"| family | checkpoint | clips | {' | '.join(f'{card} GB' for card in cards)} |"
+    yield f"| {' | '.join(['---'] * (3 + len(cards)))} |"
+    for row in rows:
+        cells = [_fit_cell(row["fits"][card]) for card in cards]
+        clips = f"{row['size']}, {row['frames']} frames"
+        yield f"| `{row['family']}`, {row['task']} | `{row['checkpoint']}` | {clips} | {' | '.join(cells)} |"
+    yield ""
+
+
+def _fit_cell(fit: dict[str, Any] | None) -> str:
+    if fit is None:
+        return "-"
+    letters = "".join(dict.fromkeys(LETTERS[name] for name in fit["settings"]))
+    return f"{fit['peak'] / 1e9:.1f} {letters}".strip()
 
 
 def _cell(text: str) -> str:

@@ -19,6 +19,13 @@ def preset_names() -> list[str]:
     return list(presets())
 
 
+def profile_names() -> list[str]:
+    """The names of the presets and the recipes."""
+    from crepa_cli.profile import presets, recipes
+
+    return [*presets(), *recipes()]
+
+
 def task_names() -> list[str]:
     """The tasks."""
     return _choices("model", "task")

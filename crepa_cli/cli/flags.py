@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from crepa_cli.cli.completion import family_names, preset_names, settings, task_names
+from crepa_cli.cli.completion import family_names, preset_names, profile_names, settings, task_names
 from crepa_cli.errors import UserError
 
 FAMILY_HELP = f"Model family: {', '.join(family_names())}."
-PROFILE_HELP = f"Preset ({', '.join(preset_names())}), or a TOML file."
-ProfileFlag = Annotated[str | None, typer.Option("--profile", help=PROFILE_HELP, autocompletion=preset_names)]
+PROFILE_HELP = f"Preset ({', '.join(preset_names())}), recipe (such as {family_names()[0]}-24gb), or a TOML file."
+ProfileFlag = Annotated[str | None, typer.Option("--profile", help=PROFILE_HELP, autocompletion=profile_names)]
 ModelFlag = Annotated[str | None, typer.Option("--model", help=FAMILY_HELP, autocompletion=family_names)]
 CheckpointFlag = Annotated[str | None, typer.Option("--checkpoint", help="Hub id or local folder of the base model.")]
 TaskFlag = Annotated[

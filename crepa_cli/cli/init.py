@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from crepa_cli.cli.completion import family_names, json_files, preset_names, task_names
+from crepa_cli.cli.completion import family_names, json_files, profile_names, task_names
 from crepa_cli.cli.flags import FAMILY_HELP, PROFILE_HELP, CheckpointFlag, DataFlag, one_folder
 from crepa_cli.cli.terminal import interactive
 from crepa_cli.errors import UserError
@@ -45,7 +46,7 @@ def init(
     ] = None,
     profile: Annotated[
         str | None,
-        typer.Option(help=PROFILE_HELP, metavar="NAME|FILE", autocompletion=preset_names),
+        typer.Option(help=PROFILE_HELP, metavar="NAME|FILE", autocompletion=profile_names),
     ] = None,
     checkpoint: CheckpointFlag = None,
     data: DataFlag = None,
@@ -72,7 +73,7 @@ def init(
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite existing files.")] = False,
-    list_presets: Annotated[bool, typer.Option("--list", help="List the presets and their purposes.")] = False,
+    list_presets: Annotated[bool, typer.Option("--list", help="List the presets and the recipes.")] = False,
 ) -> None:
     """Write a crepa.toml for this folder, from a preset or from another trainer's configuration.
 
@@ -80,6 +81,7 @@ def init(
     """
     if list_presets:
         _show_presets()
+        _show_recipes()
     elif to_json is not None:
         _export(to_json, profile, {"model.family": model, "model.task": task}, force=force)
     else:
@@ -91,6 +93,13 @@ def _show_presets() -> None:
 
     for name, path in presets().items():
         typer.echo(f"{name:<18}{preset_purpose(path)}")
+
+
+def _show_recipes() -> None:
+    from crepa_cli.profile import recipes
+
+    typer.echo("\nRecipes, for a family and the memory of a card:")
+    typer.echo(textwrap.fill(", ".join(recipes()), 100, break_on_hyphens=False))
 
 
 def _create(choices: _Choices, from_json: Path | None, *, force: bool) -> None:

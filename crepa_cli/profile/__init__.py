@@ -2,7 +2,7 @@
 
 from crepa_cli.profile.alignment import CrepaSettings, LayerSyncSettings, step_count
 from crepa_cli.profile.describe import allowed_values, description, json_schema, known_keys
-from crepa_cli.profile.files import dump_toml, preset_purpose, presets
+from crepa_cli.profile.files import dump_toml, preset_purpose, presets, recipes
 from crepa_cli.profile.layers import Defaults, ResolvedProfile, SettingsError, resolve_profile
 from crepa_cli.profile.model import MemorySettings, ModelSettings
 from crepa_cli.profile.settings import (
@@ -41,6 +41,7 @@ __all__ = [
     "known_keys",
     "preset_purpose",
     "presets",
+    "recipes",
     "resolve_profile",
     "step_count",
 ]

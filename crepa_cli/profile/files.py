@@ -41,9 +41,20 @@ RESOLVED_HEADER = f"{RESOLVED_MARK} As --profile, this file alone decides: no cr
 
 def presets() -> dict[str, Path]:
     """The presets by name, from the installed package or from the source checkout."""
+    return _profiles_in(_shipped())
+
+
+def recipes() -> dict[str, Path]:
+    """The recipes by name: the settings that fit a family's training on a card of a size, over a preset."""
+    return _profiles_in(_shipped() / "recipes")
+
+
+def _shipped() -> Path:
     folder = Path(__file__).parent / "presets"
-    if not folder.is_dir():
-        folder = Path(__file__).parents[2] / "profiles"
+    return folder if folder.is_dir() else Path(__file__).parents[2] / "profiles"
+
+
+def _profiles_in(folder: Path) -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
@@ -53,20 +64,23 @@ def preset_purpose(path: Path) -> str:
 
 
 def find_profile(name: str, folder: Path) -> tuple[Path, str]:
-    """The file that `--profile` names, a preset or a path relative to `folder`, and its name in messages.
+    """The file that `--profile` names, a preset, a recipe or a path relative to `folder`, and its name in messages.
 
     Raises:
-        UserError: if there is no such preset or file.
+        UserError: if there is no such preset, recipe or file.
     """
-    known = presets()
-    if name in known:
-        return known[name], f"preset {name}"
+    for kind, known in (("preset", presets()), ("recipe", recipes())):
+        if name in known:
+            return known[name], f"{kind} {name}"
     path = folder / name
     if exists(path):
         return path, name
-    nearest = difflib.get_close_matches(name, known, n=1)
+    nearest = difflib.get_close_matches(name, [*presets(), *recipes()], n=1)
     hint = f" (did you mean {nearest[0]}?)" if nearest else ""
-    raise UserError(f"--profile: no preset or file is named {shown(name)}{hint}; the presets are {', '.join(known)}")
+    raise UserError(
+        f"--profile: no preset or file is named {shown(name)}{hint}; the presets are {', '.join(presets())}, and "
+        "`crepa init --list` shows the recipes"
+    )
 
 
 def preset_tables(tables: Mapping[str, object], label: str) -> dict[str, object] | None:
