@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 import shlex
@@ -92,6 +93,31 @@ def test_commands_and_their_flags_exist(command: str) -> None:
     wanted = {word.partition("=")[0] for word in arguments if word.startswith("--")}
     known = {form for parameter in group.commands[name].params for form in parameter.opts} | {"--help"}
     assert wanted <= known
+
+
+def _literals() -> Iterator[str]:
+    """Every text that the package can print, with an ellipsis for what is filled in."""
+    for path in (ROOT / "crepa_cli").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(str(one.value) if isinstance(one, ast.Constant) else "…" for one in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_every_hint_of_troubleshooting_has_a_sign_or_messages_that_the_code_prints() -> None:
+    literals = list(_literals())
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    messages = []
+    for section in page.split("\n## ")[1:]:
+        assert re.search(r"^\*\*(Message|Sign)\*\*: ", section, re.MULTILINE), section.splitlines()[0]
+        for paragraph in re.findall(r"^\*\*Message\*\*: (.*?)\n\n", section, re.DOTALL | re.MULTILINE):
+            messages += [" ".join(message.split()) for message in re.findall(r"`([^`]+)`", paragraph)]
+    assert len(messages) > 10
+    for message in messages:
+        # The name of a setting may be filled in.
+        pattern = ".*".join(re.escape(part) for part in re.sub(r"crepa\.\w+", "…", message).split("…"))
+        assert any(re.search(pattern, literal) for literal in literals), message
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
