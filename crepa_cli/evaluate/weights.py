@@ -18,7 +18,8 @@ from crepa_cli.evaluate.videos import unique_names
 from crepa_cli.hub.read import fingerprint
 from crepa_cli.models.base import BaseCheckpoint
 from crepa_cli.models.dtypes import torch_dtype
-from crepa_cli.models.family import BOTH, Family
+from crepa_cli.models.facts import BOTH
+from crepa_cli.models.family import Family
 from crepa_cli.models.lora import fetch_lora
 from crepa_cli.models.sharing import SharedPlace
 from crepa_cli.models.streaming import move, place

@@ -12,7 +12,8 @@ from crepa_cli.data.buckets import Bucket, Size
 from crepa_cli.hub.messages import HubError
 from crepa_cli.memory.prediction import preparation_memory, training_memory, validation_memory
 from crepa_cli.memory.shapes import validation_bucket
-from crepa_cli.models.family import BOTH, Family
+from crepa_cli.models.facts import BOTH
+from crepa_cli.models.family import Family
 from crepa_cli.profile import Profile
 from crepa_cli.runs.checks import memory_mistakes
 from crepa_cli.teachers.dinov2 import ENCODERS

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from crepa_cli.errors import UserError
 
 if TYPE_CHECKING:
-    from crepa_cli.models.family import Family, Tables
+    from crepa_cli.models.facts import Tables
+    from crepa_cli.models.family import Family
 
 FAMILIES = {
     "wan": "Wan",

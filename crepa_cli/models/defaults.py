@@ -6,7 +6,8 @@ from pathlib import Path
 
 from crepa_cli.errors import UserError
 from crepa_cli.models.base import BaseCheckpoint
-from crepa_cli.models.family import Family, Tables
+from crepa_cli.models.facts import Tables
+from crepa_cli.models.family import Family
 from crepa_cli.models.single_file import is_single_file, published_with
 
 

@@ -19,7 +19,8 @@ from crepa_cli.data.sources import forms
 from crepa_cli.errors import UserError
 from crepa_cli.models import FAMILIES, load_family
 from crepa_cli.models.dtypes import torch_dtype
-from crepa_cli.models.family import BOTH, Family
+from crepa_cli.models.facts import BOTH
+from crepa_cli.models.family import Family
 from crepa_cli.models.lora import fetch_lora, lora_rank
 from crepa_cli.models.single_file import is_single_file
 from crepa_cli.profile import AdapterSettings, DataSettings, ModelSettings, Profile, TrainSettings, ValidationSettings
