@@ -76,8 +76,11 @@ def test_the_terminal_is_left_as_it_was(end: str | signal.Signals, tmp_path: Pat
     os.close(held)
 
 
-def test_a_shell_stops_a_job_and_starts_it_again_and_keys_in_the_background_are_not_its_own() -> None:
-    done = subprocess.run([sys.executable, job_control.__file__], capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_shell_stops_a_job_and_starts_it_again_and_keys_in_the_background_are_not_its_own(processes: str) -> None:
+    command = [sys.executable, job_control.__file__]
+    environment = os.environ | {"WORLD_SIZE": processes}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

@@ -27,8 +27,9 @@ class Keyboard:
 
     A key counts if it comes alone: characters that come at once were pasted, or are the sequence of an arrow key or the
     mouse. Ctrl-C and Ctrl-Z stay signals. On POSIX the terminal does not wait for lines and does not echo while this
-    process is in the foreground, and is as it was before whenever the process is stopped or done. Nothing is read in
-    the background, where the terminal would stop the process. Without a terminal as standard input there are no keys.
+    process is in the foreground, and is as it was before whenever the process is stopped or done; after Ctrl-Z in a run
+    of several processes the shell has to see to that, as shells do. Nothing is read in the background, where the
+    terminal would stop the process. Without a terminal as standard input there are no keys.
 
     Args:
         press: called in a thread.
@@ -60,7 +61,7 @@ class Keyboard:
         """Read no more, and leave the terminal as it was."""
         self.closed.set()
         try:
-            if self.reading:
+            if self.thread.is_alive():
                 self.thread.join()
         finally:
             self._give_back()
@@ -69,8 +70,8 @@ class Keyboard:
 
     @property
     def reading(self) -> bool:
-        """Whether keys are read."""
-        return self.thread.is_alive()
+        """Whether keys are read now: not in the background."""
+        return self.thread.is_alive() and (sys.platform == "win32" or self.before is not None)
 
     def _listen(self) -> None:
         if sys.platform != "win32":
@@ -146,6 +147,9 @@ class Keyboard:
         return False
 
     def _handle_suspension(self) -> None:
+        # A process that waits for others, which have stopped, runs no handler: it would stop after they go on.
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            return
         if sys.platform != "win32" and signal.getsignal(signal.SIGTSTP) is signal.SIG_DFL:
             self.handler = signal.signal(signal.SIGTSTP, self._suspend)
 
