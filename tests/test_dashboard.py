@@ -36,9 +36,11 @@ from crepa_cli.events import (
     TrainingStarted,
     ValidationSampled,
 )
+from crepa_cli.report.chart import BRAILLE
 from crepa_cli.report.curves import BUCKETS, Curve
 from crepa_cli.report.dashboard import Dashboard
 from crepa_cli.report.metrics import MetricsFile, read_metrics
+from crepa_cli.report.panels import View
 from crepa_cli.report.plot import draw_metrics
 from crepa_cli.report.records import prints_as_notices, records_as_notices
 from crepa_cli.report.state import phase
@@ -297,6 +299,16 @@ def test_a_curve_is_bounded_and_keeps_the_means() -> None:
     assert columns[0] is None
     assert columns[3] == pytest.approx(87_500, rel=0.02)
     assert sum(count for _, count in curve.buckets) == 50_000
+
+
+def test_a_curve_reaches_both_edges_at_any_width() -> None:
+    curve = Curve()
+    curve.add(0.0)
+    for step in range(1, 700):
+        curve.add(float(step))
+        for width in range(1 + step % 7, 120, 7):
+            points = View(BRAILLE).line(curve, (0, step), width, "").points
+            assert (points[0][0], points[-1][0]) == (0, 1)
 
 
 def test_what_libraries_log_warn_and_print_becomes_one_event_each(capsys: pytest.CaptureFixture[str]) -> None:

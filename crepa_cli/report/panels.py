@@ -48,8 +48,9 @@ class View:
         first, last = window
         if len(values) < 2:
             return Line(spread(values, end=1.0 if first == last else 0.0), style, dashed)
-        scale, span = (curve.steps - 1) / (len(values) - 1), max(1, last - first)
-        points = [((index * scale - first) / span, value) for index, value in enumerate(values)]
+        span, step, gaps = max(1, last - first), curve.steps - 1, len(values) - 1
+        # Multiplied first: rounding must not put the last point beyond the edge.
+        points = [((index * step / gaps - first) / span, value) for index, value in enumerate(values)]
         return Line([(share, value) for share, value in points if 0 <= share <= 1], style, dashed)
 
 
