@@ -26,6 +26,8 @@ from crepa_cli.models.capture import HiddenStateCapture
 from crepa_cli.models.family import Family, Tensors
 from crepa_cli.models.hunyuanvideo import TEMPLATE_TOKENS, HunyuanVideo
 from crepa_cli.models.joined import original_lora, original_weights
+from crepa_cli.runs.checks import load_checkpoint
+from crepa_cli.settings import resolve
 
 PUBLISHED = "hunyuanvideo-community/HunyuanVideo"
 
@@ -115,6 +117,9 @@ def test_image_to_video_is_refused(open_tiny: OpenTiny, tmp_path: Path) -> None:
         HunyuanVideo(str(tmp_path / "other"), "t2v")
     with pytest.raises(UserError, match="hunyuanvideo is trained for t2v, not for 'i2v'"):
         HunyuanVideo(PUBLISHED, "i2v")
+    profile = resolve("i2v", {"model.family": "hunyuanvideo"}).profile
+    with pytest.raises(UserError, match="hunyuanvideo is trained for t2v, not for 'i2v'"):
+        load_checkpoint(profile)
 
 
 @pytest.mark.slow

@@ -20,10 +20,9 @@ def default_layers(family: type[Family], task: str, kind: str, checkpoint: str |
         kind: `lora` or `full`, as `adapter.kind`.
         checkpoint: Hub id, local folder or single file; None for the default one of the task.
     """
-    name, default = f"family {family.name}", family.checkpoints.get(task)
-    layers: dict[str, Tables] = {
-        name: {**family.settings, "model": {"checkpoint": default}} if default else family.settings
-    }
+    # A family without the task refuses it when this checkpoint is opened.
+    name, default = f"family {family.name}", family.checkpoints.get(task, next(iter(family.checkpoints.values())))
+    layers: dict[str, Tables] = {name: {**family.settings, "model": {"checkpoint": default}}}
     if kind == "full":
         layers[f"{name}, full"] = family.full_settings
     if (checkpoint := checkpoint or default) is not None:
