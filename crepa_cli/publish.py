@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.filesize import decimal
 
 from crepa_cli import __version__
+from crepa_cli.data.sheet import without_clips
 from crepa_cli.errors import RunError, UserError, counted
 from crepa_cli.hub.push import Identity, claim_repository, page, push_files
 from crepa_cli.profile import Profile, dump_toml
@@ -79,5 +80,8 @@ def published_files(run: RunFolder, profile: Profile) -> Mapping[str, Path | byt
     files: dict[str, Path | bytes] = {
         path.relative_to(run.path).as_posix(): path for path in (*weights, *samples, *single) if path.is_file()
     }
+    for name, path in files.items():
+        if name.endswith("/sheet.png") and isinstance(path, Path):
+            files[name] = without_clips(path)
     files[run.profile.name] = dump_toml(without_folders(profile)).encode()
     return files

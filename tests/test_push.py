@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import CREPA, RunCrepa
 from hub_stub import HubStub, StubRepository
+from PIL import Image
 
 from crepa_cli.profile.files import parse_toml
 
@@ -63,12 +65,17 @@ def test_a_run_is_pushed_with_everything_that_its_card_shows(
     expected |= {f"weights/{path.name}" for path in (run / "weights").glob("*.safetensors")}
     expected |= {path.relative_to(run).as_posix() for path in (run / "samples" / samples[-1]).iterdir()}
     assert files.keys() == expected
-    for path in expected - {".gitattributes", "profile.toml"}:
+    sheet = f"samples/{samples[-1]}/sheet.png"
+    for path in expected - {".gitattributes", "profile.toml", sheet}:
         assert files[path] == (run / path).read_bytes()
+    # Videos of the base and of the run are published, and no frame of a clip.
+    with Image.open(io.BytesIO(files[sheet])) as pushed_sheet, Image.open(run / sheet) as own:
+        height = own.height * 2 // 3  # a row of step 0, one of the last step, and one of a clip
+        assert pushed_sheet.tobytes() == own.crop((0, 0, own.width, height)).tobytes()
     # The card shows frames of the last samples and the curves, and links to nothing that is not there.
     shown = re.findall(r"\]\(((?!https:)[^)]+)\)", files["README.md"].decode())
     assert "curves.svg" in shown
-    assert f"samples/{samples[-1]}/sheet.png" in shown
+    assert sheet in shown
     assert set(shown) <= files.keys()
     # The repository names no folder of this machine, and all settings that name none are there.
     assert not [path for path, data in files.items() if tmp_path.as_posix().encode() in data]

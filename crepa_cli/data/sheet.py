@@ -9,12 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from crepa_cli.files import write_whole
 
 COLUMNS = 8
 LARGEST = (320, 320)
+OWN_HEIGHT = "height-without-clips"
+"""The note in a sheet that says where its rows of clips begin."""
 FONT_SIZE, LINE_HEIGHT = 11, 14
 MARGIN = 2
 
@@ -67,17 +70,34 @@ def write_line(picture: Image.Image, place: tuple[int, int], text: str, width: i
     ImageDraw.Draw(picture).text((place[0] + MARGIN, place[1]), line, color, font)
 
 
-def write_sheet(path: Path, rows: Sequence[Image.Image]) -> None:
+def write_sheet(path: Path, rows: Sequence[Image.Image], clips: Sequence[Image.Image] = ()) -> None:
     """Write rows of frames, one below another, as a PNG; the file appears completely or not at all.
+
+    Args:
+        path: of the file.
+        rows: pictures of frames.
+        clips: further rows, of clips that are trained on; `without_clips` leaves them out.
 
     Raises:
         UserError: if the disk is full or the folder is not writable.
     """
-    sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)))
+    every = [*rows, *clips]
+    sheet = Image.new("RGB", (max(row.width for row in every), sum(row.height for row in every)))
     top = 0
-    for row in rows:
+    for row in every:
         sheet.paste(row, (0, top))
         top += row.height
+    notes = PngInfo()
+    notes.add_text(OWN_HEIGHT, str(sum(row.height for row in rows)))
     content = io.BytesIO()
-    sheet.save(content, format="png")
+    sheet.save(content, format="png", pnginfo=notes)
     write_whole(path, content.getvalue())
+
+
+def without_clips(path: Path) -> bytes:
+    """A sheet without its rows of clips, which are not for everybody's eyes, as a PNG."""
+    content = io.BytesIO()
+    with Image.open(path) as sheet:
+        height = int(sheet.info.get(OWN_HEIGHT, sheet.height))
+        sheet.crop((0, 0, sheet.width, height)).save(content, format="png")
+    return content.getvalue()

@@ -88,7 +88,11 @@ def _samples(run: RunFolder, profile: Profile) -> str:
     if not samples:
         return ""
     sheet = samples[0][1].parent / "sheet.png"
-    picture = f"![frames of the samples]({sheet.as_posix()})\n\n" if (run.path / sheet).exists() else ""
+    picture = (
+        f"![frames of the samples, below those of the base model]({sheet.as_posix()})\n\n"
+        if (run.path / sheet).exists()
+        else ""
+    )
     return f"## Samples\n\n{picture}" + "\n".join(f"- [{text}]({path.as_posix()})" for text, path in samples)
 
 

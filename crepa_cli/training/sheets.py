@@ -49,7 +49,7 @@ class SampleSheets:
                 for moment, shown in ((0, first), (step, frames))
                 if shown is not None
             ]
-        write_sheet(self.run.sheet(step), [*rows, *self._reference])
+        write_sheet(self.run.sheet(step), rows, self._reference)
 
     def _first(self, index: int, frames: Tensor) -> Tensor | None:
         """The video of a prompt at step 0, with as many frames as another one of it."""
