@@ -11,7 +11,7 @@ import torch
 from conftest import RunCrepa
 from PIL import Image
 
-from crepa_cli.data.sheet import COLUMNS, LARGEST, frame_row, write_sheet
+from crepa_cli.data.sheet import COLUMNS, LARGEST, LINE_HEIGHT, frame_row, write_sheet
 from crepa_cli.report.metrics import read_metrics
 from crepa_cli.report.plot import curve_points, draw_metrics
 
@@ -81,7 +81,8 @@ def test_large_frames_are_made_smaller() -> None:
 
 def test_validation_leaves_a_sheet(demo: Path) -> None:
     with Image.open(demo / "runs" / "wan-t2v-1" / "samples" / "step-000030" / "sheet.png") as sheet:
-        assert sheet.size == (8 * 96, 64)
+        # The video of step 0, that of this step and a training clip, each with a line above and one below.
+        assert sheet.size == (8 * 96, 3 * (64 + 2 * LINE_HEIGHT))
 
 
 def test_curves_of_long_runs_start_and_end_with_exact_values() -> None:
