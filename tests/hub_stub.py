@@ -15,6 +15,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 CHUNK = 16 * 1024
+POLL_SECONDS = 0.02
+"""How long a stub may take to notice that it is to end."""
 LARGE = {".safetensors", ".model", ".bin", ".onnx", ".mp4", ".png"}
 """Suffixes that the Hub keeps as large files, with a SHA-256."""
 
@@ -355,7 +357,7 @@ def _digest(path: str, data: bytes) -> str:
 def running_stub() -> Iterator[HubStub]:
     """A stub that answers until the context ends."""
     stub = HubStub()
-    thread = threading.Thread(target=stub.server.serve_forever, daemon=True)
+    thread = threading.Thread(target=stub.server.serve_forever, args=(POLL_SECONDS,), daemon=True)
     thread.start()
     try:
         yield stub

@@ -117,6 +117,7 @@ SETS = ["validation.every=100", "validation.steps=1", "validation.frames=5", "tr
 SETS += ["checkpoints.every=3", "train.ema=0.9", "adapter.dropout=0.2", "data.validation_share=0.2"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_accelerate")
 def test_what_is_asked_for_comes_after_the_step_and_changes_no_bit(
     demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

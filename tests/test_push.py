@@ -204,6 +204,7 @@ def test_a_training_that_cannot_be_pushed_does_not_start(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_training_that_is_not_pushed_at_its_end_loses_nothing(
     hub: HubStub,
     run_crepa: RunCrepa,

@@ -126,8 +126,8 @@ def test_a_small_window_is_as_without_videos(run: RunFolder, width: int, height:
 
 def test_every_window_is_filled(run: RunFolder) -> None:
     dashboard = dashboard_with(run, 0, 1250)
-    for width in range(20, 220, 33):
-        for height in range(8, 70, 7):
+    for width in range(20, 220, 49):
+        for height in range(8, 70, 11):
             lines = re.sub(r"\x1b\[[\d;]*m", "", drawn(dashboard, width, height)).splitlines()
             assert [cell_len(line) for line in lines] == [width] * height
 
