@@ -92,8 +92,9 @@ def home(
     return folder
 
 
-def prepare(command: str, home: Path) -> None:
-    """Put aside the files that a command writes anew, and give it runs of the names that it takes."""
+def prepare(command: str, home: Path, stub: HubStub) -> None:
+    """Put aside what a command writes anew, and give it runs of the names that it takes."""
+    stub.repositories.pop("me/my-lora", None)
     for name in re.findall(r"runs/(mine|one|two|with|without)\b", command):
         if not (home / "runs" / name).exists():
             shutil.copytree(home / "runs/wan-t2v-1", home / "runs" / name, ignore=shutil.ignore_patterns("evaluation"))
@@ -118,14 +119,16 @@ def edit(file: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
 @pytest.mark.usefixtures("demo")
-def test_every_command_of_the_pages_runs(home: Path, run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_of_the_pages_runs(
+    home: Path, stub: HubStub, run_crepa: RunCrepa, capsys: pytest.CaptureFixture[str]
+) -> None:
     ran = commands()
     assert len(ran) > 30
     for command in ran:
         if command == DEMO:
             continue  # the fixture has run it
         words = [STAND_INS.get(word, word.replace("<name>", "wan-t2v-1")) for word in shlex.split(command)[1:]]
-        prepare(command, home)
+        prepare(command, home, stub)
         code = run_crepa(*words)
         printed = capsys.readouterr()
         assert code == 0, f"{command}\n{printed.out[-3000:]}\n{printed.err[-3000:]}"
