@@ -44,7 +44,8 @@ def family_memories(
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context, begin_worker) as pool:
         with ctrl_c_ignored():  # and by the processes that begin now; this one ends them
-            found = [pool.submit(_memories, profiles, target) for profiles in families]
+            # The families that came last are the largest: they begin first, and no process ends long before the others.
+            found = [pool.submit(_memories, profiles, target) for profiles in reversed(families)][::-1]
         try:
             yield from check_hub((str(one.model.checkpoint), one.model.revision) for tasks in families for one in tasks)
             for profiles, rows in zip(families, found, strict=True):
