@@ -74,6 +74,7 @@ from crepa_cli.training.checkpoints import checkpoint_to_resume, read_progress
 from crepa_cli.training.experts import build_experts
 from crepa_cli.training.held_out import HeldOutLoss
 from crepa_cli.training.peak import device_memory, device_name
+from crepa_cli.training.sheets import reference_clip
 from crepa_cli.training.skipped import RUN, SkippedSteps
 from crepa_cli.training.trainer import Trainer
 from crepa_cli.training.validator import Validator
@@ -340,6 +341,7 @@ def _build_trainer(
     clips, held_out = (
         ClipDataset(some, cache, empty_key, dtype, healing) for some in (prepared.clips, prepared.held_out)
     )
+    reference = reference_clip(prepared.clips, profile.validation.prompts)
     measures = prepared.held_out and profile.validation.every
     # Checkpoints of earlier versions counted the skipped steps of the run alone.
     skipped = progress.get("skipped", {RUN: progress.get("skipped_in_a_row", 0)})
@@ -350,19 +352,13 @@ def _build_trainer(
         experts,
         Batches(clips, family, profile, accelerator, experts.aligns),
         Checkpointer(run, profile.checkpoints.keep, accelerator),
-        Validator(profile, family, prompts, prepared.form, run, accelerator, _reference(profile, prepared.clips)),
+        Validator(profile, family, prompts, prepared.form, run, accelerator, reference),
         accelerator,
         OnlineTeacher(family, crepa, accelerator.device) if online else None,
         SkippedSteps(profile.train.max_skipped_steps, skipped),
         progress.get("step", 0),
         HeldOutLoss(held_out, family, profile, accelerator, progress.get("held_out")) if measures else None,
     )
-
-
-def _reference(profile: Profile, clips: Sequence[PreparedClip]) -> PreparedClip:
-    """The clip that contact sheets show: a video if there is one, with the caption of a prompt if there is one."""
-    prompts = profile.validation.prompts
-    return min(clips, key=lambda clip: (clip.info.image, clip.clip.caption not in prompts))
 
 
 def _with_output(profile: Profile, output: Path | str | None) -> Profile:

@@ -6,10 +6,10 @@ import threading
 
 
 class Requests:
-    """What a run is asked for while it trains; the trainer serves it between two optimizer steps.
+    """Requests to a run that trains, which the trainer serves between two optimizer steps.
 
-    Any thread may ask. Of several processes the request of one is enough. Nothing that is asked for changes the
-    weights: the run ends with the same bits as without.
+    Any thread may make one. Of several processes, one is enough to make it. No request changes the weights: the run
+    ends with the same bits as without.
     """
 
     def __init__(self) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import OpenTiny
-from hub_stub import HubStub, running_stub
+from hub_stub import HubStub
 from PIL import Image
 from safetensors.torch import load_file
 from test_families import TASKS
@@ -128,28 +127,15 @@ def test_sizes_of_sources_are_checked_and_the_largest_is_predicted(open_tiny: Op
     assert form_bucket(profile, family) == Bucket(9, 128, 96)
 
 
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubStub]:
-    """A Hub that this process asks, with an empty cache."""
-    with running_stub() as stub:
-        template = f"{stub.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", stub.address)
-        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-        question.ask_anew()
-        yield stub
-        question.ask_anew()
-
-
 def test_a_dataset_of_the_hub_brings_clips_and_captions_and_nothing_else(
-    hub: HubStub, tmp_path: Path, open_tiny: OpenTiny, tiny_dinov2: Path, monkeypatch: pytest.MonkeyPatch
+    stub: HubStub, tmp_path: Path, open_tiny: OpenTiny, tiny_dinov2: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_clips(tmp_path / "local/train", 12, 1)
     (tmp_path / "local/train/0-12.txt").unlink()
     line = {"file_name": "0-12.mp4", "text": "from the metadata"}
     (tmp_path / "local/train/metadata.jsonl").write_text(json.dumps(line))
     decoys = dict.fromkeys(("load.py", "data.pkl", "train/model.bin", "data.parquet"), b"nobody runs this")
-    published = hub.add("datasets/owner/clips", tmp_path / "local", decoys=decoys)
+    published = stub.add("datasets/owner/clips", tmp_path / "local", decoys=decoys)
     data = settings(sources=[{"hub": "owner/clips", "caption_prefix": "ohwx"}])
     events: list[Event] = []
     drained(download(dataset_needs(data)), events.append)
@@ -174,10 +160,10 @@ def test_a_dataset_of_the_hub_brings_clips_and_captions_and_nothing_else(
         drained(download(dataset_needs(settings(sources=[{"hub": "owner/gone"}]))), events.append)
 
 
-def test_a_dataset_that_does_not_exist_or_holds_no_clips_is_named(hub: HubStub, tmp_path: Path) -> None:
+def test_a_dataset_that_does_not_exist_or_holds_no_clips_is_named(stub: HubStub, tmp_path: Path) -> None:
     (tmp_path / "local").mkdir()
     (tmp_path / "local/data.parquet").write_bytes(b"x")
-    hub.add("datasets/owner/table", tmp_path / "local")
+    stub.add("datasets/owner/table", tmp_path / "local")
     reasons = {
         "owner/gone": "the Hub has no dataset owner/gone",
         "owner/table": "has no file that ends in",

@@ -247,7 +247,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 
 def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no dictionary)
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:

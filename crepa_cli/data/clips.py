@@ -251,7 +251,7 @@ def _texts(
     video: str, beside: Mapping[str, str | ClipError], metadata: Mapping[str, tuple[str, ...]]
 ) -> tuple[str, ...]:
     """The texts of a video: the one of the file beside it, or those from metadata."""
-    name = f"{os.path.splitext(video)[0]}{CAPTION_SUFFIX}"  # noqa: PTH122
+    name = f"{os.path.splitext(video)[0]}{CAPTION_SUFFIX}"  # noqa: PTH122 (as above)
     caption = beside.get(name)
     if caption is None and video in metadata:
         return metadata[video]

@@ -1,10 +1,9 @@
 """The memory of a deep transformer, extended from that of a shallow one: the same happens in block after block.
 
 A few blocks are run: the first, the last, those whose hidden states are aligned and their successors, and one that
-stands for all others; of each kind of block, of the blocks that keep their activations and of those that do not, one
-each. Another run without
-that one shows what everything outside the blocks, such as the optimizer, takes for each block. The result is exact, as
-far as blocks do the same.
+stands for all others: one for each kind of block, and one each for blocks that keep their activations and for those
+that do not. Another run without that one shows what everything outside the blocks, such as the optimizer, takes for
+each block. The result is exact, as far as blocks do the same.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ class FamilyFacts(ABC):
             )
 
     @classmethod
-    def published_like(cls, base: BaseCheckpoint, task: str) -> str | None:  # noqa: ARG003
+    def published_like(cls, base: BaseCheckpoint, task: str) -> str | None:  # noqa: ARG003 (for families with several)
         """The published checkpoint whose defaults fit an unpublished one, by its configuration; None for the family's.
 
         Raises:

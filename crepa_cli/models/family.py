@@ -270,6 +270,6 @@ class Family(FamilyFacts):
         getattr(pipeline, self.guider).guidance_scale = scale
         return {}
 
-    def form_arguments(self, *, width: int, height: int, frames: int, fps: float) -> dict[str, Any]:  # noqa: ARG002
+    def form_arguments(self, *, width: int, height: int, frames: int, fps: float) -> dict[str, Any]:  # noqa: ARG002 (some take fps)
         """The arguments of the pipeline's call for the size, length and frame rate of the video."""
         return {"width": width, "height": height, "num_frames": frames}

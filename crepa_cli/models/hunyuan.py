@@ -79,7 +79,7 @@ class CaptionAttention(HunyuanVideoAttnProcessor2_0):  # type: ignore[misc]  # d
         attn: nn.Module,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
-        attention_mask: Tensor,  # noqa: ARG002
+        attention_mask: Tensor,  # noqa: ARG002 (an argument of diffusers; not needed here)
         image_rotary_emb: tuple[Tensor, Tensor],
     ) -> tuple[Tensor, Tensor]:
         """The clips and the captions."""

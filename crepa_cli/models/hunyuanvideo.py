@@ -143,7 +143,7 @@ class HunyuanVideo(Hunyuan):
         }
         return TransformerStep(inputs, self.noise_process.target(latents, noise, sigmas))
 
-    def sampling_arguments(self, prompt: Tensors, negative_prompt: Tensors) -> dict[str, Any]:  # noqa: ARG002
+    def sampling_arguments(self, prompt: Tensors, negative_prompt: Tensors) -> dict[str, Any]:  # noqa: ARG002 (see below)
         """The prompt without its padding. The negative one has no part in embedded guidance."""
         embeds = prompt["prompt_embeds"][None, : int(prompt["prompt_length"])]
         return {

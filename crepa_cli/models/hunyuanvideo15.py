@@ -182,6 +182,7 @@ class HunyuanVideo15(Hunyuan):
 
         By itself it chooses the nearest of its own sizes.
         """
+        # The pipeline passes the last one by its name.
         pipeline.video_processor.calculate_default_height_width = lambda height, width, target_size: (height, width)  # noqa: ARG005
         return pipeline
 

@@ -56,7 +56,7 @@ STRIPS = 2 * LEAST_LINES + BORDER
 """The fewest lines of the panel with frames of videos, for which a window needs so many lines beyond 24."""
 HINT = "? keys"
 ENTER, LEAVE = b"\x1b[?1049h\x1b[?25l", b"\x1b[?25h\x1b[?1049l"
-"""What Rich writes to open and to close the view."""
+"""The sequences that Rich writes to open and to close the view."""
 
 
 class Screen(Live):

@@ -1,4 +1,4 @@
-"""What the driver of the GPU says."""
+"""Use and temperature of the GPU, from its driver."""
 
 from __future__ import annotations
 

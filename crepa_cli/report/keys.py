@@ -1,4 +1,4 @@
-"""What the keys of a dashboard do."""
+"""The keys of a dashboard: actions, the range of the curves, help."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ NARROWEST = 5
 
 @dataclass(frozen=True)
 class Action:
-    """What a key does: in words, such as "stop and save", and the call.
+    """An action of a key, in words such as "stop and save", and its call.
 
-    `asks` if the key has to be pressed twice, so that nothing happens by accident.
+    If it `asks`, the key has to be pressed twice, so that nothing happens by accident.
     """
 
     words: str

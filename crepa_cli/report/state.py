@@ -22,7 +22,7 @@ from crepa_cli.report.plain import describe, duration, item_text, one_line
 
 SMOOTHING = 0.95
 PARTS = ("data", "forward", "backward", "optimizer")
-"""What a step spends its time on."""
+"""The parts of a step, in their order."""
 MESSAGES = 50
 
 

@@ -67,3 +67,8 @@ class SampleSheets:
                 label = f"training clip {clip_name(clip)}: {clip.clip.caption}"
                 return [labeled_row(clip_pixels(clip), clip.fps, label)]
         return []
+
+
+def reference_clip(clips: Sequence[PreparedClip], prompts: Sequence[str]) -> PreparedClip:
+    """The clip that sheets show: a video if there is one, with the caption of a prompt if there is one."""
+    return min(clips, key=lambda clip: (clip.info.image, clip.clip.caption not in prompts))
