@@ -66,6 +66,7 @@ def sizes(cache: Cache, kind: str) -> dict[Path, int]:
 
 
 # Wan has a condition beside the latents, CogVideoX draws noise for each clip.
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "task"), [("wan", "i2v"), ("cogvideox", "t2v")])
 def test_a_run_in_bfloat16_reads_the_same_from_new_entries_and_from_those_of_earlier_versions(
     name: str, task: str, open_tiny: OpenTiny, tiny_dinov2: Path, short_clips: Path, tmp_path: Path

@@ -76,6 +76,7 @@ SPOILED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_demo")
 @pytest.mark.parametrize("term", SPOILED)
 def test_a_step_that_is_not_finite_is_skipped_and_names_term_and_clip(

@@ -63,6 +63,7 @@ def test_what_is_kept_for_speed_is_given_up_for_memory(plan: Plan) -> None:
     assert fitted.memory.offload_activations
 
 
+@pytest.mark.slow
 def test_the_cheapest_of_all_combinations_that_fit_is_chosen(plan: Plan) -> None:
     """Held against every combination there is, of a profile that has some of the settings already."""
     profile, family, bucket = opened(plan)

@@ -46,6 +46,7 @@ def nabla(open_tiny: OpenTiny, tmp_path: Path) -> Kandinsky5Video:
     return Kandinsky5Video(str(folder), "t2v")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
 def test_squares_of_nabla_come_back_in_rows_and_columns(nabla: Kandinsky5Video) -> None:
     assert nabla.size_multiple == 128

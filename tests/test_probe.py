@@ -211,6 +211,7 @@ def plant(transformer: nn.Module, block: int, known: list[tuple[Tensor, Tensor]]
     return transformer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [2, 6, 10])
 def test_a_block_that_carries_the_features_is_recommended(
     block: int,

@@ -198,6 +198,7 @@ def test_the_other_expert_is_there_during_a_validation(open_tiny: OpenTiny, chec
     assert predicted == pytest.approx(Measured(family, profile, tmp_path).validation(), rel=0.1)
 
 
+@pytest.mark.slow
 def test_doctor_says_that_a_validation_does_not_fit(open_tiny: OpenTiny, tmp_path: Path) -> None:
     family = shallow(open_tiny("ltxvideo", "t2v"))
     tables: dict[str, dict[str, object]]
